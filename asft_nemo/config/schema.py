@@ -1,0 +1,358 @@
+"""The settings of a run: plain dataclasses, the only home of defaults.
+
+Hydra composes these classes as structured configs (see `asft_nemo.config.load`); `from_dict` turns the result into one immutable
+`RunConfig`. Sections are mutable while they are being built and frozen afterwards: assigning to a field of a frozen section raises,
+lists have become tuples, and the whole tree is hashable and survives JSON unchanged (`to_dict`, `from_dict`).
+
+Sizes count ranks, lengths count tokens, batch sizes count examples, `*_every` counts steps. `None` means what the field's comment says.
+`REQUIRED` marks a field that has no default: a recipe, an experiment or the command line gives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from asft_nemo.errors import ConfigError
+
+REQUIRED: Any = "???"  # OmegaConf's marker for a mandatory value
+
+
+class Section:
+    """A group of settings that can be frozen once."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if self.__dict__.get("_frozen", False):
+            raise dataclasses.FrozenInstanceError(
+                f"{type(self).__name__}.{name} is frozen: use asft_nemo.config.schema.replace(run, {{...}}) for a changed copy"
+            )
+        if name not in type(self).__annotations__:
+            raise AttributeError(f"{type(self).__name__} has no setting '{name}'")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(f"{type(self).__name__}.{name} cannot be deleted")
+
+    def freeze(self) -> None:
+        """Makes this section and all sections below it immutable; lists become tuples."""
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, Section):
+                value.freeze()
+            elif isinstance(value, list):
+                setattr(self, item.name, tuple(value))
+        self.__dict__["_frozen"] = True
+
+
+@dataclass(unsafe_hash=True)
+class ObjectiveConfig(Section):
+    """Which objective, and its options. An option left None is the objective's own default; one it does not have is refused."""
+
+    name: str = REQUIRED
+    kl_weight: float = (
+        0.05  # weight of the divergence to the reference, for objectives that have one (the paper's value)
+    )
+    kl_direction: str = "forward"  # forward = KL(ref||policy), reverse = KL(policy||ref)
+    alpha: float | None = None
+    temperature: float | None = None
+    exponent: float | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
+    refresh_every: int | None = None  # steps
+
+
+@dataclass(unsafe_hash=True)
+class ReferenceConfig(Section):
+    """How the frozen reference is held; always the base checkpoint the run started from."""
+
+    form: str = REQUIRED  # none | adapter_disabled | resident | offloaded | cached
+    precision: str = "policy"  # policy = the policy's own compute dtype
+    cache_dir: str | None = None
+    fill: str = "job"  # cached only: when the cache is written
+    micro_batch_size: int | None = None  # None = the policy's
+    max_initial_kl: float = 0.01  # nats per token at step 0, where the kernels differ
+
+
+@dataclass(unsafe_hash=True)
+class PeftConfig(Section):
+    """Parameter-efficient fine-tuning; the numbers are the paper's medical LoRA."""
+
+    name: str = REQUIRED  # none | lora
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(unsafe_hash=True)
+class LossConfig(Section):
+    """How the loss is computed; no choice here changes what it is, except `normalize_by=micro_batch`."""
+
+    implementation: str = "vocab_parallel"  # fused | vocab_parallel | dense
+    chunk_tokens: int | str = "auto"  # fused only: tokens per visit of the head
+    normalize_by: str = "tokens"  # micro_batch replays the authors' averaging, for comparison only
+
+
+@dataclass(unsafe_hash=True)
+class ModelConfig(Section):
+    """The base model."""
+
+    path: str = REQUIRED  # Hugging Face directory or NeMo checkpoint
+
+
+@dataclass(unsafe_hash=True)
+class FieldsConfig(Section):
+    """Names of the record's fields."""
+
+    prompt: str = "instruction"
+    response: str = "response"
+
+
+@dataclass(unsafe_hash=True)
+class DataConfig(Section):
+    """Where examples come from and how they become tokens."""
+
+    train: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()  # one per file of `train`; empty = every example once an epoch
+    validation: tuple[str, ...] = ()
+    template: str = "alpaca"  # alpaca | chat | raw
+    fields: FieldsConfig = field(default_factory=FieldsConfig)
+    sequence_length: int = 2048
+    packing: bool = False
+    loss_on: str = "response"
+    on_bad_row: str = "fail"  # fail | skip
+    on_too_long: str = "drop"  # drop | truncate | fail
+
+
+@dataclass(unsafe_hash=True)
+class ParallelConfig(Section):
+    """The layout; data-parallel size is what remains of the world."""
+
+    tp_size: int = 1
+    pp_size: int = 1
+    vpp_size: int | None = None  # virtual stages per pipeline rank; None = no interleaving
+    cp_size: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass(unsafe_hash=True)
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = 2e-5
+    schedule: str = "cosine"  # cosine | linear | constant, after a linear warm-up
+    warmup_ratio: float = 0.1  # share of all steps
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0  # global norm; 0 = no clipping
+    min_lr_ratio: float = 0.0  # the schedule ends at lr * min_lr_ratio
+    distributed: bool = False  # optimizer state sharded over data-parallel ranks
+
+
+@dataclass(unsafe_hash=True)
+class TrainerConfig(Section):
+    """How long, how much at once, and what is kept."""
+
+    max_steps: int | None = None  # where given, it replaces `epochs`
+    epochs: float = 1.0
+    global_batch_size: int = 64
+    micro_batch_size: int = 1
+    validate_every: int | None = None  # None = never
+    checkpoint_every: int | None = None  # None = only at the end
+    keep: str = "last:1"  # last:N | best:metric
+    resume: str = "never"  # never | if_exists | must
+    on_nonfinite: str = "stop"  # stop | skip
+
+
+@dataclass(unsafe_hash=True)
+class RunSection(Section):
+    """Where this run writes, its seed, and the ranks it starts on this machine."""
+
+    dir: str = REQUIRED  # derived when not given: runs/<experiment or recipe>-<objective>
+    seed: int = 42
+    world_size: int = REQUIRED  # derived when not given: tp_size * pp_size * cp_size
+
+
+@dataclass(unsafe_hash=True)
+class ClusterConfig(Section):
+    """Where the ranks run."""
+
+    name: str = REQUIRED
+
+
+@dataclass(unsafe_hash=True)
+class EvalConfig(Section):
+    """How a model is evaluated."""
+
+    suites: tuple[str, ...] = ()
+    backend: str = "hf"
+    protocol: str = "greedy"
+    max_tokens: int = 256
+    batch_size: int = 16
+    limit: int | None = None  # examples per suite; None = all
+
+
+@dataclass(unsafe_hash=True)
+class RunConfig(Section):
+    """Everything a run is told. Immutable once it comes from `compose` or `from_dict`."""
+
+    recipe: str = REQUIRED
+    experiment: str | None = None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: str = "bf16"  # fp32 | bf16 | fp8_current | fp8_blockwise | fp8_delayed
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    run: RunSection = field(default_factory=RunSection)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def data_parallel_size(run: RunConfig) -> int:
+    """Ranks left for data parallelism: world_size / (tp_size * pp_size * cp_size)."""
+    layout = run.parallel
+    return run.run.world_size // (layout.tp_size * layout.pp_size * layout.cp_size)
+
+
+def num_microbatches(run: RunConfig) -> int:
+    """Micro batches each data-parallel rank runs in one step."""
+    return run.trainer.global_batch_size // (run.trainer.micro_batch_size * data_parallel_size(run))
+
+
+def to_dict(run: RunConfig) -> dict[str, Any]:
+    """The run as plain JSON values (tuples become lists); `from_dict` gives the same run back."""
+    return _plain(run)
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """An immutable run from nested plain values; what is not given keeps the schema's default.
+
+    Args:
+        values: nested mapping with the sections' keys, for example the `config` part of run.json.
+
+    Raises:
+        ConfigError: keys that do not exist, values of the wrong type, and required settings that are missing, all reported together.
+    """
+    problems: list[str] = []
+    run = _build(RunConfig, values, "", problems)
+    if not problems:
+        _derive(run)
+        problems = [f"{key} is not set: give {key}=..." for key, value in walk(run) if value == REQUIRED]
+    if problems:
+        raise ConfigError(problems)
+    run.freeze()
+    return run
+
+
+def replace(run: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A copy of `run` with some dotted keys changed, for example `replace(run, {"run.dir": "runs/a"})`."""
+    values = to_dict(run)
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        node = values
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return from_dict(values)
+
+
+def walk(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All settings as (dotted key, value), in the order of the schema."""
+    for item in dataclasses.fields(section):  # type: ignore[arg-type]
+        value = getattr(section, item.name)
+        if isinstance(value, Section):
+            yield from walk(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, value
+
+
+def hints(cls: type[Section]) -> dict[str, Any]:
+    """The resolved types of a section's fields."""
+    return typing.get_type_hints(cls)
+
+
+def _derive(run: RunConfig) -> None:
+    """Fills the settings whose default follows from other settings."""
+    layout = run.parallel
+    if run.run.world_size == REQUIRED:
+        run.run.world_size = layout.tp_size * layout.pp_size * layout.cp_size
+    if run.run.dir == REQUIRED and REQUIRED not in (run.recipe, run.objective.name):
+        run.run.dir = f"runs/{run.experiment or run.recipe}-{run.objective.name}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}  # type: ignore[arg-type]
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    section = cls()
+    types_of = hints(cls)
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in types_of:
+            problems.append(f"{key} is not a setting: {prefix or 'the top level '}has {', '.join(types_of)}")
+            continue
+        kind = types_of[name]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            if isinstance(value, Mapping):
+                setattr(section, name, _build(kind, value, f"{key}.", problems))
+            else:
+                problems.append(f"{key}={value!r} is a section: set {key}.<name>=... instead")
+            continue
+        converted, fits = _convert(kind, value)
+        if fits:
+            setattr(section, name, converted)
+        else:
+            problems.append(f"{key}={value!r} is not {describe_type(kind)}")
+    return section
+
+
+def _convert(kind: Any, value: Any) -> tuple[Any, bool]:
+    """The value in the field's type, and whether it fits."""
+    if value == REQUIRED:
+        return value, True
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(kind):
+            converted, fits = _convert(option, value)
+            if fits:
+                return converted, True
+        return value, False
+    if kind is type(None):
+        return None, value is None
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return value, False
+        pairs = [_convert(typing.get_args(kind)[0], item) for item in value]
+        return tuple(item for item, _ in pairs), all(fits for _, fits in pairs)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value), True
+    return value, type(value) is kind
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def describe_type(kind: Any) -> str:
+    """A field's type in words."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(option) for option in typing.get_args(kind))
+    if origin is tuple:
+        return f"a list, each item {describe_type(typing.get_args(kind)[0])}"
+    return _NAMES.get(kind, str(kind))
