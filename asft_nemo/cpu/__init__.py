@@ -1,0 +1,1 @@
+"""Lets the real NeMo and Megatron code run on a machine without a GPU (gloo ranks)."""

@@ -1,0 +1,44 @@
+"""Which layers the model is made of: Transformer Engine's where it is installed and a GPU is there, Megatron's local ones elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from asft_nemo.cpu import backend
+from asft_nemo.cpu.norm import RMSNorm
+
+logger = logging.getLogger(__name__)
+
+
+def uses_transformer_engine() -> bool:
+    """Whether Transformer Engine's layers are used in this process."""
+    if backend.active():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    return True
+
+
+def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """The layer specification for `config`; a function at module level because NeMo stores it in the config.
+
+    Args:
+        config: the GPTConfig of the model.
+        vp_stage: virtual pipeline stage, which decides how many layers this chunk has.
+    """
+    if uses_transformer_engine():
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+        spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

@@ -1,0 +1,54 @@
+"""What happens to one micro batch: taken from the iterator, handed to the model with what the loss reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asft_nemo.nemo.head import LossInputs
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def unwrap_batch(item: Any) -> dict[str, Any]:
+    """The micro batch itself: Lightning's iterator yields ``(batch, batch_idx, dataloader_idx)``."""
+    return item[0] if isinstance(item, tuple) else item
+
+
+def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
+    """Takes the next micro batch and moves its tensors to this rank's device. Keys it does not know are kept.
+
+    Returns:
+        ``tokens``, ``labels``, ``position_ids`` int64 [B, S], ``loss_mask`` bool [B, S], and, when the prepass ran,
+        ``ref_hidden`` and ``ref_head`` (last stage only).
+    """
+    batch = unwrap_batch(next(dataloader_iter))
+    device = torch.cuda.current_device()
+    return {
+        key: value.to(device, non_blocking=True) if key in BATCH_KEYS and isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def forward_step(model: Any, batch: dict[str, Any]) -> Any:
+    """Runs the model on one micro batch.
+
+    `attention_mask=None` means causal for every layer spec in use: padding is on the right, so no valid token sees it.
+
+    Returns:
+        The pipeline's hidden states, or on the last stage the `LossOutput`.
+    """
+    return model(
+        input_ids=batch["tokens"],
+        position_ids=batch["position_ids"],
+        attention_mask=None,
+        labels=LossInputs(
+            labels_BS=batch["labels"],
+            loss_mask_BS=batch["loss_mask"],
+            ref_hidden_SBH=batch.get("ref_hidden"),
+            ref_head_VH=batch.get("ref_head"),
+        ),
+    )
