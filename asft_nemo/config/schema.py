@@ -20,6 +20,7 @@ from typing import Any
 from asft_nemo.errors import ConfigError
 
 REQUIRED: Any = "???"  # OmegaConf's marker for a mandatory value
+DERIVED = ("run.dir", "run.world_size")  # filled from other settings when not given
 
 
 class Section:

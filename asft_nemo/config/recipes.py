@@ -1,0 +1,56 @@
+"""Finding recipes by name: a recipe is a module of the recipes/ folder with a function `fragment()`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from asft_nemo.config.paths import project_dir
+from asft_nemo.errors import ConfigError
+
+_PACKAGE = "asft_nemo_recipes"  # the name under which the folder is imported, in a clone and in a wheel alike
+
+
+def known_recipes() -> tuple[str, ...]:
+    """Names of all recipes, sorted."""
+    files = (project_dir() / "recipes").glob("*.py")
+    return tuple(sorted(file.stem for file in files if file.stem not in ("base", "__init__")))
+
+
+def recipe_fragment(name: str) -> Mapping[str, Any]:
+    """The settings a recipe gives, as nested plain values.
+
+    Raises:
+        ConfigError: no recipe has this name.
+    """
+    known = known_recipes()
+    if name not in known:
+        raise ConfigError(f"unknown recipe '{name}': {suggest(name, known)}")
+    _load_package(project_dir() / "recipes")
+    return importlib.import_module(f"{_PACKAGE}.{name}").fragment()
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """The end of an 'unknown' sentence: the nearest name, if any is near, and all known ones."""
+    near = difflib.get_close_matches(name, known, n=1)
+    listed = "known are " + ", ".join(sorted(known))
+    return f"did you mean '{near[0]}'? ({listed})" if near else listed
+
+
+def _load_package(folder: Path) -> ModuleType:
+    if _PACKAGE in sys.modules:
+        return sys.modules[_PACKAGE]
+    spec = importlib.util.spec_from_file_location(
+        _PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[_PACKAGE] = package
+    spec.loader.exec_module(package)
+    return package

@@ -1,0 +1,310 @@
+"""Cross-field rules: rows of a table, all checked before anything heavy, all violations reported together.
+
+A rule is a function from the facts to sentences: what is wrong, and the cure. Rules that need the model's sizes are skipped while
+the model's config.json cannot be read, which is a violation of its own when inputs are checked.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from asft_nemo.config import tables
+from asft_nemo.config.model_shape import ModelShape, read_model_shape
+from asft_nemo.config.schema import RunConfig, data_parallel_size, num_microbatches, walk
+from asft_nemo.errors import ConfigError
+
+
+class Level(enum.IntEnum):
+    """Who gave a setting; later levels win."""
+
+    SCHEMA = 0
+    RECIPE = 1
+    EXPERIMENT = 2
+    COMMAND_LINE = 3
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rule may look at."""
+
+    run: RunConfig
+    shape: ModelShape | None
+    level_of: Mapping[str, Level]
+
+    def asked(self, key: str, *, least: Level = Level.EXPERIMENT) -> bool:
+        """Whether an experiment or the command line gave this setting (or only the latter, with `least`)."""
+        return self.level_of.get(key, Level.SCHEMA) >= least
+
+
+Rule = Callable[[Facts], Iterator[str]]
+
+
+def reads_reference(objective: str, kl_weight: float) -> bool:
+    """Whether a run reads the reference's hidden states; objectives this layer does not know are taken to read it."""
+    facts = tables.OBJECTIVES.get(objective)
+    return facts is None or (facts.has_divergence and kl_weight != 0)
+
+
+def check(
+    run: RunConfig,
+    *,
+    level_of: Mapping[str, Level] | None = None,
+    shape: ModelShape | None = None,
+    check_inputs: bool = False,
+) -> None:
+    """Checks every rule.
+
+    Args:
+        run: the frozen settings.
+        level_of: which level gave each dotted key; None = all are the schema's.
+        shape: the model's sizes; None = read from `run.model.path` where it can be read.
+        check_inputs: also check files, run.dir and this machine.
+
+    Raises:
+        ConfigError: with one sentence per violation.
+    """
+    found: list[str] = []
+    if shape is None:
+        try:
+            shape = read_model_shape(run.model.path)
+        except ConfigError as error:
+            found += error.violations if check_inputs else ()
+    facts = Facts(run, shape, level_of or {})
+    for row in (*SETTINGS, *(INPUTS if check_inputs else ())):
+        found += row(facts)
+    if found:
+        raise ConfigError(found)
+
+
+def _choices(facts: Facts) -> Iterator[str]:
+    for key, value in walk(facts.run):
+        allowed = tables.CHOICES.get(key)
+        if allowed is not None and value not in allowed:
+            yield f"{key}={value} is unknown: set one of {', '.join(allowed)}"
+
+
+def _ranges(facts: Facts) -> Iterator[str]:
+    for key, value in walk(facts.run):
+        if key not in tables.RANGES or value is None:
+            continue
+        smallest, largest, inclusive = tables.RANGES[key]
+        low = value >= smallest if inclusive else value > smallest
+        if low and math.isfinite(value) and (largest is None or value <= largest):
+            continue
+        bound = f"{'at least' if inclusive else 'more than'} {smallest}"
+        limit = f" and at most {largest}" if largest is not None else ""
+        yield f"{key}={value} is out of range: set a value of {bound}{limit}"
+
+
+def _keep(facts: Facts) -> Iterator[str]:
+    keep = facts.run.trainer.keep
+    kind, _, what = keep.partition(":")
+    number_fits = kind == "last" and what.isdecimal() and int(what) >= 1
+    if not number_fits and not (kind == "best" and what):
+        yield f"trainer.keep={keep} is unknown: set last:N with N at least 1, or best:<metric>"
+
+
+def _chunk_tokens(facts: Facts) -> Iterator[str]:
+    chunk = facts.run.loss.chunk_tokens
+    if chunk != "auto" and (not isinstance(chunk, int) or chunk < 1):
+        yield f"loss.chunk_tokens={chunk} is unknown: set auto or a number of tokens of at least 1"
+
+
+def _objective_options(facts: Facts) -> Iterator[str]:
+    objective = facts.run.objective
+    known = tables.OBJECTIVES.get(objective.name)
+    if known is None:
+        return
+    for option in tables.OPTIONS:
+        if getattr(objective, option) is not None and option not in known.options:
+            yield f"objective.{option} does nothing with objective={objective.name}: leave it out"
+    for option in ("kl_weight", "kl_direction"):
+        if not known.has_divergence and facts.asked(f"objective.{option}", least=Level.COMMAND_LINE):
+            yield f"objective.{option} does nothing with objective={objective.name}: leave it out, or set objective=asft"
+
+
+def _reference(facts: Facts) -> Iterator[str]:
+    objective, form = facts.run.objective, facts.run.reference.form
+    known = tables.OBJECTIVES.get(objective.name)
+    reads = reads_reference(objective.name, objective.kl_weight)
+    if known is not None and reads and form == "none":
+        yield (
+            f"kl_weight={objective.kl_weight:g} needs a reference, got reference=none: set reference=resident, "
+            f"or objective={known.without} if you want no anchor"
+        )
+    if not reads and form != "none" and facts.asked("reference.form"):
+        why = "with kl_weight=0 " if known is not None and known.has_divergence else ""
+        yield f"reference={form} was asked for but objective={objective.name} {why}reads none: set reference=none"
+
+
+def _ignored(facts: Facts) -> Iterator[str]:
+    """Settings given on purpose that the rest of the run makes meaningless."""
+    run = facts.run
+    form = run.reference.form
+    rows = (
+        ("reference.", ("precision", "micro_batch_size", "max_initial_kl"), form == "none", "reference=none"),
+        ("reference.", ("cache_dir", "fill"), form != "cached", f"reference={form}"),
+        ("peft.", ("rank", "alpha", "dropout", "targets"), run.peft.name == "none", "peft=none"),
+        (
+            "loss.",
+            ("chunk_tokens",),
+            run.loss.implementation != "fused",
+            f"loss.implementation={run.loss.implementation}",
+        ),
+        ("optim.", ("min_lr_ratio",), run.optim.schedule == "constant", "optim.schedule=constant"),
+    )
+    for section, names, idle, because in rows:
+        for key in (section + name for name in names):
+            if idle and facts.asked(key, least=Level.COMMAND_LINE):
+                yield f"{key} does nothing with {because}: leave it out"
+    both = all(facts.asked(f"trainer.{name}", least=Level.COMMAND_LINE) for name in ("max_steps", "epochs"))
+    if both and run.trainer.max_steps is not None:
+        yield "trainer.max_steps and trainer.epochs both say how long to train: give one of them"
+
+
+def _world(facts: Facts) -> Iterator[str]:
+    layout, world = facts.run.parallel, facts.run.run.world_size
+    ranks = layout.tp_size * layout.pp_size * layout.cp_size
+    if ranks > 0 and world % ranks:
+        yield (
+            f"run.world_size={world} is not a multiple of tp_size x pp_size x cp_size = {layout.tp_size} x {layout.pp_size} "
+            f"x {layout.cp_size} = {ranks}: set run.world_size={ranks * max(1, world // ranks)} or change the layout"
+        )
+
+
+def _batches(facts: Facts) -> Iterator[str]:
+    run = facts.run
+    dp_size, micro = data_parallel_size(run), run.trainer.micro_batch_size
+    together = micro * dp_size
+    if together < 1:  # reported by the world and range rules
+        return
+    if run.trainer.global_batch_size % together:
+        nearest = together * max(1, round(run.trainer.global_batch_size / together))
+        yield (
+            f"trainer.global_batch_size={run.trainer.global_batch_size} is not a multiple of micro_batch_size x data-parallel "
+            f"size = {micro} x {dp_size} = {together}: set trainer.global_batch_size={nearest} or change trainer.micro_batch_size"
+        )
+    elif run.parallel.vpp_size is not None and num_microbatches(run) % run.parallel.pp_size:
+        step = together * run.parallel.pp_size
+        nearest = step * max(1, round(run.trainer.global_batch_size / step))
+        yield (
+            f"parallel.vpp_size needs a multiple of pp_size={run.parallel.pp_size} micro batches a step, got "
+            f"{num_microbatches(run)}: set trainer.global_batch_size={nearest} or change trainer.micro_batch_size"
+        )
+
+
+def _virtual_stages(facts: Facts) -> Iterator[str]:
+    layout = facts.run.parallel
+    if layout.vpp_size is not None and layout.pp_size < 2:
+        yield f"parallel.vpp_size={layout.vpp_size} needs pipeline stages, got pp_size=1: set parallel.vpp_size=null or pp_size=2"
+
+
+def _sequence_parallel(facts: Facts) -> Iterator[str]:
+    layout, length = facts.run.parallel, facts.run.data.sequence_length
+    if not layout.sequence_parallel:
+        return
+    if layout.tp_size == 1 and facts.asked("parallel.sequence_parallel"):
+        yield "parallel.sequence_parallel=true does nothing at tp_size=1: set it to false, or parallel.tp_size=2"
+    if layout.tp_size > 1 and length % layout.tp_size:
+        yield (
+            f"data.sequence_length={length} is not a multiple of tp_size={layout.tp_size}, which sequence_parallel needs: "
+            f"set data.sequence_length={math.ceil(length / layout.tp_size) * layout.tp_size}"
+        )
+
+
+def _model_heads(facts: Facts) -> Iterator[str]:
+    shape, tp_size = facts.shape, facts.run.parallel.tp_size
+    if shape is None or tp_size < 1:
+        return
+    limit = math.gcd(shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size)
+    fitting = [size for size in range(1, limit + 1) if limit % size == 0]
+    rows = (
+        ("attention heads", shape.num_attention_heads),
+        ("key/value heads", shape.num_query_groups),
+        ("feed-forward columns", shape.ffn_hidden_size),
+    )
+    for what, number in rows:
+        if number % tp_size:
+            choices = ", ".join(str(size) for size in fitting)
+            yield f"parallel.tp_size={tp_size} does not divide the model's {number} {what}: set one of {choices}"
+
+
+def _model_layers(facts: Facts) -> Iterator[str]:
+    shape, layout = facts.shape, facts.run.parallel
+    if shape is None:
+        return
+    stages = layout.pp_size * (layout.vpp_size or 1)
+    if stages > 0 and shape.num_layers % stages:
+        virtual = f" x vpp_size={layout.vpp_size}" if layout.vpp_size else ""
+        fitting = ", ".join(
+            str(size) for size in range(1, shape.num_layers + 1) if shape.num_layers % size == 0
+        )
+        yield (
+            f"parallel.pp_size={layout.pp_size}{virtual} does not divide the model's {shape.num_layers} layers: "
+            f"choose them so that their product is one of {fitting}"
+        )
+
+
+def _model_positions(facts: Facts) -> Iterator[str]:
+    shape, length = facts.shape, facts.run.data.sequence_length
+    if shape is not None and length > shape.max_positions:
+        yield f"data.sequence_length={length} exceeds the model's {shape.max_positions} positions: set at most {shape.max_positions}"
+
+
+def _not_yet(facts: Facts) -> Iterator[str]:
+    for feature, wanted, instead in tables.NOT_YET:
+        if wanted(facts.run):
+            yield f"{feature} is not available yet: {instead}"
+
+
+def _data_files(facts: Facts) -> Iterator[str]:
+    files = facts.run.data.train
+    if not files:
+        yield "data.train is empty: set data.train=[file.jsonl]"
+    for name in (*files, *facts.run.data.validation):
+        if not Path(name).is_file():
+            yield f"data file {name} does not exist (looked in {Path.cwd()}): correct data.train"
+
+
+def _machine(facts: Facts) -> Iterator[str]:
+    world, cores = facts.run.run.world_size, os.cpu_count() or 1
+    gpus = 0 if os.environ.get("ASFT_DEVICE") == "cpu" else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    most = gpus or max(16, 4 * cores)
+    if world > most:
+        have = f"{gpus} GPUs" if gpus else f"{cores} CPU cores, at most {most} ranks"
+        yield f"run.world_size={world} is more ranks than this machine can run ({have}): lower tp_size, pp_size or run.world_size"
+
+
+def _run_dir(facts: Facts) -> Iterator[str]:
+    folder, resume = Path(facts.run.run.dir), facts.run.trainer.resume
+    if folder.exists() and not folder.is_dir():
+        yield f"run.dir={folder} is a file: give a directory"
+    elif resume == "must" and not (folder / "checkpoints" / "latest").exists():
+        yield f"trainer.resume=must but {folder} has no checkpoint: correct run.dir, or set trainer.resume=never"
+    elif resume == "never" and (folder / "run.json").exists():
+        yield f"run.dir={folder} holds another run: choose another run.dir, or set trainer.resume=must to go on with it"
+
+
+SETTINGS: tuple[Rule, ...] = (
+    _choices,
+    _ranges,
+    _keep,
+    _chunk_tokens,
+    _objective_options,
+    _reference,
+    _ignored,
+    _world,
+    _batches,
+    _virtual_stages,
+    _sequence_parallel,
+    _model_heads,
+    _model_layers,
+    _model_positions,
+    _not_yet,
+)
+INPUTS: tuple[Rule, ...] = (_data_files, _machine, _run_dir)

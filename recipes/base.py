@@ -1,0 +1,71 @@
+"""What all recipes share, and how a recipe becomes a NeMo-Run task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import nemo_run
+
+
+def fragment() -> dict[str, Any]:
+    """Full fine-tuning with the reference as a second frozen model; counts as no reference where the objective reads none."""
+    return {"peft": {"name": "none"}, "reference": {"form": "resident"}}
+
+
+def large_model() -> dict[str, Any]:
+    """What every multi-GPU recipe shares."""
+    return combine(
+        fragment(),
+        {
+            # Splits activations outside the tensor-parallel GEMMs too: at TP 8 they would dominate memory.
+            "parallel": {"sequence_parallel": True},
+            # fp32 master weights and moments are 12 bytes a parameter: shard them over data-parallel ranks.
+            "optim": {"distributed": True},
+        },
+    )
+
+
+def combine(*fragments: Mapping[str, Any]) -> dict[str, Any]:
+    """One fragment from several; later ones win, section by section."""
+    result: dict[str, Any] = {}
+    for values in fragments:
+        for name, value in values.items():
+            inside = result.get(name)
+            if isinstance(value, Mapping) and isinstance(inside, Mapping):
+                result[name] = combine(inside, value)
+            else:
+                result[name] = copy.deepcopy(value)
+    return result
+
+
+def finetune_partial(recipe: str, overrides: Sequence[str] = ()) -> nemo_run.Partial:
+    """A NeMo-Run task that fine-tunes with `recipe` and the command line's overrides.
+
+    Args:
+        recipe: name of a module of this folder.
+        overrides: as for `asft train`, for example `("objective=asft", "model.path=...", "data.train=[a.jsonl]")`.
+
+    Returns:
+        `run.Partial(asft_nemo.train.train, ...)` whose argument is the whole configuration as nested `run.Config`s, so that
+        `nemo_run`'s own overrides (`run.optim.lr=1e-5`) reach every setting.
+
+    Raises:
+        ConfigError: as `asft_nemo.config.load.compose`.
+    """
+    import nemo_run
+
+    from asft_nemo.config.load import compose
+    from asft_nemo.config.schema import Section
+    from asft_nemo.train import train
+
+    def as_config(value: Any) -> Any:
+        if not isinstance(value, Section):
+            return list(value) if isinstance(value, tuple) else value
+        names = type(value).__dataclass_fields__  # type: ignore[attr-defined]
+        return nemo_run.Config(type(value), **{name: as_config(getattr(value, name)) for name in names})
+
+    composed = compose([f"recipe={recipe}", *overrides], check_inputs=False)
+    return nemo_run.Partial(train, run=as_config(composed))

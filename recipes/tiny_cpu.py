@@ -1,0 +1,36 @@
+"""The small model that ships with the project, on one machine without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import base
+
+if TYPE_CHECKING:
+    import nemo_run
+
+
+def fragment() -> dict[str, Any]:
+    """Qwen2 architecture, 4 layers, hidden 256, 4 heads, 2 kv heads; TP1 x PP1 unless told otherwise."""
+    from asft_nemo.config.paths import project_dir
+
+    return base.combine(
+        base.fragment(),
+        {
+            "model": {"path": str(project_dir() / "assets" / "tiny-base")},
+            # CPUs run fp32 faster than bf16, and the weights are small.
+            "precision": "fp32",
+            # A trained-from-scratch small model moves with larger steps than a 7B one.
+            "optim": {"lr": 5e-4},
+            # Long enough for most GSM8K rows under the small byte-level vocabulary, short enough for two cores.
+            "data": {"sequence_length": 512},
+            # About a second a step on two cores; four micro batches also fill an interleaved two-stage pipeline.
+            "trainer": {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 50},
+        },
+    )
+
+
+def finetune_recipe(overrides: Sequence[str] = ()) -> nemo_run.Partial:
+    """This recipe as a NeMo-Run task; see `base.finetune_partial`."""
+    return base.finetune_partial("tiny_cpu", overrides)
