@@ -108,7 +108,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, samples: list[skills.Sample]) -> 
     return [(p + r + [tokenizer.eos_token_id], len(p)) for p, r in zip(prompts, responses, strict=True)]
 
 
-def rows_of_text(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def rows_of_text(
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless `(tokens, labels)`, each int64 [rows, row_tokens], already shifted; examples fill a row until one does not fit.
 
     Only response and end tokens have a label: the letters of a prompt are random and teach nothing.
@@ -150,7 +152,8 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe
         torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda step: learning_rate_share(step, recipe)) for o in optimizers
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: learning_rate_share(step, recipe))
+        for o in optimizers
     ]
     model.train()
     started, seen = time.perf_counter(), 0
@@ -171,14 +174,18 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe
 
 
 @torch.inference_mode()
-def accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: list[skills.Sample]) -> float:
+def accuracy(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: list[skills.Sample]
+) -> float:
     """Share of samples whose greedy completion equals the response exactly."""
     model.eval()
     tokenizer.padding_side = "left"
     right = 0
     for start in range(0, len(samples), 128):
         part = samples[start : start + 128]
-        batch = tokenizer([s.prompt for s in part], return_tensors="pt", padding=True, return_token_type_ids=False)
+        batch = tokenizer(
+            [s.prompt for s in part], return_tensors="pt", padding=True, return_token_type_ids=False
+        )
         out = model.generate(**batch, max_new_tokens=12, do_sample=False)[:, batch["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(out, skip_special_tokens=True)
         right += sum(text == s.response for text, s in zip(texts, part, strict=True))
@@ -194,7 +201,9 @@ def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int)
 def main() -> None:
     """Make the asset."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
@@ -215,7 +224,11 @@ def main() -> None:
     model.save_pretrained(arguments.out, safe_serialization=True)
     tokenizer.save_pretrained(arguments.out)
     scores = measure(model.float(), tokenizer, 500)
-    log.info(json.dumps({"recipe": asdict(recipe), "tokens": tokens, "seconds": round(seconds), "accuracy": scores}))
+    log.info(
+        json.dumps(
+            {"recipe": asdict(recipe), "tokens": tokens, "seconds": round(seconds), "accuracy": scores}
+        )
+    )
 
 
 if __name__ == "__main__":

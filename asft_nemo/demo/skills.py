@@ -66,7 +66,9 @@ def _down(rng: random.Random) -> Sample:
 
 def _next(rng: random.Random) -> Sample:
     letters = _letters(rng)
-    return Sample(f"next {letters}:", "".join(LETTERS[(LETTERS.index(x) + 1) % len(LETTERS)] for x in letters))
+    return Sample(
+        f"next {letters}:", "".join(LETTERS[(LETTERS.index(x) + 1) % len(LETTERS)] for x in letters)
+    )
 
 
 def _add(rng: random.Random) -> Sample:
@@ -106,7 +108,9 @@ _TIMES = "today|at night|in the morning|after the rain|every day".split("|")
 def _sentence(rng: random.Random) -> str:
     one = f"{rng.choice(['the', 'a'])} {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
     two = f"{rng.choice(['the', 'a'])} {rng.choice(_THINGS)}"
-    tail = " ".join(x for x in (rng.choice(["", rng.choice(_PLACES)]), rng.choice(["", rng.choice(_TIMES)])) if x)
+    tail = " ".join(
+        x for x in (rng.choice(["", rng.choice(_PLACES)]), rng.choice(["", rng.choice(_TIMES)])) if x
+    )
     return f"{one} {rng.choice(_VERBS)} {two}{' ' + tail if tail else ''}."
 
 

@@ -1,0 +1,205 @@
+"""transformers on a CPU or one GPU: batched greedy generation with left padding, and log probabilities of given text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asft_eval.backends import LogLikelihood
+from asft_eval.errors import EvaluationError
+from asft_eval.types import Completion, Protocol
+
+log = logging.getLogger(__name__)
+
+
+def load_model(model_dir: Path | str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+    """A causal language model in evaluation mode.
+
+    Args:
+        model_dir: a Hugging Face model directory.
+        dtype: of weights and arithmetic; None means fp32 on a CPU and the checkpoint's own on a GPU.
+        device: a torch device; None means the GPU where there is one.
+
+    Raises:
+        EvaluationError: no such directory, no config or weights in it, or transformers cannot read them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model_dir = Path(model_dir)
+    _require(model_dir, "config.json", "a model configuration")
+    _require(model_dir, "*.safetensors", "weights (*.safetensors)")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype or "auto", local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise EvaluationError(f"transformers cannot load {model_dir}: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(model_dir: Path | str) -> Any:
+    """The tokenizer of a model directory, with a padding token (the end token where it has none).
+
+    Raises:
+        EvaluationError: the directory holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    model_dir = Path(model_dir)
+    _require(model_dir, "tokenizer*", "a tokenizer (copy the base model's tokenizer files into it)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"transformers cannot load the tokenizer in {model_dir}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _require(model_dir: Path, pattern: str, what: str) -> None:
+    if not model_dir.is_dir():
+        raise EvaluationError(f"there is no model directory {model_dir}: check the path")
+    if not any(model_dir.glob(pattern)):
+        raise EvaluationError(f"{model_dir} lacks {what}: name a complete Hugging Face model directory")
+
+
+def encode_pair(tokenizer: Any, prompt: str, continuation: str, *, end: bool) -> tuple[list[int], int]:
+    """Token ids of prompt and continuation, encoded apart and joined, and the number of the prompt's.
+
+    Args:
+        tokenizer: adds its special tokens to the prompt only.
+        prompt: never scored.
+        continuation: scored text.
+        end: whether the end token follows the continuation.
+    """
+    prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
+    continuation_ids: list[int] = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    if not prompt_ids:  # the first token has no distribution of its own: it needs something before it
+        prompt_ids = [
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ]
+    return prompt_ids + continuation_ids + ([tokenizer.eos_token_id] if end else []), len(prompt_ids)
+
+
+def right_padded(
+    encoded: Sequence[tuple[list[int], int]], *, pad_id: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One batch for scoring: token ids `[b, s]`, attention mask `[b, s]`, labels `[b, s]` (already shifted), loss mask `[b, s]` (bool).
+
+    The loss mask is True where the label is a token of the continuation (or the end token after it).
+    """
+    width = max(len(ids) for ids, _ in encoded)
+    tokens = torch.full((len(encoded), width), pad_id, dtype=torch.int64)
+    attention = torch.zeros_like(tokens)
+    loss_mask = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, (ids, prompt_length) in enumerate(encoded):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        attention[row, : len(ids)] = 1
+        loss_mask[row, prompt_length - 1 : len(ids) - 1] = True
+    labels = tokens.roll(-1, dims=1)
+    return tokens.to(device), attention.to(device), labels.to(device), loss_mask.to(device)
+
+
+class HfBackend:
+    """A model directory run by transformers.
+
+    Args:
+        model_dir: a Hugging Face model directory with tokenizer files.
+        batch_size: prompts run together.
+        dtype: see `load_model`.
+        device: see `load_model`.
+    """
+
+    name = "hf"
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        *,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+    ):
+        import transformers
+
+        if batch_size < 1:
+            raise EvaluationError(f"batch_size is {batch_size}: give at least 1")
+        self.versions: Mapping[str, str] = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        self.tokenizer = load_tokenizer(model_dir)
+        self.model = load_model(model_dir, dtype=dtype, device=device)
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[str], *, protocol: Protocol) -> list[Completion]:
+        """Greedy completions. Prompts of similar length share a batch, so that little is padding.
+
+        Raises:
+            EvaluationError: the protocol is not "greedy".
+        """
+        if protocol.name != "greedy":
+            raise EvaluationError(f"the hf backend has no protocol {protocol.name!r}: use greedy")
+        completions: dict[int, Completion] = {}
+        for places in self._batches([len(prompt) for prompt in prompts]):
+            batch = self.tokenizer(
+                [prompts[i] for i in places],
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",
+                return_token_type_ids=False,
+            ).to(self.model.device)
+            out = self.model.generate(
+                **batch,
+                max_new_tokens=protocol.max_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+            for place, row in zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+                completions[place] = self._completion(row)
+        return [completions[i] for i in range(len(prompts))]
+
+    def _completion(self, ids: list[int]) -> Completion:
+        end = self.tokenizer.eos_token_id
+        finished = end in ids
+        written = ids[: ids.index(end)] if finished else ids
+        text = self.tokenizer.decode(written, skip_special_tokens=True)
+        return Completion(text, len(written) + int(finished), finished)
+
+    def choice_logprobs(self, prompts: Sequence[str], choices: Sequence[str]) -> list[list[float]]:
+        """For every prompt the log probability of each choice as its continuation (sum over the choice's tokens)."""
+        flat = self.loglikelihood([(prompt, choice) for prompt in prompts for choice in choices])
+        width = len(choices)
+        return [[x.logprob for x in flat[i * width : (i + 1) * width]] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+        """Log probability of each continuation after its prompt, from logits in fp32; the end token is not scored."""
+        encoded = [encode_pair(self.tokenizer, prompt, text, end=False) for prompt, text in pairs]
+        answers: dict[int, LogLikelihood] = {}
+        for places in self._batches([len(ids) for ids, _ in encoded]):
+            tokens_BS, attention_BS, labels_BS, mask_BS = right_padded(
+                [encoded[i] for i in places], pad_id=self.tokenizer.pad_token_id, device=self.model.device
+            )
+            logits_BSV = self.model(input_ids=tokens_BS, attention_mask=attention_BS, use_cache=False).logits
+            logprobs_BSV = logits_BSV.float().log_softmax(-1)
+            logprob_BS = logprobs_BSV.gather(-1, labels_BS.unsqueeze(-1)).squeeze(-1)
+            sums = (logprob_BS * mask_BS).sum(-1).tolist()
+            for place, total, count in zip(places, sums, mask_BS.sum(-1).tolist(), strict=True):
+                answers[place] = LogLikelihood(total, count)
+        return [answers[i] for i in range(len(pairs))]
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        places = sorted(range(len(lengths)), key=lengths.__getitem__)
+        for start in range(0, len(places), self.batch_size):
+            yield places[start : start + self.batch_size]

@@ -1,0 +1,138 @@
+"""`results.json`: what was measured, how, on what, with which versions. Schema version 1.
+
+    {schema_version, model: {path, fingerprint}, backend, protocol: {name, max_tokens}, seed, versions: {package: version},
+     suites: {name: {version, sha256, grader, n, right, accuracy, stderr, interval, tokens, cut, seconds}}}
+
+`accuracy` = right / n; `stderr` its standard error; `interval` its 95 % Wilson interval; `tokens` generated in all; `cut`
+completions that `max_tokens` ended; `seed` null where nothing is drawn. Beside it `samples.jsonl` holds one line an example:
+suite, id, prompt, answer, completion, parsed, correct, reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from asft_eval.errors import EvaluationError
+from asft_eval.types import Protocol
+
+SCHEMA_VERSION = 1
+RESULTS, SAMPLES = "results.json", "samples.jsonl"
+
+_BLOCK = 1 << 16
+_BLOCKS_OF_A_LARGE_FILE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteResult:
+    """One suite's figures; the names are those of `results.json`."""
+
+    version: str
+    sha256: str
+    grader: str
+    n: int
+    right: int
+    accuracy: float
+    stderr: float
+    interval: tuple[float, float]
+    tokens: int
+    cut: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Everything in one `results.json`."""
+
+    model: Mapping[str, str]
+    backend: str
+    protocol: Protocol
+    seed: int | None
+    versions: Mapping[str, str]
+    suites: Mapping[str, SuiteResult]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """The object as written to the file."""
+        return asdict(self)
+
+
+def fingerprint(model_dir: Path) -> str:
+    """SHA-256 over names, sizes and content of the model's JSON and safetensors files.
+
+    Of a file larger than 4 MiB 64 evenly spaced blocks of 64 KiB are read, the first and the last among them, so that a
+    model of 140 GB takes a moment. Two checkpoints of one training run differ in every block.
+    """
+    digest = hashlib.sha256()
+    files = sorted(x for x in model_dir.iterdir() if x.suffix in (".json", ".safetensors") and x.is_file())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            if size <= _BLOCK * _BLOCKS_OF_A_LARGE_FILE:
+                digest.update(content.read())
+                continue
+            for i in range(_BLOCKS_OF_A_LARGE_FILE):
+                content.seek((size - _BLOCK) * i // (_BLOCKS_OF_A_LARGE_FILE - 1))
+                digest.update(content.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def write_result(out_dir: Path, result: Result, samples: Iterable[Mapping[str, Any]]) -> None:
+    """Write `samples.jsonl`, then `results.json`, each complete or not at all."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _write_whole(out_dir / SAMPLES, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in samples))
+    _write_whole(out_dir / RESULTS, json.dumps(result.to_json(), indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_result(result_dir: Path | str) -> Result:
+    """Read the `results.json` of a directory.
+
+    Raises:
+        EvaluationError: there is none, it is damaged, or of another schema version.
+    """
+    path = Path(result_dir) / RESULTS
+    if not path.is_file():
+        raise EvaluationError(
+            f"{result_dir} holds no {RESULTS}: evaluate a model with this directory as --out first"
+        )
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = content["schema_version"]
+        if found != SCHEMA_VERSION:
+            raise EvaluationError(
+                f"{path} has schema version {found}, this is {SCHEMA_VERSION}: evaluate again"
+            )
+        suites = {
+            name: SuiteResult(**{**row, "interval": tuple(row["interval"])})
+            for name, row in content.pop("suites").items()
+        }
+        return Result(**{**content, "protocol": Protocol(**content["protocol"]), "suites": suites})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path} is damaged ({error}): evaluate again") from error
+
+
+def read_samples(result_dir: Path | str) -> list[dict[str, Any]]:
+    """The lines of `samples.jsonl`.
+
+    Raises:
+        EvaluationError: there is no such file, or a line is damaged.
+    """
+    path = Path(result_dir) / SAMPLES
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise EvaluationError(f"{result_dir} holds no {SAMPLES}: evaluate again") from None
+    except json.JSONDecodeError as error:
+        raise EvaluationError(f"{path} is damaged ({error}): evaluate again") from error
