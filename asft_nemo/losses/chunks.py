@@ -1,0 +1,61 @@
+"""How many tokens at a time: chunks bounded in bytes, of nearly equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from asft_nemo.errors import ConfigError
+from asft_nemo.losses.vocab_shard import VocabShard
+from asft_nemo.objectives import Objective
+
+#: Bytes of [chunk, V] buffers that "auto" allows. A GPU's matrix units need about 2048 rows to be busy; a CPU's
+#: elementwise passes want to stay near its caches.
+CUDA_CHUNK_BYTES = 512 * 2**20
+CPU_CHUNK_BYTES = 64 * 2**20
+
+
+def bytes_per_token(objective: Objective, shard: VocabShard, dtype: torch.dtype) -> int:
+    """Bytes of logit buffers per token of a chunk: both models' logits and their difference, or the policy's alone."""
+    buffers = 3 if objective.divergence else 2
+    return max(shard.num_valid_of_largest, 1) * dtype.itemsize * buffers
+
+
+def resolve_chunk_tokens(
+    chunk_tokens: int | Literal["auto"],
+    *,
+    num_tokens: int,
+    objective: Objective,
+    shard: VocabShard,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Tokens per chunk: as asked, or as many as the byte budget allows. The same on all ranks of the shard's group.
+
+    Args:
+        chunk_tokens: "auto" or a number of at least 1.
+        num_tokens: tokens to visit; chunks are evened out over them.
+        dtype: of the logit buffers.
+
+    Raises:
+        ConfigError: a number below 1.
+    """
+    if chunk_tokens == "auto":
+        budget = CUDA_CHUNK_BYTES if device.type == "cuda" else CPU_CHUNK_BYTES
+        largest = max(budget // bytes_per_token(objective, shard, dtype), 1)
+    elif isinstance(chunk_tokens, int) and not isinstance(chunk_tokens, bool) and chunk_tokens >= 1:
+        largest = chunk_tokens
+    else:
+        raise ConfigError(
+            f"loss.chunk_tokens={chunk_tokens!r} leaves nothing to compute: set it to auto or to a whole number of at least 1"
+        )
+    chunks = max(-(-num_tokens // largest), 1)
+    return max(-(-num_tokens // chunks), 1)
+
+
+def token_chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    """Slices that cover the tokens in order; none where there are no tokens."""
+    for start in range(0, num_tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, num_tokens))

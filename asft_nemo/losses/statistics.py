@@ -1,0 +1,181 @@
+"""Per-token statistics of sharded logits: a few numbers per token and rank say everything about the softmax.
+
+With z, y the policy's and the reference's logits of one token, each rank of the tensor-parallel group reduces its own
+vocabulary rows to
+
+    m_z = max z,  s_z = sum e^(z - m_z),  z_label (0 where another rank has it)
+    m_y = max y,  s_y = sum e^(y - m_y),  cross = sum e^(y - m_y) (y - z)   (reverse: sum e^(z - m_z) (z - y))
+
+One all-gather of these brings every rank all of them, and each combines them alike, so the results are equal bit for
+bit on all ranks. Sums over a maximum that is only local cannot be all-reduced in one collective; gathering can.
+
+    log sum e^z = M + log sum_r s_r e^(m_r - M),   M = max_r m_r
+    KL(ref||policy) = cross - lse_y + lse_z,   KL(policy||ref) = cross - lse_z + lse_y   (cross normalised)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asft_nemo.losses.vocab_shard import VocabShard
+from asft_nemo.objectives import TOP_K, Objective, topk_entropy
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What is known of each token's softmax over the whole vocabulary. Tensors [N], accumulation dtype.
+
+    Attributes:
+        lse_N: log sum exp of the policy's logits.
+        label_logprob_N: log p(y_t).
+        ref_lse_N: log sum exp of the reference's logits, None without a divergence.
+        kl_N: the divergence in the objective's direction, None without one.
+        topk_entropy_N: see `asft_nemo.objectives.topk_entropy`, None where not read.
+    """
+
+    lse_N: Tensor
+    label_logprob_N: Tensor
+    ref_lse_N: Tensor | None = None
+    kl_N: Tensor | None = None
+    topk_entropy_N: Tensor | None = None
+
+    def __getitem__(self, chunk: slice) -> TokenStatistics:
+        def part(tensor_N: Tensor | None) -> Tensor | None:
+            return None if tensor_N is None else tensor_N[chunk]
+
+        return TokenStatistics(
+            self.lse_N[chunk],
+            self.label_logprob_N[chunk],
+            part(self.ref_lse_N),
+            part(self.kl_N),
+            part(self.topk_entropy_N),
+        )
+
+
+@dataclass
+class Exponentials:
+    """A chunk of logits turned in place into exponentials, from which the logit gradient needs one multiplication.
+
+    Attributes:
+        policy_NV: e^(z - shift).
+        ref_NV: e^(y - ref_shift), with a forward divergence only.
+        difference_NV: y - z, with a reverse divergence only.
+        shift_N, ref_shift_N: what was subtracted, -inf on a rank without vocabulary rows that count; None where it
+            was the log sum exp over the whole vocabulary, so that the exponentials already are probabilities.
+    """
+
+    policy_NV: Tensor
+    shift_N: Tensor | None
+    ref_NV: Tensor | None = None
+    ref_shift_N: Tensor | None = None
+    difference_NV: Tensor | None = None
+
+
+def floats_per_token(objective: Objective) -> int:
+    """K, the numbers each rank sends per valid token: 3, 6 with a divergence, and `TOP_K` more for top-k entropy."""
+    return 3 + (3 if objective.divergence else 0) + (TOP_K if "topk_entropy" in objective.reads else 0)
+
+
+def probabilities(
+    objective: Objective, logits_NV: Tensor, ref_logits_NV: Tensor | None, statistics: TokenStatistics
+) -> Exponentials:
+    """A chunk visited again, its statistics known: both models' logits are overwritten by what the gradient needs."""
+    difference_NV = None
+    if ref_logits_NV is not None and statistics.ref_lse_N is not None:
+        if objective.divergence == "reverse":
+            difference_NV, ref_logits_NV = ref_logits_NV.sub_(logits_NV), None
+        else:
+            ref_logits_NV.sub_(statistics.ref_lse_N.unsqueeze(1)).exp_()
+    logits_NV.sub_(statistics.lse_N.unsqueeze(1)).exp_()
+    return Exponentials(logits_NV, None, ref_logits_NV, None, difference_NV)
+
+
+def _row_max(logits_NV: Tensor) -> Tensor:
+    if logits_NV.shape[1] == 0:
+        return logits_NV.new_full((logits_NV.shape[0],), -torch.inf)
+    return logits_NV.amax(dim=1)
+
+
+def _top_logits(logits_NV: Tensor) -> Tensor:
+    """The `TOP_K` largest logits of this rank, -inf where it has fewer. [N, TOP_K]."""
+    top_NK = logits_NV.topk(min(TOP_K, logits_NV.shape[1]), dim=1).values
+    return torch.nn.functional.pad(top_NK, (0, TOP_K - top_NK.shape[1]), value=-torch.inf)
+
+
+def local_statistics(
+    objective: Objective,
+    logits_NV: Tensor,
+    ref_logits_NV: Tensor | None,
+    own_N: Tensor,
+    label_index_N: Tensor,
+) -> tuple[Tensor, Exponentials]:
+    """This rank's statistics of a chunk of tokens.
+
+    Args:
+        objective: says which statistics are needed.
+        logits_NV: [N, V] policy logits of the rows that count, accumulation dtype; overwritten.
+        ref_logits_NV: the reference's, overwritten; None where the objective has no divergence.
+        own_N, label_index_N: from `VocabShard.local_index`.
+
+    Returns:
+        packed_NK with K = `floats_per_token`, to be gathered over the ranks, and the exponentials.
+
+    Memory: with a divergence one [N, V] tensor besides the two given; kept for the gradient only in reverse.
+    """
+    columns: list[Tensor] = []
+    if "topk_entropy" in objective.reads:
+        columns.append(_top_logits(logits_NV))
+    if logits_NV.shape[1]:
+        label_logit_N = logits_NV.gather(1, label_index_N.unsqueeze(1)).squeeze(1).masked_fill_(~own_N, 0.0)
+    else:
+        label_logit_N = logits_NV.new_zeros(logits_NV.shape[0])
+    max_N = _row_max(logits_NV)
+    difference_NV = None if ref_logits_NV is None else ref_logits_NV - logits_NV
+    logits_NV.sub_(max_N.unsqueeze(1)).exp_()
+    exps = Exponentials(logits_NV, max_N, ref_logits_NV, difference_NV=difference_NV)
+    statistics = [max_N, logits_NV.sum(dim=1), label_logit_N]
+    if ref_logits_NV is not None and difference_NV is not None:
+        exps.ref_shift_N = ref_max_N = _row_max(ref_logits_NV)
+        ref_logits_NV.sub_(ref_max_N.unsqueeze(1)).exp_()
+        ref_sum_N = ref_logits_NV.sum(dim=1)
+        if objective.divergence == "forward":
+            cross_N = difference_NV.mul_(ref_logits_NV).sum(dim=1)
+            exps.difference_NV = None
+        else:
+            torch.mul(logits_NV, difference_NV, out=ref_logits_NV)
+            cross_N = ref_logits_NV.sum(dim=1).neg_()
+            exps.ref_NV = None
+        statistics += [ref_max_N, ref_sum_N, cross_N]
+    return torch.cat([torch.stack(statistics, dim=1), *columns], dim=1), exps
+
+
+def combine(objective: Objective, gathered_RNK: Tensor) -> TokenStatistics:
+    """Statistics over the whole vocabulary from those of every rank, as `VocabShard.all_gather` returns them."""
+    max_RN, sum_RN, label_RN = gathered_RNK[..., 0], gathered_RNK[..., 1], gathered_RNK[..., 2]
+    max_N = max_RN.amax(dim=0)
+    scale_RN = (max_RN - max_N).exp()
+    total_N = (sum_RN * scale_RN).sum(dim=0)
+    lse_N = max_N + total_N.log()
+    ref_lse_N = kl_N = entropy_N = None
+    if objective.divergence is not None:
+        ref_max_RN, ref_sum_RN, cross_RN = gathered_RNK[..., 3], gathered_RNK[..., 4], gathered_RNK[..., 5]
+        ref_max_N = ref_max_RN.amax(dim=0)
+        ref_scale_RN = (ref_max_RN - ref_max_N).exp()
+        ref_total_N = (ref_sum_RN * ref_scale_RN).sum(dim=0)
+        ref_lse_N = ref_max_N + ref_total_N.log()
+        if objective.divergence == "forward":
+            kl_N = (cross_RN * ref_scale_RN).sum(dim=0) / ref_total_N - (ref_lse_N - lse_N)
+        else:
+            kl_N = (cross_RN * scale_RN).sum(dim=0) / total_N - (lse_N - ref_lse_N)
+    if "topk_entropy" in objective.reads:
+        candidates_NK = gathered_RNK[..., -TOP_K:].permute(1, 0, 2).flatten(1)
+        entropy_N = topk_entropy(candidates_NK.topk(TOP_K, dim=1).values)
+    return TokenStatistics(lse_N, label_RN.sum(dim=0) - lse_N, ref_lse_N, kl_N, entropy_N)
+
+
+def exchange(objective: Objective, packed_NK: Tensor, shard: VocabShard) -> TokenStatistics:
+    """One all-gather of K numbers per token, then `combine`."""
+    return combine(objective, shard.all_gather(packed_NK))
