@@ -1,0 +1,78 @@
+"""Starts ranks on this machine with torchrun and waits for them; one group of ranks can do several runs after another."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from asft_nemo.config.schema import RunConfig, to_dict
+from asft_nemo.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def launch(run: RunConfig) -> None:
+    """Checks the inputs, opens the run's folder and trains on `run.run.world_size` ranks of this machine.
+
+    Raises:
+        UserError: what the user can mend, found here or by a rank.
+        RuntimeError: a rank failed otherwise; its output is on stderr.
+    """
+    launch_many([run])
+
+
+def launch_many(runs: Sequence[RunConfig]) -> None:
+    """Does several runs, one after another, in one group of ranks (importing NeMo takes 10 s a rank, so it is paid once).
+
+    All runs must ask for the same number of ranks. Raises as `launch`.
+    """
+    sizes = {run.run.world_size for run in runs}
+    if len(sizes) != 1:
+        raise ValueError(f"runs of one group need one world_size, got {sorted(sizes)}")
+    for run in runs:
+        _prepare(run)
+    with tempfile.TemporaryDirectory(prefix="asft-") as scratch:
+        jobs, error = Path(scratch) / "runs.json", Path(scratch) / "error.json"
+        jobs.write_text(json.dumps([to_dict(run) for run in runs]))
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={sizes.pop()}"),
+            *("-m", "asft_nemo.ranks", str(jobs)),
+        ]
+        code = subprocess.run(command, env=_environment(error)).returncode
+        if error.exists():
+            raise UserError(json.loads(error.read_text())["message"])
+        if code:
+            raise RuntimeError(f"the training ranks stopped with exit code {code}; their messages are above")
+
+
+def _prepare(run: RunConfig) -> None:
+    """What one process can check and do before ranks start, so that bad input costs seconds and leaves nothing behind."""
+    from asft_nemo.data import prepare
+    from asft_nemo.model import read_model_spec
+    from asft_nemo.run_dir import base_checkpoint, open_run_dir
+
+    path = Path(run.model.path)
+    hf_dir = path / "context" / "hf" if (path / "weights").is_dir() else path
+    read_model_spec(hf_dir)
+    prepared = prepare(run, tokenizer_dir=hf_dir)
+    logger.info("%s", prepared.summary)
+    open_run_dir(run, data_fingerprint=prepared.fingerprint)
+    base_checkpoint(run)
+
+
+def _environment(error: Path) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // 4)
+    return {
+        **os.environ,
+        "ASFT_ERROR_FILE": str(error),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,0 +1,223 @@
+"""From a RunConfig to NeMo's parts: model, data module, trainer. Only values and wiring; every default is in the schema."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nemo.lightning as nl
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+
+from asft_nemo.config.schema import RunConfig, data_parallel_size
+from asft_nemo.cpu import backend
+from asft_nemo.data import Prepared
+from asft_nemo.model import ModelSpec, megatron_config_kwargs, padded_vocab_size
+from asft_nemo.nemo.callbacks import CheckpointCallback, MetricsCallback
+from asft_nemo.nemo.compat import AnchoredStrategy
+from asft_nemo.nemo.datamodule import AnchoredDataModule
+from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, ASFTModel
+from asft_nemo.nemo.optim import WarmupSchedule
+from asft_nemo.nemo.precision import precision_plugin, precision_row
+from asft_nemo.nemo.schedule import PrepassCallback
+from asft_nemo.reference import ReferenceSource, ResidentReference
+from asft_nemo.reference.resident import frozen_config
+
+# Kernels that only exist on a GPU; Megatron's own defaults serve there.
+_CPU_ONLY: dict[str, Any] = {
+    "use_cpu_initialization": True,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "batch_p2p_sync": False,
+}
+
+OBJECTIVE_OPTIONS = ("alpha", "temperature", "exponent", "clip_low", "clip_high", "refresh_every")
+
+
+@dataclass
+class Parts:
+    """What one fit needs."""
+
+    trainer: nl.Trainer
+    model: ASFTModel
+    data: AnchoredDataModule
+    prepass: PrepassCallback
+
+
+def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
+    """The model's configuration: architecture from the checkpoint, layout and objective from the run."""
+    options = {name: getattr(run.objective, name) for name in OBJECTIVE_OPTIONS}
+    layout, dtype = run.parallel, precision_row(run.precision).compute_dtype
+    return AnchoredGPTConfig(
+        **megatron_config_kwargs(spec),
+        **(_CPU_ONLY if backend.active() else {}),
+        vocab_size=padded_vocab_size(spec.vocab_size, tp_size=layout.tp_size),
+        hf_vocab_size=spec.vocab_size,
+        seq_length=run.data.sequence_length,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=layout.vpp_size,
+        context_parallel_size=layout.cp_size,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=dtype,
+        calculate_per_token_loss=True,
+        objective_name=run.objective.name,
+        kl_weight=run.objective.kl_weight,
+        kl_direction=run.objective.kl_direction,
+        objective_options={name: value for name, value in options.items() if value is not None},
+        loss_implementation=run.loss.implementation,
+        normalize_by=run.loss.normalize_by,
+    )
+
+
+def optimizer(run: RunConfig, max_steps: int) -> MegatronOptimizerModule:
+    """AdamW with NeMo's schedule."""
+    optim = run.optim
+    return MegatronOptimizerModule(
+        config=OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.adam_beta1,
+            adam_beta2=optim.adam_beta2,
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            use_distributed_optimizer=optim.distributed,
+            bf16=run.precision != "fp32",
+            params_dtype=precision_row(run.precision).compute_dtype,
+        ),
+        lr_scheduler=WarmupSchedule(
+            optim.schedule,
+            max_steps=max_steps,
+            warmup_steps=math.ceil(optim.warmup_ratio * max_steps) if optim.warmup_ratio else 0,
+            min_lr=optim.lr * optim.min_lr_ratio,
+        ),
+    )
+
+
+def strategy(run: RunConfig, base_dir: Path, *, resuming: bool) -> AnchoredStrategy:
+    """NeMo's Megatron strategy for this layout; the base weights are read unless a checkpoint will be."""
+    layout = run.parallel
+    return AnchoredStrategy(
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=layout.vpp_size,
+        context_parallel_size=layout.cp_size,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=precision_row(run.precision).compute_dtype,
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=run.optim.distributed,
+            grad_reduce_in_fp32=True,
+            # per-token averaging divides once, by the global token count: no averaging in the collective
+            average_in_collective=False,
+            check_for_nan_in_grad=True,
+        ),
+        ckpt_async_save=False,
+        ckpt_optim_fully_reshardable=True,
+        process_group_backend="gloo" if backend.active() else "nccl",
+        restore_config=None
+        if resuming
+        else RestoreConfig(path=str(base_dir), load_model_state=True, load_optim_state=False),
+    )
+
+
+def reference_builder(run: RunConfig, config: AnchoredGPTConfig, base_dir: Path) -> Any:
+    """A function that makes this run's reference, or None when the objective reads nothing of it."""
+    if not config.objective.needs_reference:
+        return None
+    frozen = frozen_config(config)
+
+    def build() -> ReferenceSource:
+        return ResidentReference(
+            lambda stage: frozen.build_chunk(vp_stage=stage, returns_hidden=True),
+            vp_size=run.parallel.vpp_size,
+            weights_dir=base_dir / "weights",
+            dtype=precision_row(run.precision).compute_dtype,
+        )
+
+    return build
+
+
+def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, resuming: bool) -> Parts:
+    """Everything one fit needs.
+
+    Args:
+        run: the settings.
+        spec: architecture of the base model.
+        base_dir: the base checkpoint in NeMo form (`weights/`, `context/`).
+        data: tokenised training and validation sets and the number of steps.
+        resuming: a checkpoint of this run will be read, so the base weights need not be.
+    """
+    run_dir = Path(run.run.dir)
+    config = model_config(run, spec)
+    max_steps = data.max_steps
+    model = ASFTModel(config, optim=optimizer(run, max_steps))
+    module = AnchoredDataModule(
+        data.train,
+        data.validation,
+        sequence_length=run.data.sequence_length,
+        micro_batch_size=run.trainer.micro_batch_size,
+        global_batch_size=run.trainer.global_batch_size,
+        seed=run.run.seed,
+    )
+    prepass = PrepassCallback(reference_builder(run, config, base_dir))
+    metrics = MetricsCallback(
+        run_dir,
+        prepass,
+        max_steps=max_steps,
+        max_initial_kl=run.reference.max_initial_kl if config.objective.needs_reference else None,
+        validate_every=run.trainer.validate_every,
+        description=run.objective.name,
+    )
+    checkpoints = CheckpointCallback(
+        run_dir,
+        base_dir,
+        every=run.trainer.checkpoint_every,
+        max_steps=max_steps,
+        keep=int(run.trainer.keep.removeprefix("last:")),
+    )
+    trainer = nl.Trainer(
+        accelerator="cpu" if backend.active() else "gpu",
+        devices=_devices(run),
+        num_nodes=_nodes(run),
+        max_steps=max_steps,
+        max_epochs=-1,
+        strategy=strategy(run, base_dir, resuming=resuming),
+        plugins=precision_plugin(run.precision),
+        callbacks=[prepass, metrics, checkpoints],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    return Parts(trainer=trainer, model=model, data=module, prepass=prepass)
+
+
+def _local_world_size(run: RunConfig) -> int:
+    import os
+
+    return int(os.environ.get("LOCAL_WORLD_SIZE", run.run.world_size))
+
+
+def _devices(run: RunConfig) -> int:
+    return _local_world_size(run)
+
+
+def _nodes(run: RunConfig) -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", run.run.world_size)) // _local_world_size(run)

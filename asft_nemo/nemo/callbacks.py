@@ -1,0 +1,271 @@
+"""What a run writes while it trains: metrics.jsonl, TensorBoard events, checkpoints, progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from megatron.core import parallel_state
+from tqdm import tqdm
+
+from asft_nemo.errors import UserError
+from asft_nemo.nemo.schedule import PrepassCallback
+
+logger = logging.getLogger(__name__)
+
+METRIC_KEYS = ("loss", "nll", "weighted_nll", "kl", "kl_reverse", "token_weight")
+
+
+def is_writer() -> bool:
+    """Whether this rank writes the run's metrics: the one last-stage rank that knows the loss (tensor and data rank 0)."""
+    return (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    )
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says so. Collective over the whole world: one all-reduce of one value."""
+    value = torch.tensor([float(flag)], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return bool(value.item())
+
+
+class MetricsCallback(Callback):
+    """Writes one JSON object a step to metrics.jsonl and the same values as TensorBoard events; shows progress.
+
+    `tokens` counts valid (learned) tokens of the global batch; `seconds` is the whole step, `reference_seconds` its prepass.
+
+    Args:
+        run_dir: folder of the run.
+        prepass: tells the prepass's seconds.
+        max_steps: of the whole run, for the progress bar.
+        max_initial_kl: bound on the KL of the run's very first step, nats per token; None when no KL is measured.
+        validate_every: steps between validations, None for none.
+        description: shown in front of the progress bar.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        prepass: PrepassCallback,
+        *,
+        max_steps: int,
+        max_initial_kl: float | None,
+        validate_every: int | None,
+        description: str,
+    ):
+        self.path = run_dir / "metrics.jsonl"
+        self.prepass = prepass
+        self.max_steps = max_steps
+        self.max_initial_kl = max_initial_kl
+        self.validate_every = validate_every
+        self.description = description
+        self._bar: tqdm | None = None
+        self._events: Any = None
+        self._writes = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Opens the files on the writing rank; after a resume, lines of steps that will be run again are dropped."""
+        self._writes = is_writer()
+        if not self._writes:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        drop_steps_after(self.path, trainer.global_step)
+        self._events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=trainer.global_step + 1)
+        self._bar = tqdm(
+            total=self.max_steps,
+            initial=trainer.global_step,
+            desc=self.description,
+            unit="step",
+            disable=not sys.stderr.isatty() and not os.environ.get("ASFT_PROGRESS"),
+        )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Remembers the learning rate this step uses and when it began."""
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self._started = time.perf_counter()
+
+    def on_megatron_step_end(self, step: Any) -> None:
+        """After forward and backward, before the optimizer: refuses a loss that is not finite and a reference that is not the base.
+
+        Collective: one all-reduce of one value a step.
+        """
+        if step.forward_only:
+            return
+        values = step.pl_module.training_loss_reduction.last if is_writer() else {}
+        if any_rank(not math.isfinite(values.get("loss", 0.0))):
+            raise UserError(
+                f"the loss of step {step.step_i + 1} is not finite: look at metrics.jsonl before it, then lower optim.lr or check the data"
+            )
+        if step.step_i == 0 and self.max_initial_kl is not None:
+            kl = values.get("kl", values.get("kl_reverse", 0.0))
+            if any_rank(abs(kl) > self.max_initial_kl):
+                raise UserError(
+                    f"the KL to the reference before the first update exceeds reference.max_initial_kl={self.max_initial_kl}: policy "
+                    "and reference do not start from the same weights or kernels; check model.path and the precision, or raise the bound"
+                )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Writes the step's object; validation, when due, adds its values to the same object."""
+        seconds = time.perf_counter() - self._started
+        step = trainer.global_step
+        validation = {}
+        last = dict(pl_module.training_loss_reduction.last)
+        if self.validate_every and step % self.validate_every == 0:
+            validation = validate(trainer, pl_module)
+        if not self._writes:
+            return
+        grad_norm = trainer.callback_metrics.get("grad_norm")
+        tokens = int(last["tokens"])
+        line = {
+            "step": step,
+            **{key: last.get(key) for key in METRIC_KEYS},
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "lr": float(self._lr),
+            "tokens": tokens,
+            "seconds": seconds,
+            "reference_seconds": self.prepass.reference_seconds,
+            "tokens_per_second": tokens / seconds,
+            **{f"validation_{key}": validation.get(key) for key in METRIC_KEYS if validation},
+        }
+        with self.path.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if value is not None and name != "step":
+                self._events.add_scalar(name, value, step)
+        self._show(line)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        assert self._bar is not None
+        shown = {key: line[key] for key in ("loss", "nll", "kl", "kl_reverse") if line[key] is not None}
+        self._bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
+        self._bar.update(1)
+        every = max(1, self.max_steps // 10)
+        if self._bar.disable and (line["step"] % every == 0 or line["step"] == self.max_steps):
+            text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
+            left = line["seconds"] * (self.max_steps - line["step"])
+            logger.info("%s: step %d/%d %s, about %.0f s left", self.description, line["step"], self.max_steps, text, left)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Closes what was opened."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def drop_steps_after(path: Path, step: int) -> None:
+    """Keeps the lines of steps up to `step`: a resumed run writes the later ones again. A torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text)
+        except (json.JSONDecodeError, KeyError):
+            break
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.replace(path)
+
+
+def validate(trainer: Any, pl_module: Any) -> dict[str, float]:
+    """Means over the validation set by the same model, reference and loss as training, without gradients.
+
+    Collectives: those of the forward passes and one reduction per global batch; every rank must call it.
+
+    Returns:
+        The values on the writing rank, weighted by valid tokens; elsewhere an empty or partial dict.
+    """
+    batches, count = trainer.datamodule.validation_micro_batches()
+    parallel = trainer.strategy.megatron_parallel
+    reduction = pl_module.validation_loss_reduction
+    totals: dict[str, float] = {}
+    tokens = 0.0
+    kept = reduction.last
+    for chunk in parallel:
+        chunk.eval()
+    with torch.no_grad():
+        for _ in range(count):
+            reduction.last = {}
+            parallel.validation_step(batches, step_i=trainer.global_step)
+            weight = reduction.last.get("tokens", 0.0)
+            tokens += weight
+            for name, value in reduction.last.items():
+                totals[name] = totals.get(name, 0.0) + value * weight
+    for chunk in parallel:
+        chunk.train()
+    reduction.last = kept
+    return {name: total / tokens for name, total in totals.items()} if tokens else {}
+
+
+class CheckpointCallback(Callback):
+    """Writes ``checkpoints/step_N`` with NeMo's distributed checkpointing and moves ``checkpoints/latest`` after a complete write.
+
+    A checkpoint is written under a temporary name and renamed when every rank has finished; a kill in between leaves the previous
+    ``latest`` as it was. The reference is in no checkpoint.
+
+    Args:
+        run_dir: folder of the run.
+        base_dir: the base checkpoint; its `context/` goes along, so that a checkpoint exports on its own.
+        every: steps between checkpoints, None for only the last.
+        max_steps: last step of the run.
+        keep: how many of the latest checkpoints stay.
+    """
+
+    def __init__(self, run_dir: Path, base_dir: Path, *, every: int | None, max_steps: int, keep: int):
+        self.dir = run_dir / "checkpoints"
+        self.base_dir = base_dir
+        self.every, self.max_steps, self.keep = every, max_steps, keep
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Saves when due."""
+        step = trainer.global_step
+        if step == self.max_steps or (self.every and step % self.every == 0):
+            self.save(trainer, step)
+
+    def save(self, trainer: Any, step: int) -> None:
+        """Writes the checkpoint of `step`. Collective over all ranks."""
+        partial, final = self.dir / f"partial_step_{step}", self.dir / f"step_{step}"
+        if trainer.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.mkdir(parents=True)
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(str(partial))
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            shutil.copytree(self.base_dir / "context", partial / "context")
+            shutil.copy(self.dir.parent / "run.json", partial / "context" / "run.json")
+            partial.rename(final)
+            point_latest_at(self.dir, final.name)
+            for old in sorted(checkpoint_steps(self.dir))[: -self.keep]:
+                shutil.rmtree(self.dir / f"step_{old}")
+        trainer.strategy.barrier()
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in `folder`."""
+    names = (entry.name.removeprefix("step_") for entry in folder.glob("step_*"))
+    return [int(name) for name in names if name.isdigit()]
+
+
+def point_latest_at(folder: Path, name: str) -> None:
+    """Moves the link ``latest`` to `name` in one step."""
+    link = folder / ".latest.new"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, folder / "latest")

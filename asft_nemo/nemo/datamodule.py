@@ -1,0 +1,94 @@
+"""The data module: our datasets and sampler behind NeMo's data-sampler interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from megatron.core import parallel_state
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from torch.utils.data import DataLoader, Dataset
+
+from asft_nemo.data import GlobalBatchSampler, SequentialBatchSampler
+
+
+class AnchoredDataSampler(MegatronDataSampler):
+    """NeMo's sampler for batch sizes and step bookkeeping; the order of examples is our batch sampler's, already in the loader."""
+
+    def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
+        """The loader as it is: its batch sampler yields this data-parallel rank's micro batches."""
+        return dataloader
+
+    def on_megatron_step_end(self, step: Any) -> None:
+        """Nothing: batch sizes are constant and consumed samples follow from the step."""
+
+
+class AnchoredDataModule(pl.LightningDataModule):
+    """Feeds micro batches of `global_batch_size` examples a step, resumable from the number of consumed examples.
+
+    Args:
+        train: items are dicts of fixed-length tensors, see `asft_nemo.data.SupervisedDataset`.
+        validation: the same, or None.
+        sequence_length: tokens of every item.
+        micro_batch_size, global_batch_size: examples.
+        seed: of the epoch shuffles.
+    """
+
+    def __init__(
+        self,
+        train: Dataset,
+        validation: Dataset | None,
+        *,
+        sequence_length: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        seed: int,
+    ):
+        super().__init__()
+        self.train, self.validation = train, validation
+        self.micro_batch_size, self.global_batch_size, self.seed = micro_batch_size, global_batch_size, seed
+        self.consumed_samples = 0
+        self.data_sampler = AnchoredDataSampler(
+            seq_len=sequence_length,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            dataloader_type="single",
+            output_log=False,
+        )
+
+    def _ranks(self) -> dict[str, int]:
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "global_batch_size": self.global_batch_size,
+            "dp_rank": parallel_state.get_data_parallel_rank(),
+            "dp_size": parallel_state.get_data_parallel_world_size(),
+        }
+
+    def train_dataloader(self) -> DataLoader:
+        """This data-parallel rank's micro batches, from the first example not consumed yet."""
+        sampler = GlobalBatchSampler(
+            len(self.train),  # type: ignore[arg-type]
+            seed=self.seed,
+            consumed_samples=self.consumed_samples,
+            **self._ranks(),
+        )
+        return DataLoader(self.train, batch_sampler=sampler, num_workers=0)
+
+    def validation_micro_batches(self) -> tuple[Iterator[dict[str, torch.Tensor]], int]:
+        """This rank's validation micro batches in file order and the number of global batches; the last one is filled up with
+        fully masked examples.
+        """
+        assert self.validation is not None
+        sampler = SequentialBatchSampler(len(self.validation), **self._ranks())  # type: ignore[arg-type]
+        return iter(DataLoader(self.validation, batch_sampler=sampler, num_workers=0)), sampler.num_global_batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: the examples consumed so far."""
+        assert self.trainer is not None
+        return {"consumed_samples": self.trainer.global_step * self.global_batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues after the consumed examples."""
+        self.consumed_samples = int(state_dict["consumed_samples"])

@@ -1,0 +1,53 @@
+"""What torchrun starts on every rank: `python -m asft_nemo.ranks RUNS.json` trains each run of the file, one after another."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+USER_ERROR_EXIT = 2
+
+
+def main(argv: list[str]) -> int:
+    """Trains the runs; a `UserError` goes to the file named by ``ASFT_ERROR_FILE`` for the launcher to say once."""
+    from asft_nemo.config.schema import from_dict
+    from asft_nemo.errors import UserError
+    from asft_nemo.logs import set_up_logging
+    from asft_nemo.train import train
+
+    set_up_logging(rank=int(os.environ.get("RANK", "0")))
+    runs = [from_dict(values) for values in json.loads(Path(argv[0]).read_text())]
+    for run in runs:
+        try:
+            train(run)
+        except UserError as error:
+            _report(error)
+            _leave(USER_ERROR_EXIT)
+        except Exception:
+            logging.getLogger(__name__).error("rank %s failed:\n%s", os.environ.get("RANK", "0"), traceback.format_exc())
+            _leave(1)
+    return 0
+
+
+def _report(error: Exception) -> None:
+    target = os.environ.get("ASFT_ERROR_FILE")
+    if target is None:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201  started by hand, nobody else will say it
+        return
+    partial = Path(f"{target}.{os.getpid()}")
+    partial.write_text(json.dumps({"message": str(error)}))
+    partial.replace(target)
+
+
+def _leave(code: int) -> None:
+    """Ends this rank at once: other ranks may wait in a collective for it, and torchrun ends them when one has gone."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,154 @@
+"""The folder of a run: what is in it, whether it may be used, and where a run continues.
+
+    run.json              the settings, versions, git commit, base and data fingerprints
+    base/                 the base model in NeMo form, when model.path is a Hugging Face directory
+    metrics.jsonl         one object a step
+    checkpoints/step_N/   complete checkpoints; checkpoints/latest links to the newest
+    tensorboard/          the same metrics as events
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from asft_nemo.config.schema import RunConfig, to_dict
+from asft_nemo.errors import CheckpointError, ConfigError
+
+VERSIONED = ("asft_nemo", "torch", "megatron-core", "nemo_toolkit", "transformers", "transformer-engine", "apex", "numpy")
+
+# A run continues only as itself: these settings decide what is being trained. Layout, precision of kernels and lengths may change.
+IDENTITY = ("objective", "reference.form", "model", "data", "optim", "run.seed", "trainer.global_batch_size", "loss.normalize_by")
+
+
+def resume_from(run: RunConfig) -> Path | None:
+    """The checkpoint this run continues from, or None for a start from the base.
+
+    Raises:
+        CheckpointError: trainer.resume=must and there is no complete checkpoint.
+    """
+    if run.trainer.resume == "never":
+        return None
+    latest = Path(run.run.dir) / "checkpoints" / "latest"
+    if latest.exists():
+        return latest.resolve()
+    if run.trainer.resume == "must":
+        raise CheckpointError(
+            f"trainer.resume=must, but {run.run.dir} holds no complete checkpoint to resume from: check run.dir, "
+            "or start it with trainer.resume=never"
+        )
+    return None
+
+
+def base_checkpoint(run: RunConfig) -> Path:
+    """The base model in NeMo form: model.path itself, or its import into `run.dir/base` (made once, by whichever rank comes first).
+
+    Raises:
+        CheckpointError: model.path is neither a Hugging Face directory nor a NeMo checkpoint.
+    """
+    source = Path(run.model.path)
+    if (source / "weights").is_dir():
+        if not (source / "context" / "hf" / "config.json").is_file():
+            raise CheckpointError(
+                f"model.path={source} is a NeMo checkpoint without context/hf: import the Hugging Face model with `asft import`"
+            )
+        return source
+    from asft_nemo.checkpoint.convert import import_hf
+
+    target = Path(run.run.dir) / "base"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target.parent / ".base.lock")):
+        if not target.is_dir():
+            import_hf(source, target)
+    return target
+
+
+def open_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
+    """Checks that `run.dir` may be used and writes run.json. Called once, before any rank starts.
+
+    Raises:
+        ConfigError: the folder holds another run.
+        CheckpointError: nothing to resume from.
+    """
+    folder = Path(run.run.dir)
+    record = folder / "run.json"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.dir={folder} is a file: choose another run.dir")
+    resuming = resume_from(run) is not None
+    if record.exists():
+        if run.trainer.resume == "never":
+            raise ConfigError(
+                f"run.dir={folder} holds another run: choose another run.dir, or set trainer.resume=if_exists to continue it"
+            )
+        if resuming:
+            _same_run(run, json.loads(record.read_text()), data_fingerprint)
+    elif folder.exists() and any(entry.name != "base" and not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise ConfigError(f"run.dir={folder} is not empty and holds no run: choose another run.dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, run_record(run, data_fingerprint=data_fingerprint))
+
+
+def _same_run(run: RunConfig, before: dict[str, Any], data_fingerprint: str) -> None:
+    changed = [key for key in IDENTITY if _at(to_dict(run), key) != _at(before["config"], key)]
+    if before["data_fingerprint"] != data_fingerprint and "data" not in changed:
+        changed.append("the contents of the data files")
+    if changed:
+        raise ConfigError(
+            f"run.dir={run.run.dir} holds another run (different: {', '.join(changed)}): resume with the same settings, "
+            "or choose another run.dir"
+        )
+
+
+def _at(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def run_record(run: RunConfig, *, data_fingerprint: str) -> dict[str, Any]:
+    """What run.json holds."""
+    return {
+        "format": 1,
+        "config": to_dict(run),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "data_fingerprint": data_fingerprint,
+        "base": str(Path(run.model.path)),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides a run's numbers; None where a package is not installed."""
+    found: dict[str, str | None] = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit this code runs from, with `+changes` when the tree differs from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name and renames it: never half a file."""
+    partial = path.with_name(f".{path.name}.new")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
