@@ -23,8 +23,8 @@ def fragment() -> dict[str, Any]:
             "precision": "fp32",
             # A trained-from-scratch small model moves with larger steps than a 7B one.
             "optim": {"lr": 5e-4},
-            # Long enough for most GSM8K rows under the small byte-level vocabulary, short enough for two cores.
-            "data": {"sequence_length": 512},
+            # Holds 99.9 % of the GSM8K rows under the small byte-level vocabulary.
+            "data": {"sequence_length": 1024},
             # About a second a step on two cores; four micro batches also fill an interleaved two-stage pipeline.
             "trainer": {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 50},
         },

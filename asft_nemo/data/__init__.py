@@ -1,0 +1,26 @@
+"""From files to the micro batches of each data-parallel rank."""
+
+from asft_nemo.data.dataset import FILLER, LoadReport, SupervisedDataset
+from asft_nemo.data.fingerprint import fingerprint
+from asft_nemo.data.sampler import GlobalBatchSampler, SequentialBatchSampler, num_steps
+from asft_nemo.data.sources import BadRow, Record, read_records
+from asft_nemo.data.templates import PROMPTS, Rendered, render
+from asft_nemo.data.tokenization import TextTokenizer, Tokenized
+
+__all__ = [
+    "FILLER",
+    "PROMPTS",
+    "BadRow",
+    "GlobalBatchSampler",
+    "LoadReport",
+    "Record",
+    "Rendered",
+    "SequentialBatchSampler",
+    "SupervisedDataset",
+    "TextTokenizer",
+    "Tokenized",
+    "fingerprint",
+    "num_steps",
+    "read_records",
+    "render",
+]

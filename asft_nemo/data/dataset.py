@@ -1,0 +1,230 @@
+"""Files to a dataset of fixed-length items, with a report of everything that was left out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from asft_nemo.config.schema import DataConfig
+from asft_nemo.data.sources import BadRow, Record, bad_rows_error, read_records
+from asft_nemo.data.templates import render
+from asft_nemo.data.tokenization import TextTokenizer, Tokenized
+from asft_nemo.errors import DataError
+
+log = logging.getLogger(__name__)
+
+FILLER = -1  # index (and sample id) of an item without any learned token
+_CHUNK = 1024  # records tokenised at once
+
+
+@dataclass
+class LoadReport:
+    """What became of the rows.
+
+    Attributes:
+        rows: non-blank lines read.
+        bad: the unusable ones.
+        too_long: usable ones longer than the sequence length: dropped or truncated, as `data.on_too_long` says.
+        no_response_left: truncated ones whose response lay wholly beyond the cut; dropped.
+        lengths: tokens of every usable row before dropping or truncating, begin and end tokens included.
+        kept: items of the dataset.
+        tokens: input tokens of the kept items, padding excluded.
+        learned_tokens: labels that count in the loss.
+    """
+
+    rows: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+    too_long: int = 0
+    no_response_left: int = 0
+    lengths: list[int] = field(default_factory=list)
+    kept: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+
+
+class SupervisedDataset(Dataset[dict[str, Tensor]]):
+    """Prompt-response examples as next-token items of `sequence_length` tokens, padded on the right.
+
+    An item is a dict of `tokens`, `labels` (already shifted: the label of position i is token i + 1) and `position_ids`, int64 [S];
+    `loss_mask`, bool [S], True where the label counts; and `sample_id`, int64 scalar, the row's number among the non-blank lines of
+    all files. Index -1 is a filler item: padding only, nothing learned.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Tokenized],
+        sample_ids: Sequence[int],
+        *,
+        sequence_length: int,
+        pad_id: int,
+        report: LoadReport | None = None,
+    ):
+        self.sequence_length, self.pad_id = sequence_length, pad_id
+        self.report = report or LoadReport(rows=len(examples), kept=len(examples))
+        lengths = [len(example.tokens) for example in examples]
+        if max(lengths, default=0) > sequence_length + 1:
+            raise ValueError(
+                f"an example of {max(lengths)} tokens does not fit sequence_length={sequence_length}"
+            )
+        # One flat array instead of a list of lists: 4 bytes a token, and forked workers share it.
+        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self._tokens = np.fromiter(
+            (token for example in examples for token in example.tokens),
+            dtype=np.int32,
+            count=int(self._starts[-1]),
+        )
+        self._response_starts = np.asarray([example.response_start for example in examples], dtype=np.int64)
+        self._sample_ids = np.asarray(sample_ids, dtype=np.int64)
+
+    @classmethod
+    def from_files(
+        cls,
+        files: Iterable[str | Path],
+        data: DataConfig,
+        *,
+        tokenizer: TextTokenizer,
+        vocab_size: int | None = None,
+    ) -> SupervisedDataset:
+        """Reads, renders and tokenises files, and says what was left out.
+
+        Args:
+            files: JSON Lines files.
+            data: fields, template, sequence length and policies; its file lists are not looked at.
+            tokenizer: of the model.
+            vocab_size: the model's rows; a tokenizer with more ids is refused.
+
+        Raises:
+            DataError: a file cannot be read, rows are bad and `data.on_bad_row=fail`, rows are too long and
+                `data.on_too_long=fail`, or nothing is left.
+        """
+        if vocab_size is not None and tokenizer.size > vocab_size:
+            raise DataError(
+                f"the tokenizer has {tokenizer.size} tokens but the model only {vocab_size} rows: use the model's own tokenizer"
+            )
+        report = LoadReport()
+        examples, sample_ids = _load(files, data, tokenizer, report)
+        if report.bad and data.on_bad_row == "fail":
+            raise bad_rows_error(report.bad)
+        if not examples:
+            raise DataError(_nothing_left(report, data))
+        _say(report, data)
+        return cls(
+            examples, sample_ids, sequence_length=data.sequence_length, pad_id=tokenizer.pad_id, report=report
+        )
+
+    def __len__(self) -> int:
+        return len(self._sample_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        size = self.sequence_length
+        tokens = torch.full((size,), self.pad_id, dtype=torch.int64)
+        labels = torch.full((size,), self.pad_id, dtype=torch.int64)
+        loss_mask = torch.zeros(size, dtype=torch.bool)
+        sample_id = FILLER
+        if index != FILLER:
+            if not 0 <= index < len(self):
+                raise IndexError(f"item {index} of {len(self)}")
+            start, stop = self._starts[index : index + 2]
+            whole = torch.from_numpy(self._tokens[start:stop].astype(np.int64))
+            count = len(whole) - 1
+            tokens[:count], labels[:count] = whole[:-1], whole[1:]
+            # Label i is token i + 1, so the first learned label stands one place before the response.
+            loss_mask[max(0, int(self._response_starts[index]) - 1) : count] = True
+            sample_id = int(self._sample_ids[index])
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": loss_mask,
+            "position_ids": torch.arange(size),
+            "sample_id": torch.tensor(sample_id),
+        }
+
+
+def _load(
+    files: Iterable[str | Path], data: DataConfig, tokenizer: TextTokenizer, report: LoadReport
+) -> tuple[list[Tokenized], list[int]]:
+    examples: list[Tokenized] = []
+    sample_ids: list[int] = []
+    records = read_records(files, data.fields)
+    while chunk := list(islice(records, _CHUNK)):
+        usable: list[tuple[int, Record]] = []
+        for number, record in enumerate(chunk, start=report.rows):
+            if isinstance(record, BadRow):
+                report.bad.append(record)
+            else:
+                usable.append((number, record))
+        report.rows += len(chunk)
+        tokenized = tokenizer.encode([render(data.template, row.prompt, row.response) for _, row in usable])
+        for (number, record), example in zip(usable, tokenized, strict=True):
+            report.lengths.append(len(example.tokens))
+            fitted = _fit(example, record, data, report)
+            if fitted is not None:
+                examples.append(fitted)
+                sample_ids.append(number)
+                report.kept += 1
+                report.tokens += len(fitted.tokens) - 1
+                report.learned_tokens += len(fitted.tokens) - max(1, fitted.response_start)
+    return examples, sample_ids
+
+
+def _fit(example: Tokenized, record: Record, data: DataConfig, report: LoadReport) -> Tokenized | None:
+    """The example within the sequence length, or None where it is left out."""
+    response_start = 0 if data.loss_on == "all" else example.response_start
+    most = data.sequence_length + 1  # the last token is only ever a label
+    if len(example.tokens) <= most:
+        return Tokenized(example.tokens, response_start)
+    if data.on_too_long == "fail":
+        raise DataError(
+            f"{record.file}:{record.line}: {len(example.tokens)} tokens do not fit data.sequence_length="
+            f"{data.sequence_length}: raise it, or set data.on_too_long=drop or truncate"
+        )
+    report.too_long += 1
+    if data.on_too_long == "drop":
+        return None
+    if example.response_start >= most:
+        report.no_response_left += 1
+        return None
+    return Tokenized(example.tokens[:most], response_start)
+
+
+def _nothing_left(report: LoadReport, data: DataConfig) -> str:
+    if not report.lengths:
+        return f"all {report.rows} rows are bad: the first is {report.bad[0]}"
+    return (
+        f"every example is longer than data.sequence_length={data.sequence_length} (the shortest has {min(report.lengths)} "
+        f"tokens): raise data.sequence_length{'' if data.on_too_long == 'truncate' else ', or set data.on_too_long=truncate'}"
+    )
+
+
+def _say(report: LoadReport, data: DataConfig) -> None:
+    log.info(
+        "data: %d rows, %d kept, %d tokens, %d learned (%.1f %%)",
+        report.rows,
+        report.kept,
+        report.tokens,
+        report.learned_tokens,
+        100 * report.learned_tokens / report.tokens,
+    )
+    if report.bad:
+        log.warning("data: %d bad rows skipped, the first is %s", len(report.bad), report.bad[0])
+    if report.too_long:
+        action = "dropped" if data.on_too_long == "drop" else "truncated"
+        log.warning(
+            "data: %d of %d examples are longer than data.sequence_length=%d and were %s",
+            report.too_long - report.no_response_left,
+            len(report.lengths),
+            data.sequence_length,
+            action,
+        )
+    if report.no_response_left:
+        log.warning(
+            "data: %d truncated examples had no response left and were dropped", report.no_response_left
+        )

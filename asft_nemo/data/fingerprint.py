@@ -1,0 +1,48 @@
+"""A short name for exactly this data: equal when and only when the same items would come out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from asft_nemo.config.schema import DataConfig
+
+# What turns text into tokens, and nothing else of a Hugging Face directory.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+)
+
+
+def fingerprint(files: Iterable[str | Path], data: DataConfig, *, tokenizer_dir: str | Path) -> str:
+    """SHA-256 (hex) over the files' bytes in order, the settings that shape items, and the tokenizer's files.
+
+    File names and folders do not count, so a moved copy has the same fingerprint.
+    """
+    settings = {
+        "template": data.template,
+        "fields": [data.fields.prompt, data.fields.response],
+        "sequence_length": data.sequence_length,
+        "packing": data.packing,
+        "loss_on": data.loss_on,
+        "on_bad_row": data.on_bad_row,
+        "on_too_long": data.on_too_long,
+    }
+    total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for file in files:
+        total.update(_digest(Path(file)))
+    for name in _TOKENIZER_FILES:
+        path = Path(tokenizer_dir) / name
+        if path.is_file():
+            total.update(name.encode() + _digest(path))
+    return total.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

@@ -1,0 +1,165 @@
+"""Records from files: JSON Lines, one object a line, two of its fields are the prompt and the response.
+
+Every line that cannot be used is reported with file, line and reason; the readers never raise for a bad row, so that all of them can
+be counted. A file that cannot be read at all raises `DataError`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from asft_nemo.config.schema import FieldsConfig
+from asft_nemo.errors import DataError
+
+SHOWN_ROWS = 20  # bad rows listed in an error
+_ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, whose mark is a prefix of it
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_ARCHIVES = (
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"PK\x03\x04", "zip"),
+    (b"PAR1", "Parquet"),
+)
+
+
+class BadRow(NamedTuple):
+    """A line that cannot be used."""
+
+    file: str
+    line: int  # 1 for the first
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example as text."""
+
+    prompt: str
+    response: str
+    file: str
+    line: int
+
+
+def read_records(files: Iterable[str | Path], fields: FieldsConfig) -> Iterator[Record | BadRow]:
+    """All lines of all files, in order, each as a record or as the reason why it is none. Blank lines are skipped.
+
+    Raises:
+        DataError: a file is missing, is not text in UTF-8, or has no line.
+    """
+    for file in files:
+        empty = True
+        for line, raw in _lines(Path(file)):
+            empty = False
+            parsed = _parse(raw)
+            result = parsed if isinstance(parsed, str) else _pick(parsed, fields)
+            if isinstance(result, str):
+                yield BadRow(str(file), line, result)
+            else:
+                yield Record(*result, file=str(file), line=line)
+        if empty:
+            raise DataError(f"data file {file} is empty: give a file with one JSON object a line")
+
+
+def bad_rows_error(rows: list[BadRow]) -> DataError:
+    """The error that lists bad rows: the first ones in full, and how many there are."""
+    shown = "\n".join(f"  {row}" for row in rows[:SHOWN_ROWS])
+    rest = f"\n  ... and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+    plural = "rows" if len(rows) != 1 else "row"
+    return DataError(f"{len(rows)} bad {plural}: correct them, or set data.on_bad_row=skip\n{shown}{rest}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Non-blank lines with their numbers; one line is in memory at a time."""
+    if not path.is_file():
+        raise DataError(f"data file {path} does not exist (looked in {Path.cwd()}): correct data.train")
+    try:
+        with path.open("rb") as stream:
+            _refuse_other_formats(path, stream.read(4))
+            stream.seek(0)
+            for number, raw in enumerate(stream, start=1):
+                if number == 1 and raw.startswith(codecs.BOM_UTF8):
+                    raw = raw[len(codecs.BOM_UTF8) :]
+                if raw.strip():
+                    yield number, raw
+    except OSError as error:
+        raise DataError(
+            f"data file {path} cannot be read ({error.strerror}): correct its permissions"
+        ) from error
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    for mark, encoding in _ENCODINGS:
+        if start.startswith(mark):
+            raise DataError(f"data file {path} is {encoding} text: convert it to UTF-8")
+    for mark, form in _ARCHIVES:
+        if start.startswith(mark):
+            raise DataError(f"data file {path} is {form}, which is not read yet: unpack it to JSON Lines")
+
+
+def _parse(raw: bytes) -> dict[str, Any] | str:
+    """A line's object, or why it is none."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: byte {raw[error.start]:#04x} at column {error.start + 1}"
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} at column {error.colno}"
+    except RecursionError:
+        return "not JSON that can be read: nested too deeply"
+    if isinstance(value, list):
+        return "a JSON array where one object a line is needed"
+    if not isinstance(value, dict):
+        return f"a JSON {_kind(value)} where an object is needed"
+    return value
+
+
+def _pick(row: Mapping[str, Any], fields: FieldsConfig) -> tuple[str, str] | str:
+    """Prompt and response of a row, or why there are none."""
+    texts: list[str] = []
+    for key, name in (("prompt", fields.prompt), ("response", fields.response)):
+        if name not in row:
+            there = ", ".join(sorted(row)) or "none"
+            return f"no field '{name}', its fields are {there}: set data.fields.{key}"
+        value = row[name]
+        if not isinstance(value, str):
+            return f"field '{name}' is {_kind(value)} where text is needed"
+        if not value.strip():
+            return f"field '{name}' is empty"
+        if not _encodable(value):
+            return f"field '{name}' holds half of a surrogate pair"
+        texts.append(value)
+    return texts[0], texts[1]
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    names = {
+        bool: "true or false",
+        int: "number",
+        float: "number",
+        str: "text",
+        list: "array",
+        dict: "object",
+    }
+    return "null" if value is None else names[type(value)]
