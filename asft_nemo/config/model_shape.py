@@ -8,8 +8,6 @@ from pathlib import Path
 
 from asft_nemo.errors import ConfigError
 
-VOCAB_MULTIPLE = 128  # Megatron pads the vocabulary to a multiple of this times tp_size
-
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -35,8 +33,8 @@ _KEYS = {
     "max_positions": ("max_position_embeddings",),
 }
 
-# A checkpoint imported from Hugging Face carries the original config.json in one of these folders.
-_PLACES = ("config.json", "hf/config.json", "context/hf/config.json", "context/config.json")
+# A NeMo checkpoint carries the original Hugging Face files in context/hf.
+_PLACES = ("config.json", "context/hf/config.json")
 
 
 def read_model_shape(path: str | Path) -> ModelShape:

@@ -2,6 +2,7 @@
 
 from asft_nemo.data.dataset import FILLER, LoadReport, SupervisedDataset
 from asft_nemo.data.fingerprint import fingerprint
+from asft_nemo.data.prepare import Prepared, prepare
 from asft_nemo.data.sampler import GlobalBatchSampler, SequentialBatchSampler, num_steps
 from asft_nemo.data.sources import BadRow, Record, read_records
 from asft_nemo.data.templates import PROMPTS, Rendered, render
@@ -13,6 +14,7 @@ __all__ = [
     "BadRow",
     "GlobalBatchSampler",
     "LoadReport",
+    "Prepared",
     "Record",
     "Rendered",
     "SequentialBatchSampler",
@@ -21,6 +23,7 @@ __all__ = [
     "Tokenized",
     "fingerprint",
     "num_steps",
+    "prepare",
     "read_records",
     "render",
 ]

@@ -1,0 +1,79 @@
+"""Everything training needs of the data, from the run's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from asft_nemo.config.model_shape import read_model_shape
+from asft_nemo.config.schema import RunConfig
+from asft_nemo.data.dataset import SupervisedDataset
+from asft_nemo.data.fingerprint import fingerprint
+from asft_nemo.data.sampler import num_steps
+from asft_nemo.data.tokenization import TextTokenizer
+from asft_nemo.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of one run.
+
+    Attributes:
+        train: the training items.
+        validation: held-out items, or None where `data.validation` is empty.
+        max_steps: optimizer steps of the whole run.
+        fingerprint: SHA-256 over all files, the settings that shape items, and the tokenizer.
+        summary: one line that says what there is and how it will be used.
+    """
+
+    train: SupervisedDataset
+    validation: SupervisedDataset | None
+    max_steps: int
+    fingerprint: str
+    summary: str
+
+
+def prepare(run: RunConfig, *, tokenizer_dir: str | Path) -> Prepared:
+    """Reads, tokenises and checks all files of a run. Deterministic: every rank prepares the same items.
+
+    Args:
+        run: the settings.
+        tokenizer_dir: Hugging Face directory of the model, with tokenizer files and config.json.
+
+    Raises:
+        DataError: files, rows or the tokenizer are unusable, or nothing is left to train on.
+    """
+    data = run.data
+    if not data.train:
+        raise DataError("data.train is empty: set data.train=[file.jsonl]")
+    tokenizer = TextTokenizer.load(tokenizer_dir)
+    vocab_size = read_model_shape(tokenizer_dir).vocab_size
+    train = SupervisedDataset.from_files(data.train, data, tokenizer=tokenizer, vocab_size=vocab_size)
+    validation = None
+    if data.validation:
+        validation = SupervisedDataset.from_files(
+            data.validation, data, tokenizer=tokenizer, vocab_size=vocab_size
+        )
+    max_steps = num_steps(len(train), run.trainer)
+    return Prepared(
+        train=train,
+        validation=validation,
+        max_steps=max_steps,
+        fingerprint=fingerprint([*data.train, *data.validation], data, tokenizer_dir=tokenizer_dir),
+        summary=_summary(run, train, max_steps),
+    )
+
+
+def _summary(run: RunConfig, train: SupervisedDataset, max_steps: int) -> str:
+    report, batch = train.report, run.trainer.global_batch_size
+    left_out = {
+        "bad": len(report.bad),
+        "too long": report.too_long if run.data.on_too_long == "drop" else 0,
+        "without a response after truncation": report.no_response_left,
+    }
+    dropped = ", ".join(f"{number} {why}" for why, number in left_out.items() if number)
+    return (
+        f"data: {report.rows} rows, {len(train)} examples{f' ({dropped}: left out)' if dropped else ''}, "
+        f"{report.tokens} tokens, {100 * report.learned_tokens / report.tokens:.0f} % of them learned; "
+        f"{max_steps} steps x {batch} examples = {max_steps * batch / len(train):.2f} epochs"
+    )
