@@ -1,0 +1,306 @@
+"""Reading blocks of rows from a torch distributed checkpoint without running its pickles.
+
+Two pickles lie in such a checkpoint: `.metadata`, which says what tensors there are and where their chunks
+lie, and one small one inside every chunk (a chunk is a `torch.save` archive: a zip file whose records are
+stored uncompressed). Both are read with unpicklers that build plain values only. The numbers themselves are
+read straight from the file, just the rows asked for, so that even a chunk that holds a whole embedding costs
+no memory.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import math
+import os
+import pickle
+import struct
+import threading
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+from asft_nemo.checkpoint.safetensors_io import read_into
+from asft_nemo.errors import CheckpointError
+
+_METADATA_CLASSES: dict[tuple[str, str], Any] = {
+    ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
+    for name in (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,  # pyright: ignore
+    ("torch", "Size"): torch.Size,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    # Megatron-core's own class adds a field we do not need; the plain one takes its state as well.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): metadata.Metadata,
+}
+_STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+}
+
+
+class _Inert:
+    """Stands for any class that is not needed: it accepts what a pickle gives it and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return _METADATA_CLASSES.get((module, name), _Inert)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Where a chunk's numbers lie: file, first byte, dtype."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+
+
+class _ChunkUnpickler(pickle.Unpickler):
+    """Reads the small pickle of a saved tensor into (storage key, dtype, storage offset, size, stride)."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: (*storage, offset, tuple(size), tuple(stride))
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, *_: data
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        raise pickle.UnpicklingError(f"{module}.{name} is not a plain tensor")
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, dtype, key, _, _ = pid
+        return key, dtype
+
+
+class _FileSpan(io.RawIOBase):
+    """A part of a file as a seekable stream of its own."""
+
+    def __init__(self, descriptor: int, start: int, length: int) -> None:
+        self._descriptor, self._start, self._length, self._position = descriptor, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise OSError("seek before the start")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._length - self._position))
+        data = os.pread(self._descriptor, count, self._start + self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+class DistReader:
+    """The tensors of a torch distributed checkpoint. Thread safe."""
+
+    def __init__(self, weights_dir: str | Path) -> None:
+        """Reads the metadata.
+
+        Raises:
+            CheckpointError: the directory holds no complete distributed checkpoint.
+        """
+        self.weights_dir = Path(weights_dir)
+        path = self.weights_dir / ".metadata"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{self.weights_dir} holds no distributed checkpoint (.metadata is missing): give the"
+                " directory of a"
+                " checkpoint that was written to its end"
+            )
+        try:
+            with path.open("rb") as stream:
+                loaded = _MetadataUnpickler(stream).load()
+            described: dict[str, Any] = loaded.state_dict_metadata
+            self._storage: dict[metadata.MetadataIndex, Any] = loaded.storage_data
+        except Exception as error:
+            raise CheckpointError(f"{path} cannot be read ({error!r}): copy the checkpoint again") from error
+        self.tensors: dict[str, metadata.TensorStorageMetadata] = {
+            key: value
+            for key, value in described.items()
+            if isinstance(value, metadata.TensorStorageMetadata)
+        }
+        self._descriptors: dict[Path, int] = {}
+        self._records: dict[metadata.MetadataIndex, _Record] = {}
+        self._lock = threading.Lock()
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Returns a tensor's dtype on disk."""
+        return self.tensors[key].properties.dtype
+
+    def read_rows(self, key: str, layer: int | None, start: int, target: torch.Tensor) -> None:
+        """Fills `target` with the rows of one layer, or of a tensor without a layer dim, from `start` on.
+
+        Args:
+            key: the tensor.
+            layer: index into the leading layer dim, None where the tensor has none.
+            start: first row.
+            target: contiguous `[rows, ...]`, of the dtype on disk.
+
+        Raises:
+            CheckpointError: a file is missing or truncated, or chunks do not cover the rows.
+        """
+        lead = () if layer is None else (layer,)
+        low = (*lead, start, *(0 for _ in target.shape[1:]))
+        high = (*(index + 1 for index in lead), start + target.shape[0], *target.shape[1:])
+        covered = 0
+        for chunk in self.tensors[key].chunks:
+            begin = [max(a, b) for a, b in zip(low, chunk.offsets, strict=True)]
+            end = [min(a, b + size) for a, b, size in zip(high, chunk.offsets, chunk.sizes, strict=True)]
+            if any(a >= b for a, b in zip(begin, end, strict=True)):
+                continue
+            box = [b - a for a, b in zip(begin, end, strict=True)]
+            inside = [a - b for a, b in zip(begin, chunk.offsets, strict=True)]
+            piece = target
+            for dim, (a, b, size) in enumerate(
+                zip(begin[len(lead) :], low[len(lead) :], box[len(lead) :], strict=True)
+            ):
+                piece = piece.narrow(dim, a - b, size)
+            self._read_box(key, chunk, inside, len(lead), piece)
+            covered += math.prod(box)
+        if covered != target.numel():
+            raise CheckpointError(
+                f"{self.weights_dir}: the chunks of {key} do not cover rows {start} to"
+                f" {start + target.shape[0]} once:"
+                " copy the checkpoint again"
+            )
+
+    def _read_box(
+        self,
+        key: str,
+        chunk: metadata.ChunkStorageMetadata,
+        inside: list[int],
+        lead: int,
+        piece: torch.Tensor,
+    ) -> None:
+        """Reads whole rows of a chunk, then takes from them the columns that `piece` wants."""
+        record = self._record(metadata.MetadataIndex(key, chunk.offsets), chunk)
+        row_shape = tuple(chunk.sizes[lead + 1 :])
+        row_numel = math.prod(row_shape)
+        row = inside[lead] if lead == 0 else inside[0] * chunk.sizes[1] + inside[1]
+        offset = record.offset + row * row_numel * record.dtype.itemsize
+        descriptor = self._descriptors[record.path]
+        if tuple(piece.shape[1:]) == row_shape and piece.is_contiguous():
+            read_into(descriptor, offset, piece, path=record.path)
+            return
+        rows = torch.empty((piece.shape[0], *row_shape), dtype=record.dtype)
+        read_into(descriptor, offset, rows, path=record.path)
+        for dim, (first, size) in enumerate(zip(inside[lead + 1 :], piece.shape[1:], strict=True), start=1):
+            rows = rows.narrow(dim, first, size)
+        piece.copy_(rows)
+
+    def _record(self, index: metadata.MetadataIndex, chunk: metadata.ChunkStorageMetadata) -> _Record:
+        with self._lock:
+            if index not in self._records:
+                self._records[index] = self._locate(index, chunk)
+            return self._records[index]
+
+    def _locate(self, index: metadata.MetadataIndex, chunk: metadata.ChunkStorageMetadata) -> _Record:
+        info = self._storage[index]
+        path = self.weights_dir / info.relative_path
+        if Path(info.relative_path).name != info.relative_path or not path.is_file():
+            raise CheckpointError(
+                f"{self.weights_dir}: the file {info.relative_path} of {index.fqn} is missing: copy the"
+                " checkpoint again"
+            )
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        descriptor = self._descriptors[path]
+        dtype = self.dtype(index.fqn)
+        try:
+            span = io.BufferedReader(_FileSpan(descriptor, info.offset, info.length), 4096)
+            archive = zipfile.ZipFile(span)
+            pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            key, stored, first, size, stride = _ChunkUnpickler(io.BytesIO(archive.read(pickled))).load()
+            record = archive.getinfo(f"{pickled.removesuffix('data.pkl')}data/{key}")
+            local = os.pread(descriptor, 30, info.offset + record.header_offset)
+            name_length, extra_length = struct.unpack("<HH", local[26:30])
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: the chunk of {index.fqn} cannot be read ({error!r}): copy the checkpoint again"
+            ) from error
+        contiguous = tuple(math.prod(size[dim + 1 :]) for dim in range(len(size)))
+        plain = all(a == b or n == 1 for a, b, n in zip(stride, contiguous, size, strict=True))
+        numel = math.prod(chunk.sizes)
+        if (
+            stored != dtype
+            or not plain
+            or math.prod(size) != numel
+            or record.compress_type != zipfile.ZIP_STORED
+        ):
+            raise CheckpointError(
+                f"{path}: the chunk of {index.fqn} is stored in a form that cannot be read by rows: save the"
+                " checkpoint again with this project's stack"
+            )
+        data = info.offset + record.header_offset + 30 + name_length + extra_length
+        return _Record(path=path, offset=data + first * dtype.itemsize, dtype=dtype)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __enter__(self) -> DistReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

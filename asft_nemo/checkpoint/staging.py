@@ -1,0 +1,109 @@
+"""A directory that appears complete or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from asft_nemo.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def staged_directory(target: str | Path, *, needed_bytes: int) -> Iterator[Path]:
+    """Yields an empty temporary sibling of `target` and renames it to `target` at the end.
+
+    The sibling is locked while it is written, so a second writer is refused, and what a killed one left
+    behind is cleared. On an error the sibling is removed. Files are synced by those who write them;
+    directories are synced here.
+
+    Args:
+        target: the directory to create; must not exist.
+        needed_bytes: what will be written, compared with the free space first.
+
+    Raises:
+        CheckpointError: the target exists, another process is writing it, or the disk is full or read-only.
+    """
+    target = Path(target)
+    if target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target} exists already: choose another path or remove it first")
+    staging = target.parent / f".{target.name}.partial"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(staging)
+        try:
+            free = shutil.disk_usage(staging).free
+            if free < needed_bytes:
+                raise CheckpointError(
+                    f"{target} needs {needed_bytes / 1e9:.1f} GB where {free / 1e9:.1f} GB are free: make"
+                    " room or choose"
+                    " another disk"
+                )
+            _clear(staging)
+            yield staging
+            sync_directories(staging)
+            if target.exists():
+                raise CheckpointError(f"{target} appeared while it was being written: choose another path")
+            os.rename(staging, target)
+            _sync_directory(target.parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target} ({error.strerror or error}): make room or choose a place you can write to"
+        ) from error
+
+
+def _lock(staging: Path) -> int:
+    """Returns a descriptor holding the directory's lock, which ends with the process."""
+    staging.mkdir(exist_ok=True)
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The directory may have been renamed to its target by its writer since it was opened.
+        same = staging.is_dir() and os.path.samestat(os.fstat(descriptor), os.stat(staging))
+    except BlockingIOError:
+        same = False
+    if not same:
+        os.close(descriptor)
+        raise CheckpointError(f"another process is writing {staging}: wait for it to end, then try again")
+    return descriptor
+
+
+def _clear(staging: Path) -> None:
+    leftovers = list(staging.iterdir())
+    if leftovers:
+        logger.info("clearing what an interrupted conversion left in %s", staging)
+    for path in leftovers:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directories(root: Path) -> None:
+    """Syncs `root` and every directory below it, deepest first."""
+    for directory, _, _ in os.walk(root, topdown=False):
+        _sync_directory(Path(directory))
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a small file and syncs it."""
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
