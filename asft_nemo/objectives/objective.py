@@ -122,7 +122,7 @@ def _option_items(name: str, row: ObjectiveRow, given: dict[str, object]) -> tup
             own = f"its options are {', '.join(row.options)}" if row.options else "it has no options"
             raise ObjectiveError(f"objective {name} has no option {option!r} ({belongs}; {own}): remove it")
     return tuple(
-        (key, _option_value(name, key, option, option.default if given.get(key) is None else given[key]))
+        (key, _option_value(name, key, option, given[key] if key in given else option.default))
         for key, option in row.options.items()
     )
 
@@ -160,7 +160,7 @@ def objective(
         kl_weight: factor of the KL term, >= 0; needed by rows that have one. Settings hold one kl_weight and one
             kl_direction for all objectives, so a row without a KL term checks them and then has neither.
         kl_direction: "forward" or "reverse"; None takes the row's.
-        **options: the row's own options; None takes the row's value.
+        **options: the row's own options; one that is None counts as not given.
 
     Raises:
         ObjectiveError: an unknown name, an option of another objective, a number out of its range.
@@ -173,4 +173,5 @@ def objective(
     if row is None:
         raise ObjectiveError(f"unknown objective {name!r}: choose one of {', '.join(OBJECTIVES)}")
     weight, direction = _kl_term(name, row, kl_weight, kl_direction)
-    return Objective(name, weight, direction, _option_items(name, row, dict(options)))
+    given: dict[str, object] = {key: value for key, value in options.items() if value is not None}
+    return Objective(name, weight, direction, _option_items(name, row, given))

@@ -1,0 +1,117 @@
+"""The table of objectives and what it says of each."""
+
+import pickle
+
+import pytest
+
+from asft_nemo.errors import ObjectiveError
+from asft_nemo.objectives import OBJECTIVES, Objective, objective, objective_names
+
+READS = {
+    "sft": set(),
+    "dft": {"label_logprob"},
+    "sft_kl": {"ref_hidden"},
+    "asft": {"label_logprob", "ref_hidden"},
+    "asft_sft": {"label_logprob"},
+    "iw_sft": {"label_logprob", "ref_label_logprob"},
+    "eaft": {"topk_entropy"},
+    "psft": {"label_logprob", "old_label_logprob"},
+}
+OPTIONS = {
+    "asft_sft": {"alpha": 0.1},
+    "iw_sft": {"temperature": 1.0},
+    "eaft": {"exponent": 1.0},
+    "psft": {"clip_low": 0.2, "clip_high": 0.28, "refresh_every": 4},
+}
+
+
+def test_the_table_holds_the_eight_objectives():
+    assert objective_names() == tuple(OBJECTIVES) == tuple(READS)
+
+
+@pytest.mark.parametrize("name", list(READS))
+def test_what_each_objective_reads_and_owns(name):
+    chosen = objective(name, kl_weight=0.05)
+    assert chosen.reads == READS[name]
+    assert chosen.options == OPTIONS.get(name, {})
+    assert chosen.needs_reference == any(read.startswith("ref_") for read in READS[name])
+    assert chosen.needs_old_policy == (name == "psft")
+    assert chosen.scope == ("sequence" if name == "iw_sft" else "token")
+    assert chosen.ce_share == (0.1 if name == "asft_sft" else 0.0)
+    assert OBJECTIVES[name].summary
+
+
+@pytest.mark.parametrize("name", ["sft_kl", "asft"])
+def test_the_divergence_and_its_name(name):
+    assert objective(name, kl_weight=0.05).divergence == "forward"
+    assert objective(name, kl_weight=0.05).kl_metric == "kl"
+    reverse = objective(name, kl_weight=0.05, kl_direction="reverse")
+    assert (reverse.divergence, reverse.kl_metric) == ("reverse", "kl_reverse")
+
+
+def test_kl_weight_zero_drops_the_reference():
+    unanchored = objective("asft", kl_weight=0)
+    assert unanchored.reads == {"label_logprob"}
+    assert not unanchored.needs_reference
+    assert unanchored.divergence is None and unanchored.kl_metric is None
+
+
+@pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if row.direction is None])
+def test_a_row_without_a_divergence_takes_none_from_shared_settings(name):
+    chosen = objective(name, kl_weight=0.05, kl_direction="reverse")
+    assert (chosen.kl_weight, chosen.kl_direction, chosen.divergence) == (0.0, None, None)
+    assert chosen == objective(name)
+
+
+def test_an_objective_is_a_value():
+    one = objective("psft", clip_high=0.5)
+    assert one == objective("psft", clip_high=0.5, clip_low=None) and hash(one) == hash(
+        objective("psft", clip_high=0.5)
+    )
+    assert one != objective("psft")
+    assert pickle.loads(pickle.dumps(one)) == one
+    with pytest.raises(AttributeError):
+        one.kl_weight = 1.0  # type: ignore[misc]
+    assert isinstance(one.options["refresh_every"], int)
+    assert isinstance(one, Objective)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            dict(name="asfd"),
+            "unknown objective 'asfd': choose one of sft, dft, sft_kl, asft, asft_sft, iw_sft, eaft, psft",
+        ),
+        (dict(name="asft"), "needs kl_weight"),
+        (dict(name="asft", kl_weight=-0.1), "kl_weight=-0.1 .* set it to 0 or more"),
+        (dict(name="dft", kl_weight=-0.1), "kl_weight=-0.1"),
+        (dict(name="asft", kl_weight=float("nan")), "finite number"),
+        (dict(name="asft", kl_weight="0.05"), "finite number, got '0.05'"),
+        (dict(name="asft", kl_weight=True), "finite number"),
+        (
+            dict(name="asft", kl_weight=0.05, kl_direction="backward"),
+            "'backward': choose forward, .* or reverse",
+        ),
+        (
+            dict(name="dft", alpha=0.1),
+            r"no option 'alpha' \(it belongs to asft_sft; it has no options\): remove it",
+        ),
+        (
+            dict(name="psft", alpha=0.1),
+            r"it belongs to asft_sft; its options are clip_low, clip_high, refresh_every",
+        ),
+        (dict(name="eaft", power=2), "no objective has it; its options are exponent"),
+        (dict(name="asft_sft", alpha=-1), "alpha=-1 does not fit: .* at least 0"),
+        (dict(name="psft", clip_low=1.5), "clip_low=1.5 does not fit: .* at most 1"),
+        (dict(name="psft", refresh_every=0), "a whole number of at least 1"),
+        (dict(name="psft", refresh_every=2.5), "a whole number of at least 1"),
+    ],
+)
+def test_bad_settings_are_said_with_their_cure(arguments, message):
+    with pytest.raises(ObjectiveError, match=message):
+        objective(**arguments)
+
+
+def test_an_option_left_none_counts_as_not_given():
+    assert objective("dft", alpha=None, exponent=None) == objective("dft")
