@@ -1,1 +1,4 @@
-"""Recipes: one module per model and layout. `fragment()` gives the values, `finetune_recipe()` a NeMo-Run task."""
+"""Recipes: one module per model and layout, values only.
+
+`fragment()` gives the values, `finetune_recipe()` the same as a NeMo-Run task.
+"""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def fragment() -> dict[str, Any]:
-    """Full fine-tuning with the reference as a second frozen model; counts as no reference where the objective reads none."""
+    """Full fine-tuning; the reference is a second frozen model where the objective reads one."""
     return {"peft": {"name": "none"}, "reference": {"form": "resident"}}
 
 
@@ -46,11 +46,11 @@ def finetune_partial(recipe: str, overrides: Sequence[str] = ()) -> nemo_run.Par
 
     Args:
         recipe: name of a module of this folder.
-        overrides: as for `asft train`, for example `("objective=asft", "model.path=...", "data.train=[a.jsonl]")`.
+        overrides: as for `asft train`, for example `("objective=asft", "data.train=[a.jsonl]")`.
 
     Returns:
-        `run.Partial(asft_nemo.train.train, ...)` whose argument is the whole configuration as nested `run.Config`s, so that
-        `nemo_run`'s own overrides (`run.optim.lr=1e-5`) reach every setting.
+        `run.Partial(asft_nemo.train.train, ...)` whose argument is the whole configuration as nested
+        `run.Config`s, so that `nemo_run`'s own overrides (`run.optim.lr=1e-5`) reach every setting.
 
     Raises:
         ConfigError: as `asft_nemo.config.load.compose`.

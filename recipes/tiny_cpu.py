@@ -25,7 +25,7 @@ def fragment() -> dict[str, Any]:
             "optim": {"lr": 5e-4},
             # Holds 99.9 % of the GSM8K rows under the small byte-level vocabulary.
             "data": {"sequence_length": 1024},
-            # About a second a step on two cores; four micro batches also fill an interleaved two-stage pipeline.
+            # Four micro batches a step also fill an interleaved two-stage pipeline.
             "trainer": {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 50},
         },
     )

@@ -1,8 +1,9 @@
 """From the command line's overrides to one immutable RunConfig.
 
 Four levels, later ones win: schema < recipe < experiment < command line. A group file (`objective=asft` picks
-conf/objective/asft.yaml) counts at the level that chose it. Hydra parses the overrides and composes each level; the levels are
-merged setting by setting into the schema, so that every misspelt key and every wrong type is found, named and reported together.
+conf/objective/asft.yaml) counts at the level that chose it. Hydra parses the overrides and composes each
+level; the levels are merged setting by setting into the schema, so that every misspelt key and every wrong
+type is found, named and reported together.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from asft_nemo.config import rules
 from asft_nemo.config.paths import project_dir
-from asft_nemo.config.recipes import recipe_fragment, suggest
+from asft_nemo.config.recipes import known_recipes, recipe_fragment, suggest
 from asft_nemo.config.rules import Level
 from asft_nemo.config.schema import DERIVED, RunConfig, Section, describe_type, from_dict, hints
 from asft_nemo.errors import ConfigError
@@ -47,12 +48,12 @@ def compose(
     """The run that a list of overrides describes, checked by every rule.
 
     Args:
-        overrides: `key=value` in Hydra's grammar, for example `["recipe=tiny_cpu", "objective=asft", "data.train=[a.jsonl]"]`.
+        overrides: `key=value` in Hydra's grammar, for example `["recipe=tiny_cpu", "objective=asft"]`.
         conf_dir: folder with config.yaml and the groups; None = the project's conf/.
-        check_inputs: also check what lies outside the settings: that files exist and that the machine can run the ranks.
+        check_inputs: also check what lies outside the settings: files, run.dir, what the machine can run.
 
     Raises:
-        ConfigError: unknown names and keys, wrong types, and broken rules; all of the same kind reported together.
+        ConfigError: unknown names and keys, wrong types, broken rules; all of one kind reported together.
     """
     folder = Path(conf_dir).resolve() if conf_dir is not None else project_dir() / "conf"
     line = _parse(overrides, folder)
@@ -64,7 +65,8 @@ def compose(
     recipe = line.settings.get("recipe", experiment.get("recipe"))
     if recipe is None:
         raise ConfigError(
-            "no recipe is given: set recipe=tiny_cpu (or another of recipes/), or an experiment=... that names one"
+            f"no recipe is given: set recipe=tiny_cpu (known are {', '.join(known_recipes())}), "
+            "or an experiment=... that names one"
         )
     levels = (_leaves(defaults), _leaves(recipe_fragment(str(recipe))), _leaves(experiment), command_line)
     run, level_of = _merge(levels)
@@ -86,7 +88,7 @@ def _parse(overrides: Sequence[str], folder: Path) -> _CommandLine:
             override = OverridesParser.create().parse_override(text)
         except HydraException:
             problems.append(
-                f"cannot read '{text}': write key=value, and lists as key=[a,b] (quote the whole in the shell)"
+                f"cannot read '{text}': write key=value, and lists as key=[a,b], quoted for the shell"
             )
             continue
         problem = _form_problem(override, text)

@@ -1,7 +1,8 @@
 """Cross-field rules: rows of a table, all checked before anything heavy, all violations reported together.
 
-A rule is a function from the facts to sentences: what is wrong, and the cure. Rules that need the model's sizes are skipped while
-the model's config.json cannot be read, which is a violation of its own when inputs are checked.
+A rule is a function from the facts to sentences: what is wrong, and the cure. Rules that need the model's
+sizes are skipped while the model's config.json cannot be read, which is a violation of its own when inputs
+are checked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from asft_nemo.config import tables
 from asft_nemo.config.model_shape import ModelShape, read_model_shape
+from asft_nemo.config.recipes import suggest
 from asft_nemo.config.schema import RunConfig, data_parallel_size, num_microbatches, walk
 from asft_nemo.errors import ConfigError
 
@@ -45,7 +47,7 @@ Rule = Callable[[Facts], Iterator[str]]
 
 
 def reads_reference(objective: str, kl_weight: float) -> bool:
-    """Whether a run reads the reference's hidden states; objectives this layer does not know are taken to read it."""
+    """Whether a run reads the reference's hidden states; an unknown objective is taken to read them."""
     facts = tables.OBJECTIVES.get(objective)
     return facts is None or (facts.has_divergence and kl_weight != 0)
 
@@ -119,13 +121,17 @@ def _objective_options(facts: Facts) -> Iterator[str]:
     objective = facts.run.objective
     known = tables.OBJECTIVES.get(objective.name)
     if known is None:
+        yield f"unknown objective '{objective.name}': {suggest(objective.name, tuple(tables.OBJECTIVES))}"
         return
     for option in tables.OPTIONS:
         if getattr(objective, option) is not None and option not in known.options:
             yield f"objective.{option} does nothing with objective={objective.name}: leave it out"
     for option in ("kl_weight", "kl_direction"):
         if not known.has_divergence and facts.asked(f"objective.{option}", least=Level.COMMAND_LINE):
-            yield f"objective.{option} does nothing with objective={objective.name}: leave it out, or set objective=asft"
+            yield (
+                f"objective.{option} does nothing with objective={objective.name}: leave it out, or set "
+                "objective=asft or sft_kl"
+            )
 
 
 def _reference(facts: Facts) -> Iterator[str]:
@@ -134,12 +140,15 @@ def _reference(facts: Facts) -> Iterator[str]:
     reads = reads_reference(objective.name, objective.kl_weight)
     if known is not None and reads and form == "none":
         yield (
-            f"kl_weight={objective.kl_weight:g} needs a reference, got reference=none: set reference=resident, "
-            f"or objective={known.without} if you want no anchor"
+            f"kl_weight={objective.kl_weight:g} needs a reference, got reference=none: "
+            f"set reference=resident, or objective={known.without} if you want no anchor"
         )
     if not reads and form != "none" and facts.asked("reference.form"):
         why = "with kl_weight=0 " if known is not None and known.has_divergence else ""
-        yield f"reference={form} was asked for but objective={objective.name} {why}reads none: set reference=none"
+        yield (
+            f"reference={form} was asked for but objective={objective.name} {why}reads none: set "
+            "reference=none"
+        )
 
 
 def _ignored(facts: Facts) -> Iterator[str]:
@@ -172,8 +181,10 @@ def _world(facts: Facts) -> Iterator[str]:
     ranks = layout.tp_size * layout.pp_size * layout.cp_size
     if ranks > 0 and world % ranks:
         yield (
-            f"run.world_size={world} is not a multiple of tp_size x pp_size x cp_size = {layout.tp_size} x {layout.pp_size} "
-            f"x {layout.cp_size} = {ranks}: set run.world_size={ranks * max(1, world // ranks)} or change the layout"
+            f"run.world_size={world} is not a multiple of tp_size x pp_size x cp_size = {layout.tp_size} x "
+            f"{layout.pp_size} x {layout.cp_size} = {ranks}: set "
+            f"run.world_size={ranks * max(1, world // ranks)} "
+            "or change the layout"
         )
 
 
@@ -186,22 +197,28 @@ def _batches(facts: Facts) -> Iterator[str]:
     if run.trainer.global_batch_size % together:
         nearest = together * max(1, round(run.trainer.global_batch_size / together))
         yield (
-            f"trainer.global_batch_size={run.trainer.global_batch_size} is not a multiple of micro_batch_size x data-parallel "
-            f"size = {micro} x {dp_size} = {together}: set trainer.global_batch_size={nearest} or change trainer.micro_batch_size"
+            f"trainer.global_batch_size={run.trainer.global_batch_size} is not a multiple of "
+            "micro_batch_size x "
+            f"data-parallel size = {micro} x {dp_size} = {together}: set trainer.global_batch_size={nearest} "
+            "or change trainer.micro_batch_size"
         )
     elif run.parallel.vpp_size is not None and num_microbatches(run) % run.parallel.pp_size:
         step = together * run.parallel.pp_size
         nearest = step * max(1, round(run.trainer.global_batch_size / step))
         yield (
             f"parallel.vpp_size needs a multiple of pp_size={run.parallel.pp_size} micro batches a step, got "
-            f"{num_microbatches(run)}: set trainer.global_batch_size={nearest} or change trainer.micro_batch_size"
+            f"{num_microbatches(run)}: set trainer.global_batch_size={nearest} "
+            "or change trainer.micro_batch_size"
         )
 
 
 def _virtual_stages(facts: Facts) -> Iterator[str]:
     layout = facts.run.parallel
     if layout.vpp_size is not None and layout.pp_size < 2:
-        yield f"parallel.vpp_size={layout.vpp_size} needs pipeline stages, got pp_size=1: set parallel.vpp_size=null or pp_size=2"
+        yield (
+            f"parallel.vpp_size={layout.vpp_size} needs pipeline stages, got pp_size=1: "
+            "set parallel.vpp_size=null or parallel.pp_size=2"
+        )
 
 
 def _sequence_parallel(facts: Facts) -> Iterator[str]:
@@ -209,11 +226,15 @@ def _sequence_parallel(facts: Facts) -> Iterator[str]:
     if not layout.sequence_parallel:
         return
     if layout.tp_size == 1 and facts.asked("parallel.sequence_parallel"):
-        yield "parallel.sequence_parallel=true does nothing at tp_size=1: set it to false, or parallel.tp_size=2"
+        yield (
+            "parallel.sequence_parallel=true does nothing at tp_size=1: set it to false, or "
+            "parallel.tp_size=2"
+        )
     if layout.tp_size > 1 and length % layout.tp_size:
         yield (
-            f"data.sequence_length={length} is not a multiple of tp_size={layout.tp_size}, which sequence_parallel needs: "
-            f"set data.sequence_length={math.ceil(length / layout.tp_size) * layout.tp_size}"
+            f"data.sequence_length={length} is not a multiple of tp_size={layout.tp_size}, which "
+            "sequence_parallel "
+            f"needs: set data.sequence_length={math.ceil(length / layout.tp_size) * layout.tp_size}"
         )
 
 
@@ -231,7 +252,10 @@ def _model_heads(facts: Facts) -> Iterator[str]:
     for what, number in rows:
         if number % tp_size:
             choices = ", ".join(str(size) for size in fitting)
-            yield f"parallel.tp_size={tp_size} does not divide the model's {number} {what}: set one of {choices}"
+            yield (
+                f"parallel.tp_size={tp_size} does not divide the model's {number} {what}: set one of "
+                f"{choices}"
+            )
 
 
 def _model_layers(facts: Facts) -> Iterator[str]:
@@ -245,21 +269,34 @@ def _model_layers(facts: Facts) -> Iterator[str]:
             str(size) for size in range(1, shape.num_layers + 1) if shape.num_layers % size == 0
         )
         yield (
-            f"parallel.pp_size={layout.pp_size}{virtual} does not divide the model's {shape.num_layers} layers: "
-            f"choose them so that their product is one of {fitting}"
+            f"parallel.pp_size={layout.pp_size}{virtual} does not divide the model's {shape.num_layers} "
+            f"layers: choose them so that their product is one of {fitting}"
         )
 
 
 def _model_positions(facts: Facts) -> Iterator[str]:
     shape, length = facts.shape, facts.run.data.sequence_length
     if shape is not None and length > shape.max_positions:
-        yield f"data.sequence_length={length} exceeds the model's {shape.max_positions} positions: set at most {shape.max_positions}"
+        yield (
+            f"data.sequence_length={length} exceeds the model's {shape.max_positions} positions: lower it "
+            "to that"
+        )
 
 
 def _not_yet(facts: Facts) -> Iterator[str]:
-    for feature, wanted, instead in tables.NOT_YET:
-        if wanted(facts.run):
+    for feature, asked, instead in tables.NOT_YET:
+        if asked(facts.run):
             yield f"{feature} is not available yet: {instead}"
+
+
+def _validation(facts: Facts) -> Iterator[str]:
+    data, every = facts.run.data, facts.run.trainer.validate_every
+    if data.validation and every is None:
+        yield (
+            "data.validation does nothing without trainer.validate_every: set trainer.validate_every=<steps>"
+        )
+    if every is not None and not data.validation:
+        yield f"trainer.validate_every={every} has nothing to measure: set data.validation=[file.jsonl]"
 
 
 def _data_files(facts: Facts) -> Iterator[str]:
@@ -277,7 +314,10 @@ def _machine(facts: Facts) -> Iterator[str]:
     most = gpus or max(16, 4 * cores)
     if world > most:
         have = f"{gpus} GPUs" if gpus else f"{cores} CPU cores, at most {most} ranks"
-        yield f"run.world_size={world} is more ranks than this machine can run ({have}): lower tp_size, pp_size or run.world_size"
+        yield (
+            f"run.world_size={world} is more ranks than this machine can run ({have}): "
+            "lower parallel.tp_size, parallel.pp_size or run.world_size"
+        )
 
 
 def _run_dir(facts: Facts) -> Iterator[str]:
@@ -285,9 +325,15 @@ def _run_dir(facts: Facts) -> Iterator[str]:
     if folder.exists() and not folder.is_dir():
         yield f"run.dir={folder} is a file: give a directory"
     elif resume == "must" and not (folder / "checkpoints" / "latest").exists():
-        yield f"trainer.resume=must but {folder} has no checkpoint: correct run.dir, or set trainer.resume=never"
+        yield (
+            f"trainer.resume=must but {folder} has no checkpoint: correct run.dir, or set "
+            "trainer.resume=never"
+        )
     elif resume == "never" and (folder / "run.json").exists():
-        yield f"run.dir={folder} holds another run: choose another run.dir, or set trainer.resume=must to go on with it"
+        yield (
+            f"run.dir={folder} holds another run: choose another run.dir, "
+            "or set trainer.resume=must to go on with it"
+        )
 
 
 SETTINGS: tuple[Rule, ...] = (
@@ -305,6 +351,7 @@ SETTINGS: tuple[Rule, ...] = (
     _model_heads,
     _model_layers,
     _model_positions,
+    _validation,
     _not_yet,
 )
 INPUTS: tuple[Rule, ...] = (_data_files, _machine, _run_dir)

@@ -1,11 +1,13 @@
 """The settings of a run: plain dataclasses, the only home of defaults.
 
-Hydra composes these classes as structured configs (see `asft_nemo.config.load`); `from_dict` turns the result into one immutable
-`RunConfig`. Sections are mutable while they are being built and frozen afterwards: assigning to a field of a frozen section raises,
-lists have become tuples, and the whole tree is hashable and survives JSON unchanged (`to_dict`, `from_dict`).
+Hydra composes these classes as structured configs (see `asft_nemo.config.load`); `from_dict` turns the
+result into one immutable `RunConfig`. Sections are mutable while they are being built and frozen
+afterwards: assigning to a field of a frozen section raises, lists have become tuples, and the whole tree is
+hashable and survives JSON unchanged (`to_dict`, `from_dict`).
 
-Sizes count ranks, lengths count tokens, batch sizes count examples, `*_every` counts steps. `None` means what the field's comment says.
-`REQUIRED` marks a field that has no default: a recipe, an experiment or the command line gives it.
+Sizes count ranks, lengths count tokens, batch sizes count examples, `*_every` counts steps; None means what
+the field's comment says. `REQUIRED` marks a field that has no default: a recipe, an experiment or the
+command line gives it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Section:
     def __setattr__(self, name: str, value: object) -> None:
         if self.__dict__.get("_frozen", False):
             raise dataclasses.FrozenInstanceError(
-                f"{type(self).__name__}.{name} is frozen: use asft_nemo.config.schema.replace(run, {{...}}) for a changed copy"
+                f"{type(self).__name__}.{name} is frozen: make a changed copy with config.schema.replace"
             )
         if name not in type(self).__annotations__:
             raise AttributeError(f"{type(self).__name__} has no setting '{name}'")
@@ -51,7 +53,7 @@ class Section:
 
 @dataclass(unsafe_hash=True)
 class ObjectiveConfig(Section):
-    """Which objective, and its options. An option left None is the objective's own default; one it does not have is refused."""
+    """Which objective, and its options; an option left None is the objective's own default."""
 
     name: str = REQUIRED
     kl_weight: float = (
@@ -243,7 +245,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         values: nested mapping with the sections' keys, for example the `config` part of run.json.
 
     Raises:
-        ConfigError: keys that do not exist, values of the wrong type, and required settings that are missing, all reported together.
+        ConfigError: keys that do not exist, values of the wrong type, required settings that are missing.
     """
     problems: list[str] = []
     run = _build(RunConfig, values, "", problems)
@@ -347,6 +349,7 @@ def _convert(kind: Any, value: Any) -> tuple[Any, bool]:
 
 
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_PLURALS = {str: "texts", float: "numbers"}
 
 
 def describe_type(kind: Any) -> str:
@@ -355,5 +358,5 @@ def describe_type(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(option) for option in typing.get_args(kind))
     if origin is tuple:
-        return f"a list, each item {describe_type(typing.get_args(kind)[0])}"
+        return f"a list [...] of {_PLURALS[typing.get_args(kind)[0]]}"
     return _NAMES.get(kind, str(kind))

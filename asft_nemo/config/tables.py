@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from asft_nemo.config.schema import RunConfig
 
@@ -26,7 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cluster.name": ("local",),
 }
 
-# key -> (smallest, largest, smallest is allowed itself); largest None = no limit; a value None is never checked
+# key -> (smallest, largest, smallest is allowed itself); largest None = no limit; None itself passes
 RANGES: dict[str, tuple[float, float | None, bool]] = {
     "objective.kl_weight": (0, None, True),
     "reference.micro_batch_size": (1, None, True),
@@ -63,71 +64,100 @@ RANGES: dict[str, tuple[float, float | None, bool]] = {
 
 @dataclass(frozen=True)
 class ObjectiveFacts:
-    """What the rules must know of an objective without importing torch; tests hold it against the objective table itself."""
+    """What the rules must know of an objective without importing torch.
 
-    has_divergence: bool
-    without: str = ""  # the objective to take when one wants no anchor
-    options: frozenset[str] = frozenset()
+    Tests hold it against the objective table itself.
+
+    Attributes:
+        has_divergence: it has a KL term, so `kl_weight` and `kl_direction` mean something.
+        without: the same objective without its KL term.
+        options: the options it owns.
+        trains: the training loop can feed it.
+    """
+
+    has_divergence: bool = False
+    without: str = ""
+    options: tuple[str, ...] = ()
+    trains: bool = True
 
 
-# Objectives that are not listed here are left to the objective table.
 OBJECTIVES: dict[str, ObjectiveFacts] = {
-    "sft": ObjectiveFacts(has_divergence=False),
-    "dft": ObjectiveFacts(has_divergence=False),
+    "sft": ObjectiveFacts(),
+    "dft": ObjectiveFacts(),
     "sft_kl": ObjectiveFacts(has_divergence=True, without="sft"),
     "asft": ObjectiveFacts(has_divergence=True, without="dft"),
+    "asft_sft": ObjectiveFacts(options=("alpha",), trains=False),
+    "iw_sft": ObjectiveFacts(options=("temperature",), trains=False),
+    "eaft": ObjectiveFacts(options=("exponent",), trains=False),
+    "psft": ObjectiveFacts(options=("clip_low", "clip_high", "refresh_every"), trains=False),
 }
-OPTIONS = ("alpha", "temperature", "exponent", "clip_low", "clip_high", "refresh_every")
+OPTIONS = tuple(option for facts in OBJECTIVES.values() for option in facts.options)
 
-# Features that have a key but no code behind it yet: (what it is, whether the run asks for it, what to do instead).
-NOT_YET: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
-    (
-        "reference=adapter_disabled",
+
+class NotYet(NamedTuple):
+    """A setting that has a key but no code behind it yet."""
+
+    feature: str
+    asked: Callable[[RunConfig], bool]
+    instead: str
+
+
+NOT_YET = (
+    NotYet(
+        "this objective",
+        lambda run: run.objective.name in OBJECTIVES and not OBJECTIVES[run.objective.name].trains,
+        f"set objective={', '.join(name for name, facts in OBJECTIVES.items() if facts.trains)}",
+    ),
+    NotYet(
+        "a reference with adapters disabled",
         lambda run: run.reference.form == "adapter_disabled",
         "set reference=resident",
     ),
-    ("reference=offloaded", lambda run: run.reference.form == "offloaded", "set reference=resident"),
-    ("reference=cached", lambda run: run.reference.form == "cached", "set reference=resident"),
-    (
-        "a reference.precision other than the policy's",
+    NotYet("reference=offloaded", lambda run: run.reference.form == "offloaded", "set reference=resident"),
+    NotYet("reference=cached", lambda run: run.reference.form == "cached", "set reference=resident"),
+    NotYet(
+        "a reference in another precision",
         lambda run: run.reference.precision != "policy",
         "set reference.precision=policy",
     ),
-    ("peft=lora", lambda run: run.peft.name == "lora", "set peft=none"),
-    (
+    NotYet(
+        "reference.micro_batch_size",
+        lambda run: run.reference.micro_batch_size is not None,
+        "leave it null: the reference then uses trainer.micro_batch_size",
+    ),
+    NotYet("peft=lora", lambda run: run.peft.name == "lora", "set peft=none"),
+    NotYet(
         "loss.implementation=fused",
         lambda run: run.loss.implementation == "fused",
         "set loss.implementation=vocab_parallel",
     ),
-    ("data.template=chat", lambda run: run.data.template == "chat", "set data.template=alpaca or raw"),
-    ("data.packing=true", lambda run: run.data.packing, "set data.packing=false"),
-    (
+    NotYet("data.template=chat", lambda run: run.data.template == "chat", "set data.template=alpaca or raw"),
+    NotYet("data.packing=true", lambda run: run.data.packing, "set data.packing=false"),
+    NotYet(
         "data.weights",
         lambda run: bool(run.data.weights),
-        "leave data.weights empty: every example is then seen once an epoch",
+        "leave it empty: every example is then seen once an epoch",
     ),
-    (
+    NotYet(
         "loss on chosen turns",
         lambda run: run.data.loss_on.endswith("_assistant"),
         "set data.loss_on=response or all",
     ),
-    ("data.validation", lambda run: bool(run.data.validation), "leave it empty and measure with asft eval"),
-    (
-        "trainer.validate_every",
-        lambda run: run.trainer.validate_every is not None,
-        "leave it null and measure with asft eval",
+    NotYet(
+        "trainer.keep=best:...",
+        lambda run: run.trainer.keep.startswith("best:"),
+        "set trainer.keep=last:N",
     ),
-    ("trainer.keep=best:...", lambda run: run.trainer.keep.startswith("best:"), "set trainer.keep=last:N"),
-    (
+    NotYet(
         "trainer.on_nonfinite=skip",
         lambda run: run.trainer.on_nonfinite == "skip",
         "set trainer.on_nonfinite=stop",
     ),
-    ("context parallelism", lambda run: run.parallel.cp_size > 1, "set parallel.cp_size=1"),
-    ("FP8 training", lambda run: run.precision.startswith("fp8"), "set precision=bf16"),
-    (
+    NotYet("context parallelism", lambda run: run.parallel.cp_size > 1, "set parallel.cp_size=1"),
+    NotYet("FP8 training", lambda run: run.precision.startswith("fp8"), "set precision=bf16"),
+    NotYet(
         "evaluation within a training run",
         lambda run: bool(run.eval.suites),
-        "run asft eval on the exported model",
+        "leave eval.suites empty and run asft eval on the exported model",
     ),
 )

@@ -32,7 +32,8 @@ class LoadReport:
     Attributes:
         rows: non-blank lines read.
         bad: the unusable ones.
-        too_long: usable ones longer than the sequence length: dropped or truncated, as `data.on_too_long` says.
+        too_long: usable ones longer than the sequence length: dropped or truncated, as `data.on_too_long`
+            says.
         no_response_left: truncated ones whose response lay wholly beyond the cut; dropped.
         lengths: tokens of every usable row before dropping or truncating, begin and end tokens included.
         kept: items of the dataset.
@@ -53,9 +54,10 @@ class LoadReport:
 class SupervisedDataset(Dataset[dict[str, Tensor]]):
     """Prompt-response examples as next-token items of `sequence_length` tokens, padded on the right.
 
-    An item is a dict of `tokens`, `labels` (already shifted: the label of position i is token i + 1) and `position_ids`, int64 [S];
-    `loss_mask`, bool [S], True where the label counts; and `sample_id`, int64 scalar, the row's number among the non-blank lines of
-    all files. Index -1 is a filler item: padding only, nothing learned.
+    An item is a dict of `tokens`, `labels` (already shifted: the label of position i is token i + 1) and
+    `position_ids`, int64 [S]; `loss_mask`, bool [S], True where the label counts; and `sample_id`, int64
+    scalar, the row's number among the non-blank lines of all files. Index -1 is a filler item: padding
+    only, nothing learned.
     """
 
     def __init__(
@@ -107,7 +109,8 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         """
         if vocab_size is not None and tokenizer.size > vocab_size:
             raise DataError(
-                f"the tokenizer has {tokenizer.size} tokens but the model only {vocab_size} rows: use the model's own tokenizer"
+                f"the tokenizer has {tokenizer.size} tokens but the model only {vocab_size} rows: use the "
+                "model's own tokenizer"
             )
         report = LoadReport()
         examples, sample_ids = _load(files, data, tokenizer, report)
@@ -198,9 +201,10 @@ def _fit(example: Tokenized, record: Record, data: DataConfig, report: LoadRepor
 def _nothing_left(report: LoadReport, data: DataConfig) -> str:
     if not report.lengths:
         return f"all {report.rows} rows are bad: the first is {report.bad[0]}"
+    cure = "" if data.on_too_long == "truncate" else ", or set data.on_too_long=truncate"
     return (
-        f"every example is longer than data.sequence_length={data.sequence_length} (the shortest has {min(report.lengths)} "
-        f"tokens): raise data.sequence_length{'' if data.on_too_long == 'truncate' else ', or set data.on_too_long=truncate'}"
+        f"every example is longer than data.sequence_length={data.sequence_length} (the shortest has "
+        f"{min(report.lengths)} tokens): raise data.sequence_length{cure}"
     )
 
 

@@ -1,8 +1,9 @@
-"""The order of examples: a function of seed and consumed samples alone, whatever the data-parallel size or micro batch.
+"""The order of examples: a function of seed and consumed samples alone, whatever the data-parallel size or
+micro batch.
 
-The stream of samples is one shuffled epoch after another; every epoch holds each example once, and a global batch may lie across two
-epochs. Global batch b is the stream's positions [b G, (b + 1) G); of it, data-parallel rank r takes as its i-th micro batch the M
-positions from b G + (i R + r) M on (R ranks).
+The stream of samples is one shuffled epoch after another; every epoch holds each example once, and a global
+batch may lie across two epochs. Global batch b is the stream's positions [b G, (b + 1) G); of it,
+data-parallel rank r takes as its i-th micro batch the M positions from b G + (i R + r) M on (R ranks).
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
             raise ValueError("no samples to draw from")
         if consumed_samples % global_batch_size:
             raise ValueError(
-                f"consumed_samples={consumed_samples} is not a multiple of global_batch_size={global_batch_size}"
+                f"consumed_samples={consumed_samples} is not a multiple of "
+                f"global_batch_size={global_batch_size}"
             )
         self._num_samples, self._seed, self._consumed = num_samples, seed, consumed_samples
         self._share = _Share(micro_batch_size, global_batch_size, dp_rank, dp_size)

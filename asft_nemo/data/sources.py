@@ -1,7 +1,7 @@
 """Records from files: JSON Lines, one object a line, two of its fields are the prompt and the response.
 
-Every line that cannot be used is reported with file, line and reason; the readers never raise for a bad row, so that all of them can
-be counted. A file that cannot be read at all raises `DataError`.
+Every line that cannot be used is reported with file, line and reason; the readers never raise for a bad
+row, so that all of them can be counted. A file that cannot be read at all raises `DataError`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Record:
 
 
 def read_records(files: Iterable[str | Path], fields: FieldsConfig) -> Iterator[Record | BadRow]:
-    """All lines of all files, in order, each as a record or as the reason why it is none. Blank lines are skipped.
+    """All lines of all files, in order, each as a record or as the reason why it is none. Blank lines are
+    skipped.
 
     Raises:
         DataError: a file is missing, is not text in UTF-8, or has no line.

@@ -1,6 +1,8 @@
-"""From a record to the text the model sees, and which of its characters are learned. Adding a template = one function + one row.
+"""From a record to the text the model sees, and which of its characters are learned. Adding a template =
+one function + one row.
 
-The end token belongs to no template: it is appended as a token after the text has been tokenised, so it is learned exactly once.
+The end token belongs to no template: it is appended as a token after the text has been tokenised, so it is
+learned exactly once.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from asft_nemo.errors import DataError
 
 # Byte for byte the text of the ASFT authors' training runs: no newline after "Response:".
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request."
     "\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 

@@ -1,7 +1,8 @@
 """From rendered text to tokens and the tokens that are learned.
 
-The text is tokenised as a whole and the boundary found through the tokenizer's character offsets. Tokenising prompt and response
-apart can give other tokens than the whole has, and then the model learns text it never sees at inference.
+The text is tokenised as a whole and the boundary found through the tokenizer's character offsets.
+Tokenising prompt and response apart can give other tokens than the whole has, and then the model learns
+text it never sees at inference.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A whole example as tokens; tokens from `response_start` on hold characters of the response or are the end token."""
+    """A whole example as tokens; from `response_start` on they hold the response, then the end token."""
 
     tokens: list[int]
     response_start: int
 
 
 class TextTokenizer:
-    """A fast Hugging Face tokenizer used in one fixed way: begin tokens as the tokenizer sets them, the end token once, and the
-    text of special tokens inside a record read as plain text.
+    """A fast Hugging Face tokenizer used in one fixed way: begin tokens as the tokenizer sets them, the end
+    token once, and the text of special tokens inside a record read as plain text.
 
     Attributes:
         eos_id: the end token.
