@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +15,26 @@ from pathlib import Path
 import torch
 
 from asft_nemo.checkpoint import hf_files
+from asft_nemo.checkpoint.blocks import (
+    BLOCK_BYTES,
+    MODULE_PREFIX,
+    Progress,
+    ProgressCounter,
+    hf_block,
+    megatron_blocks,
+    widest_itemsize,
+)
+from asft_nemo.checkpoint.checks import check_hf_tensors, check_megatron_tensors, source_dtypes
 from asft_nemo.checkpoint.dist_read import DistReader
 from asft_nemo.checkpoint.dist_write import OutTensor, write_dist_checkpoint
 from asft_nemo.checkpoint.families import (
     EXTRA_STATE,
     EXTRA_STATE_PER_LAYER,
-    HF_EMBEDDING,
-    HF_HEAD,
     HfTensor,
-    hf_name,
     hf_tensors,
-    ignored_hf_names,
-    layers_of,
     mappings_of,
 )
-from asft_nemo.checkpoint.mapping import TensorMapping, Vocabulary, hf_runs, megatron_runs, row_blocks
+from asft_nemo.checkpoint.mapping import row_blocks
 from asft_nemo.checkpoint.safetensors_io import (
     INDEX_NAME,
     SafetensorsReader,
@@ -40,15 +44,10 @@ from asft_nemo.checkpoint.safetensors_io import (
     plan_shards,
 )
 from asft_nemo.checkpoint.staging import staged_directory, write_synced
-from asft_nemo.errors import CheckpointError
 from asft_nemo.model import ModelSpec, model_spec, read_hf_config, read_model_spec
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
-
-MODULE_PREFIX = "module."
-BLOCK_BYTES = 64 * 2**20
 MAX_SHARD_BYTES = 5_000_000_000
 _THREADS = 4
 
@@ -90,20 +89,6 @@ class ExportReport:
     shards: int
 
 
-class _Counter:
-    """Adds up what several threads have done and hands it to the caller's progress function."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-        self._lock = threading.Lock()
-
-    def add(self, nbytes: int, what: str) -> None:
-        if self._progress is not None:
-            with self._lock:
-                self._done += nbytes
-                self._progress(self._done, self._total, what)
-
-
 def import_hf(
     hf_dir: str | Path,
     out_dir: str | Path,
@@ -135,7 +120,7 @@ def import_hf(
     wanted = None if dtype is None else hf_files.parse_dtype(dtype)
     with SafetensorsReader(hf_dir) as reader:
         check_hf_tensors(reader, spec)
-        dtypes = _source_dtypes(reader, spec, wanted)
+        dtypes = source_dtypes(reader, spec, wanted)
         tensors = [
             OutTensor(
                 key=MODULE_PREFIX + mapping.megatron,
@@ -146,14 +131,16 @@ def import_hf(
             for mapping in mappings_of(spec)
         ]
         nbytes = sum(tensor.nbytes for tensor in tensors)
-        counter = _Counter(progress, nbytes)
+        counter = ProgressCounter(progress, nbytes)
         origin = _origin(spec, dtypes, reader)
         with staged_directory(out_dir, needed_bytes=nbytes) as staging:
             write_dist_checkpoint(
                 staging / hf_files.WEIGHTS,
                 tensors,
                 objects=_extra_state_keys(spec),
-                produce=_producer(reader, spec, {tensor.key: tensor.dtype for tensor in tensors}, counter),
+                produce=megatron_blocks(
+                    reader, spec, {tensor.key: tensor.dtype for tensor in tensors}, counter
+                ),
                 block_bytes=BLOCK_BYTES,
                 threads=_threads(),
             )
@@ -216,7 +203,7 @@ def export_hf(
         }
         nbytes = sum(sizes.values())
         shards = plan_shards(sizes, max_shard_bytes)
-        counter = _Counter(progress, nbytes)
+        counter = ProgressCounter(progress, nbytes)
         with staged_directory(out_dir, needed_bytes=nbytes) as staging:
             by_name = {tensor.name: tensor for tensor in tensors}
             _write_shards(staging, shards, by_name, reader, dtypes, counter)
@@ -237,123 +224,6 @@ def export_hf(
         files=tuple(files),
         shards=len(shards),
     )
-
-
-def check_hf_tensors(reader: SafetensorsReader, spec: ModelSpec) -> None:
-    """Checks that a Hugging Face checkpoint holds exactly the model's tensors.
-
-    Raises:
-        CheckpointError: some are missing, left over, of another shape or not floating point.
-    """
-    needed = {tensor.name: tensor.shape for tensor in hf_tensors(spec)}
-    found = reader.tensors
-    missing = [name for name in needed if name not in found]
-    leftover = [name for name in found if name not in needed and name not in ignored_hf_names(spec)]
-    if spec.tie_word_embeddings and HF_HEAD in leftover:
-        leftover.remove(HF_HEAD)
-        _check_tied_head(reader, spec)
-    if missing or leftover:
-        raise CheckpointError(
-            f"{reader.directory} does not hold the tensors its config.json describes ("
-            f"{_named('missing', missing)}"
-            f"{'; ' if missing and leftover else ''}{_named('left over', leftover)}): take config.json and"
-            " weights from"
-            " the same model"
-        )
-    for name, shape in needed.items():
-        entry = found[name]
-        if entry.shape != shape:
-            raise CheckpointError(
-                f"{reader.directory}: {name} has shape {list(entry.shape)} where config.json asks for"
-                f" {list(shape)}: take"
-                " config.json and weights from the same model"
-            )
-        if entry.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise CheckpointError(
-                f"{reader.directory}: {name} is {hf_files.dtype_name(entry.dtype)}, a quantised checkpoint:"
-                " take the"
-                " bf16, fp16 or fp32 one"
-            )
-
-
-def check_megatron_tensors(reader: DistReader, spec: ModelSpec) -> None:
-    """Checks that a distributed checkpoint holds exactly the model's tensors beside what training adds.
-
-    Raises:
-        CheckpointError: some are missing, left over or of another shape.
-    """
-    table = {MODULE_PREFIX + mapping.megatron: mapping for mapping in mappings_of(spec)}
-    found = {
-        key: tuple(value.size)
-        for key, value in reader.tensors.items()
-        if key.startswith(MODULE_PREFIX) and "_extra_state" not in key
-    }
-    missing = [key for key in table if key not in found]
-    leftover = [key for key in found if key not in table]
-    if missing or leftover:
-        adapters = ", or merge its adapters first" if any("adapter" in key for key in leftover) else ""
-        raise CheckpointError(
-            f"{reader.weights_dir} does not hold the tensors config.json describes ("
-            f"{_named('missing', missing)}"
-            f"{'; ' if missing and leftover else ''}{_named('left over', leftover)}): use the config.json of"
-            " the base the"
-            f" run started from{adapters}"
-        )
-    for key, mapping in table.items():
-        lead = (spec.num_layers,) if mapping.per_layer else ()
-        wanted, shape = (*lead, *mapping.shape), found[key]
-        padded = isinstance(mapping, Vocabulary) and shape[0] >= wanted[0] and shape[1:] == wanted[1:]
-        if shape != wanted and not padded:
-            raise CheckpointError(
-                f"{reader.weights_dir}: {key} has shape {list(shape)} where config.json asks for"
-                f" {list(wanted)}: use the"
-                " config.json of the base the run started from"
-            )
-
-
-def _named(what: str, names: list[str]) -> str:
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{what}: {shown}" if names else ""
-
-
-def _check_tied_head(reader: SafetensorsReader, spec: ModelSpec) -> None:
-    """Accepts a tied checkpoint's second copy of the embedding as its head only when it is bit for bit equal."""
-    head, embedding = reader.tensors[HF_HEAD], reader.tensors.get(HF_EMBEDDING)
-    same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-    if same and embedding is not None:
-        row_bytes = spec.hidden_size * head.dtype.itemsize
-        for start, stop in row_blocks(head.shape[0], row_bytes, BLOCK_BYTES):
-            pair = [torch.empty((stop - start, *head.shape[1:]), dtype=head.dtype) for _ in range(2)]
-            reader.read_rows(HF_HEAD, start, pair[0])
-            reader.read_rows(HF_EMBEDDING, start, pair[1])
-            same = same and byte_view(pair[0]) == byte_view(pair[1])
-    if not same:
-        raise CheckpointError(
-            f"{reader.directory}: config.json ties the embeddings but {HF_HEAD} is not {HF_EMBEDDING}: set"
-            " tie_word_embeddings to false, or remove that tensor"
-        )
-
-
-def _source_dtypes(
-    reader: SafetensorsReader, spec: ModelSpec, wanted: torch.dtype | None
-) -> dict[str, torch.dtype]:
-    """Returns the dtype of every Megatron tensor's parts; they must agree unless a dtype is asked for."""
-    dtypes: dict[str, torch.dtype] = {}
-    for mapping in mappings_of(spec):
-        found = Counter(
-            reader.tensors[hf_name(template, layer)].dtype
-            for template in mapping.hf_shapes()
-            for layer in layers_of(mapping, spec)
-        )
-        if len(found) > 1 and wanted is None:
-            kinds = ", ".join(sorted(hf_files.dtype_name(dtype) for dtype in found))
-            raise CheckpointError(
-                f"{reader.directory}: the parts of {mapping.megatron} are of several dtypes ({kinds}):"
-                " choose one with"
-                " --dtype"
-            )
-        dtypes[mapping.megatron] = found.most_common(1)[0][0]
-    return dtypes
 
 
 def _origin(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], reader: SafetensorsReader) -> hf_files.Origin:
@@ -381,35 +251,6 @@ def _extra_state_keys(spec: ModelSpec) -> list[str]:
     return per_layer + [f"{MODULE_PREFIX}{module}._extra_state/shard_0_1" for module in EXTRA_STATE]
 
 
-def _producer(
-    reader: SafetensorsReader,
-    spec: ModelSpec,
-    dtypes: Mapping[str, torch.dtype],
-    counter: _Counter,
-) -> Callable[[str, int, int, int], torch.Tensor]:
-    """Returns the function that assembles one block of a Megatron tensor from the Hugging Face files."""
-    table: dict[str, TensorMapping] = {
-        MODULE_PREFIX + mapping.megatron: mapping for mapping in mappings_of(spec)
-    }
-    segments = {key: mapping.segments() for key, mapping in table.items()}
-
-    def produce(key: str, layer: int, start: int, stop: int) -> torch.Tensor:
-        block = torch.empty((stop - start, *table[key].row_shape), dtype=dtypes[key])
-        for run in hf_runs(segments[key], start, stop):
-            name = hf_name(run.name, layer)
-            rows, dtype = block[run.into : run.into + run.rows], reader.tensors[name].dtype
-            if dtype == block.dtype:
-                reader.read_rows(name, run.start, rows)
-            else:
-                stored = torch.empty(rows.shape, dtype=dtype)
-                reader.read_rows(name, run.start, stored)
-                rows.copy_(stored)
-        counter.add(block.nbytes, key)
-        return block
-
-    return produce
-
-
 def _target_dtypes(
     ckpt_dir: Path,
     reader: DistReader,
@@ -430,26 +271,13 @@ def _target_dtypes(
     return {name: reader.dtype(MODULE_PREFIX + name) for name in names}
 
 
-def hf_block(
-    reader: DistReader, tensor: HfTensor, start: int, stop: int, *, dtype: torch.dtype
-) -> torch.Tensor:
-    """Returns rows `start:stop` of a Hugging Face tensor, read from a distributed checkpoint, as `dtype`."""
-    mapping = tensor.mapping
-    key = MODULE_PREFIX + mapping.megatron
-    block = torch.empty((stop - start, *mapping.row_shape), dtype=reader.dtype(key))
-    layer = tensor.layer if mapping.per_layer else None
-    for run in megatron_runs(mapping.segments(), tensor.template, start, stop, megatron=key):
-        reader.read_rows(key, layer, run.start, block[run.into : run.into + run.rows])
-    return block.to(dtype)
-
-
 def _write_shards(
     staging: Path,
     shards: Mapping[str, list[str]],
     tensors: Mapping[str, HfTensor],
     reader: DistReader,
     dtypes: Mapping[str, torch.dtype],
-    counter: _Counter,
+    counter: ProgressCounter,
 ) -> None:
     """Writes every safetensors file, several at a time, each block by block."""
 
@@ -459,7 +287,7 @@ def _write_shards(
             stream.write(header_bytes(described))
             for name in names:
                 dtype, shape = described[name]
-                row_bytes = tensors[name].mapping.row_numel * reader_itemsize(reader, tensors[name], dtype)
+                row_bytes = tensors[name].mapping.row_numel * widest_itemsize(reader, tensors[name], dtype)
                 for start, stop in row_blocks(shape[0], row_bytes, BLOCK_BYTES):
                     block = hf_block(reader, tensors[name], start, stop, dtype=dtype)
                     stream.write(byte_view(block))
@@ -475,11 +303,6 @@ def _write_shards(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def reader_itemsize(reader: DistReader, tensor: HfTensor, dtype: torch.dtype) -> int:
-    """Returns the larger of the bytes per number read and written, so that a block bounds both."""
-    return max(dtype.itemsize, reader.dtype(MODULE_PREFIX + tensor.mapping.megatron).itemsize)
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -93,14 +93,22 @@ class _Record:
     dtype: torch.dtype
 
 
+def _plain_tensor(storage: tuple[str, torch.dtype], offset: int, size: Any, stride: Any, *_: Any) -> Any:
+    return (*storage, offset, tuple(size), tuple(stride))
+
+
+def _plain_parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
 class _ChunkUnpickler(pickle.Unpickler):
     """Reads the small pickle of a saved tensor into (storage key, dtype, storage offset, size, stride)."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: (*storage, offset, tuple(size), tuple(stride))
+            return _plain_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *_: data
+            return _plain_parameter
         if module == "torch" and name in _STORAGE_DTYPES:
             return _STORAGE_DTYPES[name]
         if (module, name) == ("collections", "OrderedDict"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import (
+    FileSystemWriter,
     _StorageInfo,  # pyright: ignore[reportPrivateUsage]  # what every reader expects in .metadata
 )
 from torch.distributed.checkpoint.metadata import (
@@ -36,6 +38,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignore[reportUnknownVariableType]
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -186,7 +189,7 @@ def _chunks(tensor: OutTensor, block_bytes: int) -> list[ChunkStorageMetadata]:
     return chunks
 
 
-class LayerFileWriter(dcp.FileSystemWriter):
+class LayerFileWriter(FileSystemWriter):
     """One file per layer, written by several threads; an error in any of them ends the save.
 
     The stock writer keeps the last tensor of every name until its file is closed and loses errors of its
@@ -195,8 +198,8 @@ class LayerFileWriter(dcp.FileSystemWriter):
 
     def __init__(self, path: Path, *, threads: int) -> None:
         """Writes into `path` with `threads` threads."""
-        super().__init__(path, sync_files=True)
-        self._threads = threads
+        super().__init__(path, sync_files=True)  # pyright: ignore[reportUnknownMemberType]
+        self._directory, self._threads = path, threads
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes every item; returns a finished future of where each one lies."""
@@ -208,7 +211,7 @@ class LayerFileWriter(dcp.FileSystemWriter):
         def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
             name = f"__0_{number}.distcp"
             results: list[WriteResult] = []
-            with (Path(self.path) / name).open("wb") as stream:
+            with (self._directory / name).open("wb") as stream:
                 for item in items:
                     offset = stream.tell()
                     data = planner.resolve_data(item)
@@ -264,7 +267,14 @@ def write_dist_checkpoint(
     )
     weights_dir.mkdir(parents=True)
     writer = LayerFileWriter(weights_dir, threads=threads)
-    dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    with warnings.catch_warnings():
+        # It tells everybody who saves from one process that this is what it will do.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            # It wraps whatever went wrong, a full disk too, in a BaseException of its own.
+            raise next(iter(error.failures.values()))[0] from error
     common = io.BytesIO()
     torch.save({"content_metadata": dict(CONTENT_METADATA)}, common)
     write_synced(weights_dir / "common.pt", common.getvalue())

@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 LAYER = "{layer}"
 
@@ -120,6 +121,14 @@ class GatedMLP(TensorMapping):
         """Yields the two halves."""
         yield self.gate, 0, self.ffn_hidden_size
         yield self.up, 0, self.ffn_hidden_size
+
+
+class Heads(TypedDict):
+    """The three sizes of `InterleavedQKV`, which a weight and its bias share."""
+
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
 
 
 @dataclass(frozen=True, kw_only=True)

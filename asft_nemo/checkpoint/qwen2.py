@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from asft_nemo.checkpoint.mapping import Copy, GatedMLP, InterleavedQKV, TensorMapping, Vocabulary
+from asft_nemo.checkpoint.mapping import Copy, GatedMLP, Heads, InterleavedQKV, TensorMapping, Vocabulary
 from asft_nemo.model import ModelSpec
 
 
 def mappings(spec: ModelSpec) -> tuple[TensorMapping, ...]:
     """Returns one mapping per Megatron tensor, in the order of the forward pass."""
     hidden, layer = (spec.hidden_size,), "model.layers.{layer}."
-    attention = dict(
-        num_attention_heads=spec.num_attention_heads,
-        num_query_groups=spec.num_query_groups,
-        head_dim=spec.head_dim,
-    )
-    table: list[TensorMapping] = [
+    attention: Heads = {
+        "num_attention_heads": spec.num_attention_heads,
+        "num_query_groups": spec.num_query_groups,
+        "head_dim": spec.head_dim,
+    }
+    table: tuple[TensorMapping, ...] = (
         Vocabulary(
             megatron="embedding.word_embeddings.weight",
             hf="model.embed_tokens.weight",
@@ -72,15 +72,14 @@ def mappings(spec: ModelSpec) -> tuple[TensorMapping, ...]:
             num_rows=spec.hidden_size,
             per_layer=False,
         ),
-    ]
+    )
     if not spec.tie_word_embeddings:
-        table.append(
-            Vocabulary(
-                megatron="output_layer.weight",
-                hf="lm_head.weight",
-                num_rows=spec.vocab_size,
-                row_shape=hidden,
-                per_layer=False,
-            )
+        head = Vocabulary(
+            megatron="output_layer.weight",
+            hf="lm_head.weight",
+            num_rows=spec.vocab_size,
+            row_shape=hidden,
+            per_layer=False,
         )
-    return tuple(table)
+        table = (*table, head)
+    return table

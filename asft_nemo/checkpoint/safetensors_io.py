@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -67,7 +67,8 @@ class TensorEntry:
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """Returns a contiguous CPU tensor's bytes, without copying."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    array = cast(Any, tensor.reshape(-1).view(torch.uint8)).numpy()
+    return memoryview(array)
 
 
 def read_into(descriptor: int, offset: int, target: torch.Tensor, *, path: Path) -> None:
@@ -161,10 +162,10 @@ class SafetensorsReader:
         self._descriptors: dict[Path, int] = {}
         index_path = self.directory / INDEX_NAME
         single = self.directory / SINGLE_NAME
-        if index_path.is_file():
-            self._read_index(index_path)
-        elif single.is_file():
+        if single.is_file():  # first, as transformers does
             self.tensors = read_header(single)
+        elif index_path.is_file():
+            self._read_index(index_path)
         else:
             raise CheckpointError(
                 f"{self.directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}: convert the weights to"

@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def staged_directory(target: str | Path, *, needed_bytes: int) -> Iterator[Path]:
+def staged_directory(target: str | Path, *, needed_bytes: int) -> Generator[Path, None, None]:
     """Yields an empty temporary sibling of `target` and renames it to `target` at the end.
 
     The sibling is locked while it is written, so a second writer is refused, and what a killed one left
@@ -58,8 +58,10 @@ def staged_directory(target: str | Path, *, needed_bytes: int) -> Iterator[Path]
         finally:
             os.close(descriptor)
     except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
         raise CheckpointError(
-            f"cannot write {target} ({error.strerror or error}): make room or choose a place you can write to"
+            f"cannot write {target} ({error.strerror or error}{where}): make room or choose a place you can write"
+            " to"
         ) from error
 
 

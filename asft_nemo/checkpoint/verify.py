@@ -8,14 +8,8 @@ from pathlib import Path
 import torch
 
 from asft_nemo.checkpoint import hf_files
-from asft_nemo.checkpoint.convert import (
-    BLOCK_BYTES,
-    MODULE_PREFIX,
-    Progress,
-    check_hf_tensors,
-    check_megatron_tensors,
-    hf_block,
-)
+from asft_nemo.checkpoint.blocks import BLOCK_BYTES, Progress, hf_block, widest_itemsize
+from asft_nemo.checkpoint.checks import check_hf_tensors, check_megatron_tensors
 from asft_nemo.checkpoint.dist_read import DistReader
 from asft_nemo.checkpoint.families import HfTensor, hf_tensors
 from asft_nemo.checkpoint.mapping import row_blocks
@@ -94,8 +88,7 @@ def verify(ckpt_dir: str | Path, hf_dir: str | Path, *, progress: Progress | Non
 
 def _compare(hf: SafetensorsReader, reader: DistReader, tensor: HfTensor) -> TensorDifference | None:
     entry = hf.tensors[tensor.name]
-    stored = reader.dtype(MODULE_PREFIX + tensor.mapping.megatron)
-    row_bytes = tensor.mapping.row_numel * max(entry.dtype.itemsize, stored.itemsize)
+    row_bytes = tensor.mapping.row_numel * widest_itemsize(reader, tensor, entry.dtype)
     numbers, largest = 0, 0.0
     for start, stop in row_blocks(tensor.shape[0], row_bytes, BLOCK_BYTES):
         ours = hf_block(reader, tensor, start, stop, dtype=entry.dtype)
