@@ -17,7 +17,7 @@ from pathlib import Path
 from asft_nemo.config import tables
 from asft_nemo.config.model_shape import ModelShape, read_model_shape
 from asft_nemo.config.recipes import suggest
-from asft_nemo.config.schema import RunConfig, data_parallel_size, num_microbatches, walk
+from asft_nemo.config.schema import EvalConfig, RunConfig, data_parallel_size, num_microbatches, walk
 from asft_nemo.errors import ConfigError
 
 
@@ -165,6 +165,7 @@ def _ignored(facts: Facts) -> Iterator[str]:
             run.loss.implementation != "fused",
             f"loss.implementation={run.loss.implementation}",
         ),
+        ("eval.", tuple(EvalConfig.__dataclass_fields__), True, "asft train; asft eval has its own options"),
         ("optim.", ("min_lr_ratio",), run.optim.schedule == "constant", "optim.schedule=constant"),
     )
     for section, names, idle, because in rows:

@@ -191,7 +191,7 @@ class ClusterConfig(Section):
 
 @dataclass(unsafe_hash=True)
 class EvalConfig(Section):
-    """How a model is evaluated."""
+    """How a model is evaluated: the defaults of `asft eval`."""
 
     suites: tuple[str, ...] = ()
     backend: str = "hf"

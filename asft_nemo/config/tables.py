@@ -155,9 +155,4 @@ NOT_YET = (
     ),
     NotYet("context parallelism", lambda run: run.parallel.cp_size > 1, "set parallel.cp_size=1"),
     NotYet("FP8 training", lambda run: run.precision.startswith("fp8"), "set precision=bf16"),
-    NotYet(
-        "evaluation within a training run",
-        lambda run: bool(run.eval.suites),
-        "leave eval.suites empty and run asft eval on the exported model",
-    ),
 )

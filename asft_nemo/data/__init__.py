@@ -1,6 +1,6 @@
 """From files to the micro batches of each data-parallel rank."""
 
-from asft_nemo.data.dataset import FILLER, LoadReport, SupervisedDataset
+from asft_nemo.data.dataset import FILLER, LoadReport, SupervisedDataset, inspect_files
 from asft_nemo.data.fingerprint import fingerprint
 from asft_nemo.data.prepare import Prepared, prepare
 from asft_nemo.data.sampler import GlobalBatchSampler, SequentialBatchSampler, num_steps
@@ -22,6 +22,7 @@ __all__ = [
     "TextTokenizer",
     "Tokenized",
     "fingerprint",
+    "inspect_files",
     "num_steps",
     "prepare",
     "read_records",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +51,26 @@ class LoadReport:
     kept: int = 0
     tokens: int = 0
     learned_tokens: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """The counts as plain values; `lengths` in tokens, empty where no row is usable."""
+        lengths: dict[str, int] = {}
+        if self.lengths:
+            ranks = {"shortest": 0, "median": 50, "95th percentile": 95, "longest": 100}
+            lengths = {
+                name: int(np.percentile(self.lengths, rank, method="higher")) for name, rank in ranks.items()
+            }
+        return {
+            "rows": self.rows,
+            "usable": self.rows - len(self.bad),
+            "bad": len(self.bad),
+            "lengths": lengths,
+            "too_long": self.too_long,
+            "no_response_left": self.no_response_left,
+            "kept": self.kept,
+            "tokens": self.tokens,
+            "learned_tokens": self.learned_tokens,
+        }
 
 
 class SupervisedDataset(Dataset[dict[str, Tensor]]):
@@ -149,6 +171,19 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
             "position_ids": torch.arange(size),
             "sample_id": torch.tensor(sample_id),
         }
+
+
+def inspect_files(files: Iterable[str | Path], data: DataConfig, *, tokenizer: TextTokenizer) -> LoadReport:
+    """What would become of the rows; bad and over-long rows are counted whatever the policies say.
+
+    Raises:
+        DataError: a file cannot be read at all.
+    """
+    report = LoadReport()
+    if data.on_too_long == "fail":
+        data = dataclasses.replace(data, on_too_long="drop")
+    _load(files, data, tokenizer, report)
+    return report
 
 
 def _load(

@@ -17,6 +17,7 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.model",
 )
+_BLOCK = 1 << 20
 
 
 def fingerprint(files: Iterable[str | Path], data: DataConfig, *, tokenizer_dir: str | Path) -> str:
@@ -44,5 +45,8 @@ def fingerprint(files: Iterable[str | Path], data: DataConfig, *, tokenizer_dir:
 
 
 def _digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.digest()
