@@ -15,17 +15,22 @@ def fragment() -> dict[str, Any]:
     return {"peft": {"name": "none"}, "reference": {"form": "resident"}}
 
 
-def large_model() -> dict[str, Any]:
-    """What every multi-GPU recipe shares."""
+def on_gpus() -> dict[str, Any]:
+    """What every GPU recipe shares; the precision is the schema's bf16 with fp32 master weights."""
     return combine(
         fragment(),
-        {
-            # Splits activations outside the tensor-parallel GEMMs too: at TP 8 they would dominate memory.
-            "parallel": {"sequence_parallel": True},
-            # fp32 master weights and moments are 12 bytes a parameter: shard them over data-parallel ranks.
-            "optim": {"distributed": True},
-        },
+        # fp32 master weights and two moments are 12 bytes a parameter: data-parallel ranks share them.
+        {"optim": {"distributed": True}},
     )
+
+
+def tensor_parallel(tp_size: int) -> dict[str, Any]:
+    """Tensor parallelism within a node.
+
+    Sequence parallelism comes with it: it divides the activations between the GEMMs by `tp_size` too, for the same
+    bytes on the wire.
+    """
+    return {"parallel": {"tp_size": tp_size, "sequence_parallel": True}}
 
 
 def combine(*fragments: Mapping[str, Any]) -> dict[str, Any]:

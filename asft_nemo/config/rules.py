@@ -226,7 +226,7 @@ def _sequence_parallel(facts: Facts) -> Iterator[str]:
     layout, length = facts.run.parallel, facts.run.data.sequence_length
     if not layout.sequence_parallel:
         return
-    if layout.tp_size == 1 and facts.asked("parallel.sequence_parallel"):
+    if layout.tp_size == 1:
         yield (
             "parallel.sequence_parallel=true does nothing at tp_size=1: set it to false, or "
             "parallel.tp_size=2"
