@@ -11,22 +11,40 @@ Names inside functions end in the letters of their dims (`logits_TV`), outermost
 | `R` | ranks of the tensor-parallel group |
 | `K` | statistics exchanged per token |
 
-The aliases below are checked where a test wraps a function with jaxtyping; at run time they cost nothing.
+The aliases below carry these shapes where jaxtyping is installed, as it is for the tests, which check them. Where it is not they are
+plain tensors: nothing at run time depends on it.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-HiddenTH: TypeAlias = Float[Tensor, "tokens hidden"]
-HeadVH: TypeAlias = Float[Tensor, "vocabulary hidden"]
-LogitsTV: TypeAlias = Float[Tensor, "tokens vocabulary"]
-RefHiddenTH: TypeAlias = Float[Tensor, "tokens ref_hidden"]
-RefHeadVH: TypeAlias = Float[Tensor, "vocabulary ref_hidden"]
-LabelsT: TypeAlias = Int64[Tensor, " all_tokens"]
-LossMaskT: TypeAlias = Bool[Tensor, " all_tokens"]
-SegmentIdsT: TypeAlias = Int64[Tensor, " all_tokens"]
-LogProbT: TypeAlias = Float[Tensor, " all_tokens"]
+if TYPE_CHECKING:
+    HiddenTH: TypeAlias = Tensor
+    HeadVH: TypeAlias = Tensor
+    LogitsTV: TypeAlias = Tensor
+    RefHiddenTH: TypeAlias = Tensor
+    RefHeadVH: TypeAlias = Tensor
+    LabelsT: TypeAlias = Tensor
+    LossMaskT: TypeAlias = Tensor
+    SegmentIdsT: TypeAlias = Tensor
+    LogProbT: TypeAlias = Tensor
+else:
+    try:
+        from jaxtyping import Bool, Float, Int64
+    except ImportError:
+        HiddenTH = HeadVH = LogitsTV = RefHiddenTH = RefHeadVH = Tensor
+        LabelsT = LossMaskT = SegmentIdsT = LogProbT = Tensor
+    else:
+        # Hidden states may be a rank's part of the tokens, hence a name of their own for their rows.
+        HiddenTH = Float[Tensor, "hidden_tokens hidden"]
+        RefHiddenTH = Float[Tensor, "hidden_tokens ref_hidden"]
+        HeadVH = Float[Tensor, "vocabulary hidden"]
+        RefHeadVH = Float[Tensor, "vocabulary ref_hidden"]
+        LogitsTV = Float[Tensor, "tokens vocabulary"]
+        LabelsT = Int64[Tensor, " tokens"]
+        LossMaskT = Bool[Tensor, " tokens"]
+        SegmentIdsT = Int64[Tensor, " tokens"]
+        LogProbT = Float[Tensor, " tokens"]

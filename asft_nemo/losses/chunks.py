@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import TypeAlias
 
 import torch
 
 from asft_nemo.errors import ConfigError
 from asft_nemo.losses.vocab_shard import VocabShard
 from asft_nemo.objectives import Objective
+
+#: "auto" or a number of tokens.
+ChunkTokens: TypeAlias = int | str
 
 #: Bytes of [chunk, V] buffers that "auto" allows. A GPU's matrix units need about 2048 rows to be busy; a CPU's
 #: elementwise passes want to stay near its caches.
@@ -24,7 +27,7 @@ def bytes_per_token(objective: Objective, shard: VocabShard, dtype: torch.dtype)
 
 
 def resolve_chunk_tokens(
-    chunk_tokens: int | Literal["auto"],
+    chunk_tokens: ChunkTokens,
     *,
     num_tokens: int,
     objective: Objective,

@@ -47,14 +47,17 @@ def logit_gradient(
         gradient_NV.mul_((exps.shift_N - statistics.lse_N).exp().unsqueeze(1))
     if objective.divergence == "forward":
         ref_NV, ref_lse_N = exps.ref_NV, statistics.ref_lse_N
-        assert ref_NV is not None and ref_lse_N is not None
+        assert ref_NV is not None
+        assert ref_lse_N is not None
         if exps.ref_shift_N is not None:
             ref_NV.mul_((exps.ref_shift_N - ref_lse_N).exp().unsqueeze(1))
         torch.sub(gradient_NV, ref_NV, out=ref_NV)
         gradient_NV.mul_(ce_weight_N.unsqueeze(1)).addcmul_(ref_NV, kl_weight_N.unsqueeze(1))
     elif objective.divergence == "reverse":
         difference_NV, ref_lse_N, kl_N = exps.difference_NV, statistics.ref_lse_N, statistics.kl_N
-        assert difference_NV is not None and ref_lse_N is not None and kl_N is not None
+        assert difference_NV is not None
+        assert ref_lse_N is not None
+        assert kl_N is not None
         offset_N = kl_N + (statistics.lse_N - ref_lse_N)
         # log p - log q - KL = -(y - z) - offset
         difference_NV.add_(offset_N.unsqueeze(1)).mul_(-kl_weight_N.unsqueeze(1)).add_(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asft_nemo.losses.per_token import ValidTokens
+from asft_nemo.losses.statistics import TokenStatistics
 from asft_nemo.objectives import Objective
 
 
@@ -38,6 +40,26 @@ def metric_sums(objective: Objective, nll_N: Tensor, weight_N: Tensor, kl_N: Ten
     if kl_N is not None:
         columns.append(kl_N)
     return torch.stack([column.detach().sum() for column in columns])
+
+
+def token_losses(
+    objective: Objective, statistics: TokenStatistics, tokens: ValidTokens, chunk: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L_t = (w_t + c) CE_t + kl_weight * KL_t from statistics.
+
+    Args:
+        statistics: of the tokens in `chunk` alone.
+        tokens: all valid tokens, for what else the weight rule reads of those in `chunk`.
+
+    Returns:
+        loss_N, weight_N (w_t), and the metric sums of these tokens; all detached.
+    """
+    inputs = tokens.weight_inputs(statistics.label_logprob_N, statistics.topk_entropy_N, chunk)
+    weight_N = objective.token_weight(inputs)
+    loss_N = objective.cross_entropy_value(inputs)
+    if statistics.kl_N is not None:
+        loss_N = loss_N + objective.kl_weight * statistics.kl_N
+    return loss_N, weight_N, metric_sums(objective, -statistics.label_logprob_N, weight_N, statistics.kl_N)
 
 
 def loss_output(objective: Objective, loss_sum: Tensor, sums_M: Tensor, num_tokens: int) -> LossOutput:

@@ -15,6 +15,7 @@ bit on all ranks. Sums over a maximum that is only local cannot be all-reduced i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,22 @@ class TokenStatistics:
     ref_lse_N: Tensor | None = None
     kl_N: Tensor | None = None
     topk_entropy_N: Tensor | None = None
+
+    @staticmethod
+    def concatenate(parts: Sequence[TokenStatistics]) -> TokenStatistics:
+        """The statistics of consecutive tokens."""
+
+        def joined(tensors: list[Tensor | None]) -> Tensor | None:
+            present = [tensor_N for tensor_N in tensors if tensor_N is not None]
+            return torch.cat(present) if present else None
+
+        return TokenStatistics(
+            torch.cat([part.lse_N for part in parts]),
+            torch.cat([part.label_logprob_N for part in parts]),
+            joined([part.ref_lse_N for part in parts]),
+            joined([part.kl_N for part in parts]),
+            joined([part.topk_entropy_N for part in parts]),
+        )
 
     def __getitem__(self, chunk: slice) -> TokenStatistics:
         def part(tensor_N: Tensor | None) -> Tensor | None:
@@ -111,6 +128,7 @@ def local_statistics(
     ref_logits_NV: Tensor | None,
     own_N: Tensor,
     label_index_N: Tensor,
+    scratch_NV: Tensor | None = None,
 ) -> tuple[Tensor, Exponentials]:
     """This rank's statistics of a chunk of tokens.
 
@@ -119,6 +137,7 @@ def local_statistics(
         logits_NV: [N, V] policy logits of the rows that count, accumulation dtype; overwritten.
         ref_logits_NV: the reference's, overwritten; None where the objective has no divergence.
         own_N, label_index_N: from `VocabShard.local_index`.
+        scratch_NV: overwritten and kept as the difference of the logits where there is a divergence; None allocates.
 
     Returns:
         packed_NK with K = `floats_per_token`, to be gathered over the ranks, and the exponentials.
@@ -133,7 +152,7 @@ def local_statistics(
     else:
         label_logit_N = logits_NV.new_zeros(logits_NV.shape[0])
     max_N = _row_max(logits_NV)
-    difference_NV = None if ref_logits_NV is None else ref_logits_NV - logits_NV
+    difference_NV = None if ref_logits_NV is None else torch.sub(ref_logits_NV, logits_NV, out=scratch_NV)
     logits_NV.sub_(max_N.unsqueeze(1)).exp_()
     exps = Exponentials(logits_NV, max_N, ref_logits_NV, difference_NV=difference_NV)
     statistics = [max_N, logits_NV.sum(dim=1), label_logit_N]

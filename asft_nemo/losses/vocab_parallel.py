@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from asft_nemo.losses.chunks import resolve_chunk_tokens, token_chunks
 from asft_nemo.losses.logit_grad import logit_gradient
 from asft_nemo.losses.per_token import ValidTokens, accumulation_dtype, require_reference, valid_tokens
-from asft_nemo.losses.reduce import LossOutput, loss_output, metric_sums
+from asft_nemo.losses.reduce import LossOutput, loss_output, token_losses
 from asft_nemo.losses.statistics import (
     TokenStatistics,
     exchange,
@@ -62,12 +62,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         chunks: list[slice],
     ) -> tuple[Tensor, Tensor]:
         statistics = _statistics(logits_TV, ref_logits_TV, tokens, objective, shard, chunks)
-        inputs = tokens.weight_inputs(statistics.label_logprob_N, statistics.topk_entropy_N, slice(None))
-        weight_N = objective.token_weight(inputs)
-        loss_N = objective.cross_entropy_value(inputs)
-        if statistics.kl_N is not None:
-            loss_N = loss_N + objective.kl_weight * statistics.kl_N
-        sums_M = metric_sums(objective, -statistics.label_logprob_N, weight_N, statistics.kl_N)
+        loss_N, weight_N, sums_M = token_losses(objective, statistics, tokens, slice(None))
         ctx.save_for_backward(logits_TV, ref_logits_TV, weight_N)
         ctx.rest = (statistics, tokens, objective, shard, chunks)
         ctx.mark_non_differentiable(sums_M)
@@ -151,5 +146,8 @@ def vocab_parallel_loss(
         device=logits_TV.device,
     )
     chunks = list(token_chunks(tokens.count, chunk_tokens))
-    loss_sum, sums_M = _VocabParallelLoss.apply(logits_TV, ref_logits, tokens, objective, shard, chunks)  # type: ignore[misc]
+    loss_sum, sums_M = cast(
+        tuple[Tensor, Tensor],
+        _VocabParallelLoss.apply(logits_TV, ref_logits, tokens, objective, shard, chunks),  # pyright: ignore
+    )
     return loss_output(objective, loss_sum, sums_M, tokens.count)

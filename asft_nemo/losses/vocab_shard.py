@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asft_nemo.errors import LayoutError
+
+
+def _collective(*names: str) -> Callable[..., object]:
+    """The first of these functions that torch.distributed has."""
+    return next(getattr(dist, name) for name in names if hasattr(dist, name))
+
+
+_all_reduce = _collective("all_reduce")
+# torch 2.13 deprecates the second names; the older torch of NVIDIA's containers knows only those.
+_all_gather = _collective("all_gather_single", "all_gather_into_tensor")
+_reduce_scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ class VocabShard:
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Sums over the ranks, in place. One all-reduce, nothing with one rank. Not differentiable."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
+            _all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
         return tensor
 
     def gather_rows(self, rows_SH: Tensor) -> Tensor:
@@ -122,10 +134,10 @@ class VocabShard:
         if self.world_size == 1:
             return rows_TH
         scattered = rows_TH.new_empty(rows_TH.shape[0] // self.world_size, *rows_TH.shape[1:])
-        dist.reduce_scatter_tensor(scattered, rows_TH.contiguous(), op=dist.ReduceOp.SUM, group=self.group)
+        _reduce_scatter(scattered, rows_TH.contiguous(), op=dist.ReduceOp.SUM, group=self.group)
         return scattered
 
     def _gather(self, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty(self.world_size * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self.group)
+        _all_gather(gathered, tensor.contiguous(), group=self.group)
         return gathered

@@ -122,7 +122,7 @@ def _option_items(name: str, row: ObjectiveRow, given: dict[str, object]) -> tup
             own = f"its options are {', '.join(row.options)}" if row.options else "it has no options"
             raise ObjectiveError(f"objective {name} has no option {option!r} ({belongs}; {own}): remove it")
     return tuple(
-        (key, _option_value(name, key, option, given[key] if key in given else option.default))
+        (key, _option_value(name, key, option, given.get(key, option.default)))
         for key, option in row.options.items()
     )
 
@@ -146,7 +146,7 @@ def _kl_term(
         raise ObjectiveError(
             f"objective {name} has a KL term and needs kl_weight: give it (the paper uses 0.05)"
         )
-    chosen = next((direction for direction in directions if direction == kl_direction), row.direction)
+    chosen = row.direction if kl_direction is None else directions[directions.index(kl_direction)]
     return weight, chosen
 
 

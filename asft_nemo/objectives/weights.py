@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ def sequence_importance(inputs: WeightInputs, options: Mapping[str, float]) -> T
         inputs.segment_ids_N, "segment ids (segment_ids_T)", "number the sequences of the micro batch"
     )
     log_ratio_N = inputs.label_logprob_N.detach() - ref_N.to(inputs.label_logprob_N.dtype)
-    _, index_N = torch.unique(segments_N, return_inverse=True)
+    unique = cast(tuple[Tensor, Tensor], torch.unique(segments_N, return_inverse=True))  # pyright: ignore
+    index_N = unique[1]
     # Sized by the tokens, an upper bound of the segments, which spares a device synchronisation.
     sums = log_ratio_N.new_zeros(log_ratio_N.shape).index_add_(0, index_N, log_ratio_N)
     counts = log_ratio_N.new_zeros(log_ratio_N.shape).index_add_(0, index_N, torch.ones_like(log_ratio_N))

@@ -74,7 +74,9 @@ class LossCase:
             **self.per_token,
         )
         output.loss_sum.backward()
-        assert logits_TV.grad is not None and hidden_TH.grad is not None and head_VH.grad is not None
+        assert logits_TV.grad is not None
+        assert hidden_TH.grad is not None
+        assert head_VH.grad is not None
         return output, logits_TV.grad, hidden_TH.grad, head_VH.grad
 
 

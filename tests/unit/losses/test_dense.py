@@ -122,7 +122,7 @@ def test_a_label_outside_the_vocabulary_is_named_where_it_counts():
     labels = case.labels_T.clone()
     position = int(case.loss_mask_T.nonzero()[3])
     labels[position] = 11
-    arguments = dict(objective=objective("sft"))
+    arguments = {"objective": objective("sft")}
     with pytest.raises(DataError, match=rf"label 11 at token {position} .*vocabulary of 11 rows"):
         dense_loss(case.logits_TV, labels, case.loss_mask_T, **arguments)
     mask = case.loss_mask_T.clone()
@@ -133,7 +133,7 @@ def test_a_label_outside_the_vocabulary_is_named_where_it_counts():
 def test_what_an_objective_reads_must_be_given():
     case = make_case()
     base = (case.logits_TV, case.labels_T, case.loss_mask_T)
-    with pytest.raises(ObjectiveError, match="kl_weight=0.3 reads the reference .*reference=resident"):
+    with pytest.raises(ObjectiveError, match=r"kl_weight=0\.3 reads the reference .*reference=resident"):
         dense_loss(*base, objective=variant_objective("asft", "forward"))
     with pytest.raises(ObjectiveError, match="iw_sft reads segment_ids_T"):
         dense_loss(*base, objective=objective("iw_sft"), ref_logprob_T=case.per_token["ref_logprob_T"])

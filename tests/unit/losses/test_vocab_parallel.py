@@ -111,7 +111,8 @@ def test_kl_weight_zero_is_dft_exactly():
     case = make_case()
     ours, gradient = sharded(case, objective("asft", kl_weight=0.0))
     plain, plain_gradient = sharded(case, objective("dft"))
-    assert torch.equal(ours.loss_sum, plain.loss_sum) and torch.equal(gradient, plain_gradient)
+    assert torch.equal(ours.loss_sum, plain.loss_sum)
+    assert torch.equal(gradient, plain_gradient)
     assert list(ours.metrics) == ["nll", "weighted_nll", "token_weight"]
     definition, _, _, _ = case.dense(objective("asft", kl_weight=0.0))
     assert torch.equal(definition.loss_sum, case.dense(objective("dft"))[0].loss_sum)
@@ -133,8 +134,10 @@ def test_without_a_valid_token_the_loss_is_zero_and_attached(name, direction):
         case.dense(variant_objective(name, direction))[:2],
         sharded(case, variant_objective(name, direction), padding=3),
     ):
-        assert output.loss_sum.item() == 0.0 and output.loss_sum.requires_grad
-        assert output.num_tokens.item() == 0 and output.num_tokens.dtype == torch.int64
+        assert output.loss_sum.item() == 0.0
+        assert output.loss_sum.requires_grad
+        assert output.num_tokens.item() == 0
+        assert output.num_tokens.dtype == torch.int64
         assert (gradient == 0).all()
         assert all(total == 0 and count == 0 for total, count in output.metrics.values())
 
@@ -180,7 +183,8 @@ def test_any_shape_mask_and_magnitude(seed, tokens, vocab, padding, scale, offse
     )
     expected.loss_sum.backward()
     ours, gradient = sharded(case, chosen, padding=padding, logits=logits, ref_logits=ref_logits)
-    assert torch.isfinite(ours.loss_sum) and torch.isfinite(gradient).all()
+    assert torch.isfinite(ours.loss_sum)
+    assert torch.isfinite(gradient).all()
     assert worst((ours.loss_sum, expected.loss_sum), (gradient[:, :vocab], definition_logits.grad)) <= 1e-10
     assert (gradient[:, vocab:] == 0).all()
 
@@ -193,7 +197,8 @@ def test_bf16_logits_are_as_good_as_their_own_rounding(direction):
     chosen = variant_objective("asft", direction)
     exact, exact_gradient = sharded(case, chosen, logits=logits.double(), ref_logits=ref_logits.double())
     ours, gradient = sharded(case, chosen, logits=logits, ref_logits=ref_logits)
-    assert ours.loss_sum.dtype == torch.float32 and gradient.dtype == torch.bfloat16
+    assert ours.loss_sum.dtype == torch.float32
+    assert gradient.dtype == torch.bfloat16
     assert ours.loss_sum.item() == pytest.approx(exact.loss_sum.item(), rel=1e-5)
     error = (gradient.double() - exact_gradient).abs() / exact_gradient.abs().clamp(min=1e-6)
     assert error.max() <= 2**-8 * 1.001 + 1e-4

@@ -53,7 +53,8 @@ def test_kl_weight_zero_drops_the_reference():
     unanchored = objective("asft", kl_weight=0)
     assert unanchored.reads == {"label_logprob"}
     assert not unanchored.needs_reference
-    assert unanchored.divergence is None and unanchored.kl_metric is None
+    assert unanchored.divergence is None
+    assert unanchored.kl_metric is None
 
 
 @pytest.mark.parametrize("name", [name for name, row in OBJECTIVES.items() if row.direction is None])
@@ -65,9 +66,8 @@ def test_a_row_without_a_divergence_takes_none_from_shared_settings(name):
 
 def test_an_objective_is_a_value():
     one = objective("psft", clip_high=0.5)
-    assert one == objective("psft", clip_high=0.5, clip_low=None) and hash(one) == hash(
-        objective("psft", clip_high=0.5)
-    )
+    assert one == objective("psft", clip_high=0.5, clip_low=None)
+    assert hash(one) == hash(objective("psft", clip_high=0.5))
     assert one != objective("psft")
     assert pickle.loads(pickle.dumps(one)) == one
     with pytest.raises(AttributeError):
@@ -80,32 +80,32 @@ def test_an_objective_is_a_value():
     ("arguments", "message"),
     [
         (
-            dict(name="asfd"),
+            {"name": "asfd"},
             "unknown objective 'asfd': choose one of sft, dft, sft_kl, asft, asft_sft, iw_sft, eaft, psft",
         ),
-        (dict(name="asft"), "needs kl_weight"),
-        (dict(name="asft", kl_weight=-0.1), "kl_weight=-0.1 .* set it to 0 or more"),
-        (dict(name="dft", kl_weight=-0.1), "kl_weight=-0.1"),
-        (dict(name="asft", kl_weight=float("nan")), "finite number"),
-        (dict(name="asft", kl_weight="0.05"), "finite number, got '0.05'"),
-        (dict(name="asft", kl_weight=True), "finite number"),
+        ({"name": "asft"}, "needs kl_weight"),
+        ({"name": "asft", "kl_weight": -0.1}, "kl_weight=-0.1 .* set it to 0 or more"),
+        ({"name": "dft", "kl_weight": -0.1}, "kl_weight=-0.1"),
+        ({"name": "asft", "kl_weight": float("nan")}, "finite number"),
+        ({"name": "asft", "kl_weight": "0.05"}, "finite number, got '0.05'"),
+        ({"name": "asft", "kl_weight": True}, "finite number"),
         (
-            dict(name="asft", kl_weight=0.05, kl_direction="backward"),
+            {"name": "asft", "kl_weight": 0.05, "kl_direction": "backward"},
             "'backward': choose forward, .* or reverse",
         ),
         (
-            dict(name="dft", alpha=0.1),
+            {"name": "dft", "alpha": 0.1},
             r"no option 'alpha' \(it belongs to asft_sft; it has no options\): remove it",
         ),
         (
-            dict(name="psft", alpha=0.1),
+            {"name": "psft", "alpha": 0.1},
             r"it belongs to asft_sft; its options are clip_low, clip_high, refresh_every",
         ),
-        (dict(name="eaft", power=2), "no objective has it; its options are exponent"),
-        (dict(name="asft_sft", alpha=-1), "alpha=-1 does not fit: .* at least 0"),
-        (dict(name="psft", clip_low=1.5), "clip_low=1.5 does not fit: .* at most 1"),
-        (dict(name="psft", refresh_every=0), "a whole number of at least 1"),
-        (dict(name="psft", refresh_every=2.5), "a whole number of at least 1"),
+        ({"name": "eaft", "power": 2}, "no objective has it; its options are exponent"),
+        ({"name": "asft_sft", "alpha": -1}, "alpha=-1 does not fit: .* at least 0"),
+        ({"name": "psft", "clip_low": 1.5}, "clip_low=1.5 does not fit: .* at most 1"),
+        ({"name": "psft", "refresh_every": 0}, "a whole number of at least 1"),
+        ({"name": "psft", "refresh_every": 2.5}, "a whole number of at least 1"),
     ],
 )
 def test_bad_settings_are_said_with_their_cure(arguments, message):

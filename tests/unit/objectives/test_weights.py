@@ -62,7 +62,8 @@ def test_weight_rule(name, options, oracle):
 
 def test_the_cases_reach_the_clamps():
     assert max(iw_weight(i) for i in range(7)) == 16.0
-    assert 0.0 in [psft_weight(i) for i in range(7)] and psft_weight(3) < 0.8
+    assert 0.0 in [psft_weight(i) for i in range(7)]
+    assert psft_weight(3) < 0.8
 
 
 def test_the_ce_share_is_added_to_the_value_and_not_to_the_weight():

@@ -1,0 +1,186 @@
+"""Visiting the head chunk by chunk: logits of a few tokens at a time, their statistics, their gradients, then the next.
+
+A visit holds at most three [chunk, V] buffers in the accumulation dtype, reused by every chunk, and never logits of all
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asft_nemo.losses.chunks import token_chunks
+from asft_nemo.losses.head_gemm import add_head_gradient, hidden_gradient_into, logits_into
+from asft_nemo.losses.logit_grad import logit_gradient
+from asft_nemo.losses.per_token import ValidTokens
+from asft_nemo.losses.reduce import metric_names, token_losses
+from asft_nemo.losses.statistics import (
+    TokenStatistics,
+    combine,
+    exchange,
+    floats_per_token,
+    local_statistics,
+    probabilities,
+)
+from asft_nemo.losses.vocab_shard import VocabShard
+from asft_nemo.objectives import Objective
+
+
+@dataclass(frozen=True)
+class HeadOperands:
+    """What is multiplied: hidden states of all T tokens and this rank's rows of the heads, padded rows included."""
+
+    hidden_TH: Tensor
+    head_VH: Tensor
+    ref_hidden_TH: Tensor | None
+    ref_head_VH: Tensor | None
+
+
+@dataclass
+class Gradients:
+    """Where a visit leaves its gradients; None where one is not wanted.
+
+    Attributes:
+        hidden_NH: of the valid tokens, accumulation dtype; every row is overwritten. A partial sum over this rank's
+            vocabulary rows until it is reduced over the group.
+        head_VH: added to, any float dtype, padded rows included and left alone.
+    """
+
+    hidden_NH: Tensor | None
+    head_VH: Tensor | None
+
+    @property
+    def wanted(self) -> bool:
+        """True where any gradient is to be computed."""
+        return self.hidden_NH is not None or self.head_VH is not None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    tokens: slice
+    hidden_NH: Tensor
+    logits_NV: Tensor
+    ref_logits_NV: Tensor | None
+    own_N: Tensor
+    label_index_N: Tensor
+    scratch_NV: Tensor | None
+
+
+@dataclass(frozen=True)
+class HeadVisit:
+    """The head's work for one micro batch.
+
+    Attributes:
+        operands: hidden states and heads.
+        tokens: the valid tokens; only these reach the head.
+        objective, shard: which loss, and which vocabulary rows.
+        chunk_tokens: tokens per chunk.
+        dtype: of logits, statistics and gradients' sums: fp32, or fp64.
+    """
+
+    operands: HeadOperands
+    tokens: ValidTokens
+    objective: Objective
+    shard: VocabShard
+    chunk_tokens: int
+    dtype: torch.dtype
+
+    def _rows(self, hidden_TH: Tensor, chunk: slice) -> Tensor:
+        if self.tokens.everything_valid:
+            return hidden_TH[chunk]
+        return hidden_TH.index_select(0, self.tokens.index_N[chunk])
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        """Logits of both models chunk by chunk, in buffers that the next chunk overwrites."""
+        valid = self.shard.num_valid
+        operands, anchored = self.operands, self.objective.divergence is not None
+        shape = (min(self.chunk_tokens, self.tokens.count), valid)
+        buffers = [operands.hidden_TH.new_empty(shape, dtype=self.dtype) for _ in range(3 if anchored else 1)]
+        for chunk in token_chunks(self.tokens.count, self.chunk_tokens):
+            views = [buffer[: chunk.stop - chunk.start] for buffer in buffers]
+            hidden_NH = self._rows(operands.hidden_TH, chunk)
+            logits_into(views[0], hidden_NH, operands.head_VH[:valid])
+            if anchored:
+                assert operands.ref_hidden_TH is not None
+                assert operands.ref_head_VH is not None
+                logits_into(views[1], self._rows(operands.ref_hidden_TH, chunk), operands.ref_head_VH[:valid])
+            yield _Chunk(
+                chunk,
+                hidden_NH,
+                views[0],
+                views[1] if anchored else None,
+                *self.shard.local_index(self.tokens.labels_N[chunk]),
+                views[2] if anchored else None,
+            )
+
+    def _add_gradients(self, chunk: _Chunk, gradient_NV: Tensor, into: Gradients) -> None:
+        if into.hidden_NH is not None:
+            head_VH = self.operands.head_VH[: self.shard.num_valid]
+            hidden_gradient_into(into.hidden_NH[chunk.tokens], gradient_NV, head_VH)
+        if into.head_VH is not None:
+            add_head_gradient(into.head_VH[: self.shard.num_valid], gradient_NV, chunk.hidden_NH)
+
+    def statistics(self) -> TokenStatistics:
+        """Statistics of all valid tokens. GEMMs: one a model. One all-gather a chunk."""
+        parts = [
+            exchange(
+                self.objective,
+                local_statistics(
+                    self.objective,
+                    chunk.logits_NV,
+                    chunk.ref_logits_NV,
+                    chunk.own_N,
+                    chunk.label_index_N,
+                    chunk.scratch_NV,
+                )[0],
+                self.shard,
+            )
+            for chunk in self._chunks()
+        ]
+        if not parts:
+            shape = (1, 0, floats_per_token(self.objective))
+            return combine(self.objective, self.operands.hidden_TH.new_empty(shape, dtype=self.dtype))
+        return TokenStatistics.concatenate(parts)
+
+    def gradients(
+        self, statistics: TokenStatistics, weight_N: Tensor, upstream_N: Tensor | None, into: Gradients
+    ) -> None:
+        """Gradients, the statistics and weights known. GEMMs: two for the policy, one for the reference, one a gradient."""
+        for chunk in self._chunks() if into.wanted else ():
+            part = statistics[chunk.tokens]
+            exps = probabilities(self.objective, chunk.logits_NV, chunk.ref_logits_NV, part)
+            upstream = upstream_N if upstream_N is None or upstream_N.ndim == 0 else upstream_N[chunk.tokens]
+            gradient_NV = logit_gradient(
+                self.objective, exps, part, weight_N[chunk.tokens], chunk.own_N, chunk.label_index_N, upstream
+            )
+            self._add_gradients(chunk, gradient_NV, into)
+
+    def loss_and_gradients(self, upstream: Tensor | None, into: Gradients) -> tuple[Tensor, Tensor]:
+        """Loss sum, metric sums and gradients in one visit. GEMMs: one a model and one a gradient. One all-gather a chunk.
+
+        Only for token scope: a token's weight is known as soon as its own statistics are.
+        """
+        loss_sum = self.operands.hidden_TH.new_zeros((), dtype=self.dtype)
+        sums_M = loss_sum.new_zeros(len(metric_names(self.objective)))
+        for chunk in self._chunks():
+            packed_NK, exps = local_statistics(
+                self.objective,
+                chunk.logits_NV,
+                chunk.ref_logits_NV,
+                chunk.own_N,
+                chunk.label_index_N,
+                chunk.scratch_NV,
+            )
+            part = exchange(self.objective, packed_NK, self.shard)
+            loss_N, weight_N, chunk_sums_M = token_losses(self.objective, part, self.tokens, chunk.tokens)
+            loss_sum += loss_N.sum()
+            sums_M += chunk_sums_M
+            if into.wanted:
+                gradient_NV = logit_gradient(
+                    self.objective, exps, part, weight_N, chunk.own_N, chunk.label_index_N, upstream
+                )
+                self._add_gradients(chunk, gradient_NV, into)
+        return loss_sum, sums_M
