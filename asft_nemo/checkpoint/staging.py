@@ -60,8 +60,8 @@ def staged_directory(target: str | Path, *, needed_bytes: int) -> Generator[Path
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise CheckpointError(
-            f"cannot write {target} ({error.strerror or error}{where}): make room or choose a place you can write"
-            " to"
+            f"cannot write {target} ({error.strerror or error}{where}): make room or choose a place that can be"
+            " written to"
         ) from error
 
 
