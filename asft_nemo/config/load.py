@@ -125,6 +125,8 @@ def _only(groups: Mapping[str, str], name: str) -> dict[str, str]:
 
 def _compose_level(folder: Path, primary: str, choices: Mapping[str, str]) -> dict[str, Any]:
     """What the chosen group files (and an experiment's own choices) give, as nested plain values."""
+    if primary == _LEVEL and not choices:
+        return {}
     groups = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "experiment")
     # The experiment comes last so that its body wins over the group files it chose.
     ConfigStore.instance().store(

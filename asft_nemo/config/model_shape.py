@@ -62,6 +62,8 @@ def read_model_shape(path: str | Path) -> ModelShape:
         raise ConfigError(
             f"{file} cannot be read as JSON ({error}): download or export the model again"
         ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} is not a JSON object: download or export the model again")
     sizes: dict[str, int] = {}
     for name, keys in _KEYS.items():
         found = next((values[key] for key in keys if isinstance(values.get(key), int)), None)

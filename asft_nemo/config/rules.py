@@ -113,6 +113,8 @@ def _keep(facts: Facts) -> Iterator[str]:
 
 def _chunk_tokens(facts: Facts) -> Iterator[str]:
     chunk = facts.run.loss.chunk_tokens
+    if facts.run.loss.implementation != "fused":  # then it does nothing, which is another rule's sentence
+        return
     if chunk != "auto" and (not isinstance(chunk, int) or chunk < 1):
         yield f"loss.chunk_tokens={chunk} is unknown: set auto or a number of tokens of at least 1"
 

@@ -145,7 +145,7 @@ NOT_YET = (
     ),
     NotYet(
         "trainer.keep=best:...",
-        lambda run: run.trainer.keep.startswith("best:"),
+        lambda run: run.trainer.keep.startswith("best:") and run.trainer.keep != "best:",
         "set trainer.keep=last:N",
     ),
     NotYet(

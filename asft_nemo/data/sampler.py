@@ -118,7 +118,9 @@ class SequentialBatchSampler(Sampler[list[int]]):
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
     """The examples of one epoch in their order, int64 [num_samples]."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+    # numpy promises that the bits of a generator never change, but not that its permutations do not.
+    keys = np.random.PCG64([seed, epoch]).random_raw(num_samples)
+    return np.argsort(keys, kind="stable")
 
 
 def num_steps(num_samples: int, trainer: TrainerConfig) -> int:

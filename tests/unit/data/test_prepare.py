@@ -1,0 +1,113 @@
+"""A run's data in one call, and the fingerprint that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asft_nemo.config.schema import DataConfig, FieldsConfig, RunConfig, from_dict
+from asft_nemo.data import BadRow, fingerprint, prepare, read_records
+from asft_nemo.errors import DataError
+
+Writer = Callable[..., Path]
+ROWS = [{"instruction": f"add {i} and 1", "response": f"The answer is {i + 1}."} for i in range(10)]
+
+
+def run_of(folder: Path, **data: Any) -> RunConfig:
+    return from_dict(
+        {
+            "recipe": "test",
+            "objective": {"name": "sft"},
+            "reference": {"form": "none"},
+            "peft": {"name": "none"},
+            "cluster": {"name": "local"},
+            "model": {"path": str(folder)},
+            "data": {"sequence_length": 96, **data},
+            "trainer": {"global_batch_size": 4, "epochs": 2},
+        }
+    )
+
+
+def test_prepare_gives_datasets_steps_and_a_summary(tokenizer_dirs: dict[str, Path], jsonl: Writer) -> None:
+    folder = tokenizer_dirs["gpt2_like"]
+    train, held_out = jsonl(*ROWS), jsonl(*ROWS[:3], name="held_out.jsonl")
+    run = run_of(folder, train=[str(train)], validation=[str(held_out)], template="raw")
+    prepared = prepare(run, tokenizer_dir=folder)
+    assert len(prepared.train) == 10
+    assert prepared.validation is not None
+    assert len(prepared.validation) == 3
+    assert prepared.max_steps == 5
+    assert "10 rows, 10 examples" in prepared.summary
+    assert "5 steps x 4 examples = 2.00 epochs" in prepared.summary
+    assert prepared.fingerprint == prepare(run, tokenizer_dir=folder).fingerprint
+    alone = prepare(run_of(folder, train=[str(train)], template="raw"), tokenizer_dir=folder)
+    assert alone.validation is None
+    assert alone.fingerprint != prepared.fingerprint
+
+
+def test_prepare_says_what_was_left_out(tokenizer_dirs: dict[str, Path], jsonl: Writer) -> None:
+    folder = tokenizer_dirs["gpt2_like"]
+    long = {"instruction": "add", "response": "The answer is 42. " * 30}
+    run = run_of(folder, train=[str(jsonl(*ROWS, long, "oops"))], template="raw", on_bad_row="skip")
+    assert "12 rows, 10 examples (1 bad, 1 too long: left out)" in prepare(run, tokenizer_dir=folder).summary
+
+
+def test_no_training_file_is_an_error(tokenizer_dirs: dict[str, Path]) -> None:
+    folder = tokenizer_dirs["gpt2_like"]
+    with pytest.raises(DataError, match=r"data\.train is empty"):
+        prepare(run_of(folder), tokenizer_dir=folder)
+
+
+def test_fingerprint_follows_content_not_names(
+    tokenizer_dirs: dict[str, Path], jsonl: Writer, tmp_path: Path
+) -> None:
+    one, data = jsonl(*ROWS, name="one.jsonl"), DataConfig()
+    folder = tokenizer_dirs["gpt2_like"]
+    base = fingerprint([one], data, tokenizer_dir=folder)
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(one, copy)
+    assert fingerprint([copy], data, tokenizer_dir=folder) == base
+    changed_tokenizer = shutil.copytree(folder, tmp_path / "tokenizer")
+    (changed_tokenizer / "config.json").write_text("{}")
+    assert fingerprint([one], data, tokenizer_dir=changed_tokenizer) == base
+    text = (changed_tokenizer / "tokenizer.json").read_text()
+    (changed_tokenizer / "tokenizer.json").write_text(text + " ")
+    others = [
+        fingerprint([one], data, tokenizer_dir=changed_tokenizer),
+        fingerprint([jsonl(*ROWS[1:], name="two.jsonl")], data, tokenizer_dir=folder),
+        fingerprint([one, one], data, tokenizer_dir=folder),
+        *(
+            fingerprint([one], dataclasses.replace(data, **change), tokenizer_dir=folder)
+            for change in (
+                {"template": "raw"},
+                {"sequence_length": 9},
+                {"loss_on": "all"},
+                {"on_too_long": "truncate"},
+                {"on_bad_row": "skip"},
+                {"fields": FieldsConfig("q", "a")},
+            )
+        ),
+    ]
+    assert len({base, *others}) == 1 + len(others)
+
+
+def test_every_setting_that_shapes_items_is_in_the_fingerprint() -> None:
+    # A new field of DataConfig must be put into the fingerprint, or here, on purpose.
+    in_it = {"template", "fields", "sequence_length", "packing", "loss_on", "on_bad_row", "on_too_long"}
+    by_content = {"train", "validation", "weights"}
+    assert {field.name for field in dataclasses.fields(DataConfig)} == in_it | by_content
+
+
+def test_real_gsm8k_has_no_bad_row() -> None:
+    file = Path(os.environ.get("ASFT_DATA_DIR", "../shared/data")) / "math" / "gsm8k_train.jsonl"
+    if not file.is_file():
+        pytest.skip(f"{file} is absent: set ASFT_DATA_DIR")
+    rows = list(read_records([file], FieldsConfig("question", "answer")))
+    assert len(rows) == 7473
+    assert not any(isinstance(row, BadRow) for row in rows)

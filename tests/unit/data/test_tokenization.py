@@ -1,0 +1,124 @@
+"""The loss mask covers the response and the end token, whatever the tokenizer merges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from asft_nemo.data import PROMPTS, TextTokenizer, Tokenized, render
+from asft_nemo.errors import DataError
+
+ALPACA_BYTES = (
+    b"Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    b"### Instruction:\nadd {two} numbers\n\n### Response:42"
+)
+TEXTS = st.text(st.sampled_from("aT:h e\n4é東\t'{}"), min_size=1, max_size=30)
+
+
+def learned(tokenizer: TextTokenizer, example: Tokenized) -> list[int]:
+    return example.tokens[example.response_start :]
+
+
+def test_alpaca_is_the_papers_text_byte_for_byte() -> None:
+    rendered = render("alpaca", "add {two} numbers", "42")
+    assert rendered.text.encode() == ALPACA_BYTES
+    assert rendered.text[rendered.response_start :] == "42"
+
+
+def test_raw_adds_nothing() -> None:
+    assert render("raw", "a", "b") == ("ab", 1)
+
+
+def test_unknown_template_names_the_known_ones() -> None:
+    with pytest.raises(DataError, match=", ".join(PROMPTS)):
+        render("alpacca", "a", "b")
+
+
+def test_learned_tokens_are_the_response_and_one_end_token(tokenizer: TextTokenizer) -> None:
+    [example] = tokenizer.encode([render("alpaca", "add two numbers", "The answer is 42.")])
+    tokens = learned(tokenizer, example)
+    assert tokens[-1] == tokenizer.eos_id
+    assert example.tokens.count(tokenizer.eos_id) == 1
+    text = tokenizer.decode(tokens[:-1])
+    if tokenizer.decode(example.tokens[: example.response_start]).endswith("Response:"):
+        assert text == "The answer is 42."
+    else:  # one token holds the colon and the response's first characters
+        assert text.endswith("The answer is 42.")
+
+
+def test_a_token_across_the_boundary_is_learned(tokenizer_dirs: dict[str, Path]) -> None:
+    tokenizer = TextTokenizer.load(tokenizer_dirs["merges_anything"])
+    rendered = render("raw", "### Response:", "The answer")
+    [example] = tokenizer.encode([rendered])
+    first = tokenizer.decode(example.tokens[example.response_start : example.response_start + 1])
+    # The case this test is about must really occur: the token holds characters of both sides.
+    assert first not in "The answer"
+    assert first not in "### Response:"
+    apart = tokenizer.encode([render("raw", "### Response:", "")])[0].tokens[:-1]
+    assert example.tokens[: len(apart)] != apart, (
+        "tokenised apart, the prompt has other tokens than in the whole"
+    )
+    assert "The answer" in tokenizer.decode(learned(tokenizer, example))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=TEXTS, response=TEXTS)
+def test_every_response_character_is_learned_and_little_else(
+    tokenizer: TextTokenizer, prompt: str, response: str
+) -> None:
+    [example] = tokenizer.encode([render("raw", prompt, response)])
+    tokens = learned(tokenizer, example)
+    assert tokens[-1] == tokenizer.eos_id
+    assert example.tokens.count(tokenizer.eos_id) == 1
+    bare = tokens[1:-1]  # without the token that may lie across the boundary
+    whole, tail = tokenizer.decode(tokens[:-1]), tokenizer.decode(bare) if bare else ""
+    assert len(whole.strip()) >= len(response.strip())
+    # Without its first token, what is learned holds nothing of the prompt.
+    assert len(tail.encode()) <= len(response.encode()) + 3 * tail.count("�")
+
+
+def test_special_tokens_in_a_record_are_text(tokenizer: TextTokenizer) -> None:
+    [example] = tokenizer.encode([render("raw", "say <|end|>", "x<|pad|>y<|end|>")])
+    assert example.tokens.count(tokenizer.eos_id) == 1
+    assert tokenizer.pad_id not in example.tokens
+    assert example.tokens[-1] == tokenizer.eos_id
+
+
+def test_begin_tokens_come_once_and_first(tokenizer_dirs: dict[str, Path]) -> None:
+    llama = TextTokenizer.load(tokenizer_dirs["sentencepiece_like"])
+    [example] = llama.encode([render("raw", "a ", "b")])
+    assert len(llama.begin_ids) == 1
+    assert example.tokens[0] == llama.begin_ids[0]
+    assert example.tokens.count(llama.begin_ids[0]) == 1
+    assert example.response_start >= 1
+    assert TextTokenizer.load(tokenizer_dirs["gpt2_like"]).begin_ids == []
+
+
+def test_a_batch_is_its_parts(tokenizer: TextTokenizer) -> None:
+    rendered = [render("raw", "question:", word) for word in ("The", "answer", "42")]
+    assert tokenizer.encode(rendered) == [tokenizer.encode([one])[0] for one in rendered]
+    assert tokenizer.encode([]) == []
+
+
+def test_a_tokenizer_without_end_token_is_refused(tokenizer_dirs: dict[str, Path]) -> None:
+    backend = Tokenizer.from_file(str(tokenizer_dirs["gpt2_like"] / "tokenizer.json"))
+    with pytest.raises(DataError, match="no end token"):
+        TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def test_without_padding_token_the_end_token_pads(tokenizer_dirs: dict[str, Path]) -> None:
+    backend = Tokenizer.from_file(str(tokenizer_dirs["gpt2_like"] / "tokenizer.json"))
+    tokenizer = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>"))
+    assert tokenizer.pad_id == tokenizer.eos_id
+
+
+def test_a_folder_without_tokenizer_says_what_to_add(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        TextTokenizer.load(tmp_path)
+    with pytest.raises(DataError, match="not a directory"):
+        TextTokenizer.load(tmp_path / "nowhere")
