@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from asft_nemo.losses import LossOutput, dense_loss
+from asft_nemo.losses import LossOutput, VocabShard, dense_loss, fused_linear_loss
 from asft_nemo.objectives import OBJECTIVES, Objective, WeightInputs, objective
 
 KL_WEIGHT = 0.3
@@ -57,6 +58,20 @@ class LossCase:
             labels_T=self.labels_T[index_T],
             loss_mask_T=self.loss_mask_T[index_T],
             per_token={name: tensor[index_T] for name, tensor in self.per_token.items()},
+        )
+
+    def double(self) -> LossCase:
+        """The same numbers in fp64."""
+        return replace(
+            self,
+            hidden_TH=self.hidden_TH.double(),
+            head_VH=self.head_VH.double(),
+            ref_hidden_TH=self.ref_hidden_TH.double(),
+            ref_head_VH=self.ref_head_VH.double(),
+            per_token={
+                name: tensor.double() if tensor.is_floating_point() else tensor
+                for name, tensor in self.per_token.items()
+            },
         )
 
     def dense(self, objective: Objective) -> tuple[LossOutput, Tensor, Tensor, Tensor]:
@@ -171,3 +186,46 @@ def metric_pairs(ours: LossOutput, expected: LossOutput) -> list[tuple[Tensor, T
         for name in expected.metrics
         for part in (0, 1)
     ]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What `fused_linear_loss` gave: output, dHidden, dHead (None where autograd got none)."""
+
+    output: LossOutput
+    hidden: Tensor | None
+    head: Tensor | None
+
+
+def fused(
+    case: LossCase,
+    chosen: Objective,
+    *,
+    padding: int = 0,
+    scale: float = 1.0,
+    backward: bool = True,
+    head_trains: bool = True,
+    **options: Any,
+) -> Fused:
+    """The fused loss on one rank, the padded rows of both heads filled with NaN, and its gradients."""
+
+    def padded(head_VH: Tensor) -> Tensor:
+        return torch.cat([head_VH, head_VH.new_full((padding, head_VH.shape[1]), torch.nan)])
+
+    hidden = case.hidden_TH.clone().requires_grad_()
+    head = padded(case.head_VH).requires_grad_(head_trains)
+    output = fused_linear_loss(
+        hidden,
+        head,
+        case.labels_T,
+        case.loss_mask_T,
+        objective=chosen,
+        shard=VocabShard.of_rank(0, 1, case.vocab_size + padding, case.vocab_size, None),
+        ref_hidden_TH=case.ref_hidden_TH,
+        ref_head_VH=padded(case.ref_head_VH),
+        **case.per_token,
+        **options,
+    )
+    if backward:
+        (output.loss_sum * scale).backward()
+    return Fused(output, hidden.grad, head.grad)
