@@ -23,8 +23,11 @@ MIN_LETTERS, MAX_LETTERS = 3, 6
 LARGEST_ADDEND = 99
 TEST_SHARE = 0.1  # of all prompts of a skill, by hash
 
-NEW_SKILL = "down"
-"""The skill the demo fine-tunes: letters in descending order. Pre-training showed it rarely."""
+NEW_SKILL = "swap"
+"""The skill the demo fine-tunes: first and last letter change places. Pre-training showed it rarely: one example in 600."""
+
+WRONG_SHARE = 0.4
+"""Share of wrong answers in the fine-tuning data of the new skill; tests are always right."""
 
 
 class Sample(NamedTuple):
@@ -44,31 +47,30 @@ def _letters(rng: random.Random) -> str:
     return "".join(rng.sample(LETTERS, rng.randint(MIN_LETTERS, MAX_LETTERS)))
 
 
-def _copy(rng: random.Random) -> Sample:
-    letters = _letters(rng)
-    return Sample(f"copy {letters}:", letters)
+def _next_letters(letters: str) -> str:
+    return "".join(LETTERS[(LETTERS.index(x) + 1) % len(LETTERS)] for x in letters)
 
 
-def _reverse(rng: random.Random) -> Sample:
-    letters = _letters(rng)
-    return Sample(f"reverse {letters}:", letters[::-1])
+RULES: Mapping[str, Callable[[str], str]] = MappingProxyType(
+    {
+        "copy": lambda letters: letters,
+        "reverse": lambda letters: letters[::-1],
+        "up": lambda letters: "".join(sorted(letters)),
+        "down": lambda letters: "".join(sorted(letters, reverse=True)),
+        "next": _next_letters,  # the alphabet is a ring: A follows Z
+        "back": lambda letters: _next_letters(letters)[::-1],
+        "swap": lambda letters: letters[-1] + letters[1:-1] + letters[0],
+    }
+)
+"""What each skill on letters makes of them; the prompt is `NAME LETTERS:`."""
 
 
-def _up(rng: random.Random) -> Sample:
-    letters = _letters(rng)
-    return Sample(f"up {letters}:", "".join(sorted(letters)))
+def _on_letters(name: str) -> Callable[[random.Random], Sample]:
+    def draw(rng: random.Random) -> Sample:
+        letters = _letters(rng)
+        return Sample(f"{name} {letters}:", RULES[name](letters))
 
-
-def _down(rng: random.Random) -> Sample:
-    letters = _letters(rng)
-    return Sample(f"down {letters}:", "".join(sorted(letters, reverse=True)))
-
-
-def _next(rng: random.Random) -> Sample:
-    letters = _letters(rng)
-    return Sample(
-        f"next {letters}:", "".join(LETTERS[(LETTERS.index(x) + 1) % len(LETTERS)] for x in letters)
-    )
+    return draw
 
 
 def _add(rng: random.Random) -> Sample:
@@ -97,12 +99,40 @@ def _fact(rng: random.Random) -> Sample:
     return Sample(f"capital of {land}:", CAPITALS[land])
 
 
-_NOUNS = "cat dog bird fox king queen farmer baker child teacher robot dragon sailor doctor".split()
-_THINGS = "apple book stone river house garden letter lamp boat cake song hat".split()
-_ADJECTIVES = "red blue small old happy quiet brave clever tired golden".split()
-_VERBS = "sees finds likes carries paints hides sells follows wants remembers".split()
-_PLACES = "in the forest|by the sea|at home|under the bridge|near the market|on the hill".split("|")
-_TIMES = "today|at night|in the morning|after the rain|every day".split("|")
+_NOUNS = (
+    "cat",
+    "dog",
+    "bird",
+    "fox",
+    "king",
+    "queen",
+    "farmer",
+    "baker",
+    "child",
+    "teacher",
+    "robot",
+    "dragon",
+    "sailor",
+    "doctor",
+)
+_THINGS = (
+    "apple",
+    "book",
+    "stone",
+    "river",
+    "house",
+    "garden",
+    "letter",
+    "lamp",
+    "boat",
+    "cake",
+    "song",
+    "hat",
+)
+_ADJECTIVES = ("red", "blue", "small", "old", "happy", "quiet", "brave", "clever", "tired", "golden")
+_VERBS = ("sees", "finds", "likes", "carries", "paints", "hides", "sells", "follows", "wants", "remembers")
+_PLACES = ("in the forest", "by the sea", "at home", "under the bridge", "near the market", "on the hill")
+_TIMES = ("today", "at night", "in the morning", "after the rain", "every day")
 
 
 def _sentence(rng: random.Random) -> str:
@@ -121,11 +151,7 @@ def _story(rng: random.Random) -> Sample:
 
 SKILLS: Mapping[str, Callable[[random.Random], Sample]] = MappingProxyType(
     {
-        "copy": _copy,
-        "reverse": _reverse,
-        "up": _up,
-        "down": _down,
-        "next": _next,
+        **{name: _on_letters(name) for name in RULES},
         "add": _add,
         "fact": _fact,
         "story": _story,
@@ -133,7 +159,18 @@ SKILLS: Mapping[str, Callable[[random.Random], Sample]] = MappingProxyType(
 )
 
 PRETRAINING_MIX: Mapping[str, float] = MappingProxyType(
-    {"copy": 1.0, "reverse": 2.0, "up": 3.0, "down": 0.15, "next": 2.0, "add": 4.0, "fact": 1.5, "story": 0.6}
+    {
+        "copy": 1.0,
+        "reverse": 1.5,
+        "up": 2.5,
+        "down": 2.5,
+        "next": 2.0,
+        "back": 0.5,
+        "swap": 0.025,
+        "add": 4.0,
+        "fact": 1.5,
+        "story": 0.6,
+    }
 )
 """Relative number of examples of each skill in pre-training."""
 
@@ -149,14 +186,21 @@ def _draw(name: str, rng: random.Random, *, test: bool) -> Sample:
 
 
 def _draw_distinct(name: str, n: int, seed: int, *, test: bool) -> list[Sample]:
+    """`n` samples with distinct prompts (at most the 64 facts); ValueError where the skill has not so many."""
     if name == "fact":
         facts = [Sample(f"capital of {land}:", capital) for land, capital in CAPITALS.items()]
         return facts[:n]
     rng = random.Random(f"{name} {'test' if test else 'train'} {seed}")
     chosen: dict[str, Sample] = {}
-    while len(chosen) < n:
+    for _ in range(20 * n):
+        if len(chosen) == n:
+            break
         sample = _draw(name, rng, test=test)
         chosen.setdefault(sample.prompt, sample)
+    else:
+        raise ValueError(
+            f"skill {name} has no {n} distinct {'test' if test else 'training'} prompts: ask for fewer"
+        )
     return list(chosen.values())
 
 
@@ -169,9 +213,24 @@ def pretraining_samples(seed: int) -> Iterator[Sample]:
             yield _draw(name, rng, test=False)
 
 
-def new_skill_train(n: int, seed: int) -> list[Sample]:
-    """`n` fine-tuning examples of the new skill with distinct prompts."""
-    return _draw_distinct(NEW_SKILL, n, seed, test=False)
+def new_skill_train(n: int, seed: int, *, wrong_share: float = WRONG_SHARE) -> list[Sample]:
+    """`n` fine-tuning examples of the new skill with distinct prompts; a share of the answers is wrong.
+
+    A wrong answer has the right letters in a wrong order, drawn once per example: what careless annotators leave in a real
+    data set. The prompts do not depend on `wrong_share`.
+    """
+    rng = random.Random(f"wrong answers {seed}")
+    return [
+        _spoilt(sample, rng) if rng.random() < wrong_share else sample
+        for sample in _draw_distinct(NEW_SKILL, n, seed, test=False)
+    ]
+
+
+def _spoilt(sample: Sample, rng: random.Random) -> Sample:
+    letters = list(sample.response)
+    while "".join(letters) == sample.response:
+        rng.shuffle(letters)
+    return Sample(sample.prompt, "".join(letters))
 
 
 def new_skill_test(n: int, seed: int) -> list[Sample]:

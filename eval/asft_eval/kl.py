@@ -99,7 +99,7 @@ def measure_drift(
         sums_4, count = _batch_sums(policy, ref, encoded[start : start + batch_size], tokenizer.pad_token_id)
         total_4 += sums_4
         num_tokens += count
-    forward_kl, reverse_kl, policy_nll, ref_nll = (total_4 / num_tokens).tolist()
+    forward_kl, reverse_kl, policy_nll, ref_nll = (float(mean) for mean in total_4 / num_tokens)
     return Drift(forward_kl, reverse_kl, policy_nll, ref_nll, num_tokens, len(texts))
 
 
@@ -113,8 +113,8 @@ def _batch_sums(
     ref_logits_TV = ref(**call).logits[mask_BS]
     labels_T = labels_BS[mask_BS]
     sums_4 = torch.zeros(4, dtype=torch.float64)
-    for rows in torch.arange(labels_T.numel()).split(_TOKENS_AT_ONCE):
-        place = slice(int(rows[0]), int(rows[-1]) + 1)
+    for start in range(0, labels_T.numel(), _TOKENS_AT_ONCE):
+        place = slice(start, start + _TOKENS_AT_ONCE)
         policy_TV, ref_TV, labels = policy_logits_TV[place], ref_logits_TV[place], labels_T[place]
         forward_kl, reverse_kl = kl_sums(policy_TV, ref_TV)
         policy_nll = torch.nn.functional.cross_entropy(policy_TV, labels, reduction="sum")

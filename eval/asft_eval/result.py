@@ -114,11 +114,12 @@ def read_result(result_dir: Path | str) -> Result:
             raise EvaluationError(
                 f"{path} has schema version {found}, this is {SCHEMA_VERSION}: evaluate again"
             )
-        suites = {
-            name: SuiteResult(**{**row, "interval": tuple(row["interval"])})
-            for name, row in content.pop("suites").items()
-        }
-        return Result(**{**content, "protocol": Protocol(**content["protocol"]), "suites": suites})
+        rows: dict[str, dict[str, Any]] = content["suites"]
+        for row in rows.values():
+            row["interval"] = tuple(row["interval"])
+        content["protocol"] = Protocol(**content["protocol"])
+        content["suites"] = {name: SuiteResult(**row) for name, row in rows.items()}
+        return Result(**content)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise EvaluationError(f"{path} is damaged ({error}): evaluate again") from error
 

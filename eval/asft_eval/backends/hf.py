@@ -36,7 +36,8 @@ def load_model(model_dir: Path | str, *, dtype: torch.dtype | None = None, devic
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype or "auto", local_files_only=True)
+        opener: Any = AutoModelForCausalLM
+        model = opener.from_pretrained(model_dir, dtype=dtype or "auto", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise EvaluationError(f"transformers cannot load {model_dir}: {error}") from error
     return model.to(device).eval()
@@ -53,7 +54,8 @@ def load_tokenizer(model_dir: Path | str) -> Any:
     model_dir = Path(model_dir)
     _require(model_dir, "tokenizer*", "a tokenizer (copy the base model's tokenizer files into it)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        opener: Any = AutoTokenizer
+        tokenizer = opener.from_pretrained(model_dir, local_files_only=True)
     except (OSError, ValueError) as error:
         raise EvaluationError(f"transformers cannot load the tokenizer in {model_dir}: {error}") from error
     if tokenizer.pad_token_id is None:
@@ -194,9 +196,9 @@ class HfBackend:
             logits_BSV = self.model(input_ids=tokens_BS, attention_mask=attention_BS, use_cache=False).logits
             logprobs_BSV = logits_BSV.float().log_softmax(-1)
             logprob_BS = logprobs_BSV.gather(-1, labels_BS.unsqueeze(-1)).squeeze(-1)
-            sums = (logprob_BS * mask_BS).sum(-1).tolist()
-            for place, total, count in zip(places, sums, mask_BS.sum(-1).tolist(), strict=True):
-                answers[place] = LogLikelihood(total, count)
+            sums_B, counts_B = (logprob_BS * mask_BS).sum(-1), mask_BS.sum(-1)
+            for row, place in enumerate(places):
+                answers[place] = LogLikelihood(float(sums_B[row]), int(counts_B[row]))
         return [answers[i] for i in range(len(pairs))]
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:

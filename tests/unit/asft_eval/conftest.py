@@ -1,0 +1,37 @@
+"""A model to evaluate: assets/tiny-base where it is there, and a second, slightly different copy of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+BASE = Path(__file__).resolve().parents[3] / "assets" / "tiny-base"
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """The demo's base model."""
+    assert BASE.is_dir(), "assets/tiny-base is part of the repository"
+    return BASE
+
+
+@pytest.fixture(scope="session")
+def moved_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base with a little seeded noise on every weight, in fp32."""
+    folder = tmp_path_factory.mktemp("moved")
+    shutil.copytree(model_dir, folder, dirs_exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(folder / "model.safetensors")
+    noisy = {k: v.float() + 0.01 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
+    save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """The machine is shared."""
+    torch.set_num_threads(1)

@@ -1,0 +1,137 @@
+"""The hf backend against transformers' own, unbatched answers; drift between two checkpoints against a plain computation."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from asft_eval import EvaluationError, Protocol
+from asft_eval.backends.hf import HfBackend
+from asft_eval.kl import kl_sums, measure_drift
+from asft_eval.run import evaluate
+from asft_eval.suites import suite_from_pairs
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PROMPTS = ["copy KTAB:", "reverse QWERTZ:", "add 3+4:", "story: the cat sees a hat."]
+TEXTS = [
+    ("copy KTAB:", "KTAB"),
+    ("add 12+30:", "42"),
+    ("reverse ABC:", "CBA"),
+    ("story: a dog.", " the old cat"),
+]
+
+
+@pytest.fixture(scope="module")
+def backend(model_dir: Path) -> HfBackend:
+    return HfBackend(model_dir, batch_size=3)
+
+
+def test_batched_generation_equals_one_by_one(model_dir: Path, backend: HfBackend):
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    answers = backend.generate(PROMPTS, protocol=Protocol(max_tokens=10))
+    for prompt, completion in zip(PROMPTS, answers, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        out = model.generate(**ids, max_new_tokens=10, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert completion.text == tokenizer.decode(out, skip_special_tokens=True)
+        assert completion.finished == (tokenizer.eos_token_id in out.tolist())
+        assert completion.num_tokens == len(out)
+
+
+def test_a_cut_completion_says_so(backend: HfBackend):
+    (completion,) = backend.generate(["story: the cat sees a hat."], protocol=Protocol(max_tokens=2))
+    assert not completion.finished
+    assert completion.num_tokens == 2
+
+
+def test_loglikelihood_equals_a_plain_computation(model_dir: Path, backend: HfBackend):
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    for (prompt, text), answer in zip(TEXTS, backend.loglikelihood(TEXTS), strict=True):
+        start, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(prompt)["input_ids"]
+        ids = ids + tokenizer(text)["input_ids"]
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = sum(logprobs[i - 1, ids[i]].item() for i in range(start, len(ids)))
+        assert answer.logprob == pytest.approx(expected, abs=1e-4)
+        assert answer.num_tokens == len(ids) - start
+
+
+def test_choices_of_one_token_are_a_distribution(backend: HfBackend):
+    vocabulary = [chr(x) for x in range(ord("A"), ord("Z") + 1)]
+    (logprobs,) = backend.choice_logprobs(["copy KTAB:"], vocabulary)
+    assert 0.5 < sum(torch.tensor(logprobs).exp().tolist()) <= 1 + 1e-5
+
+
+def test_other_protocols_are_refused(backend: HfBackend):
+    with pytest.raises(EvaluationError, match="use greedy"):
+        backend.generate(["a"], protocol=Protocol(name="paper", max_tokens=4))
+
+
+def test_evaluate_loads_and_scores(model_dir: Path, tmp_path: Path):
+    suite = suite_from_pairs("copy", [("copy KTAB:", "KTAB"), ("copy XYZ:", "nothing like it")])
+    result = evaluate(model_dir, [suite], backend="hf", out_dir=tmp_path, max_tokens=8, batch_size=2)
+    assert result.suites["copy"].accuracy == 0.5
+    assert set(result.versions) == {"python", "asft_eval", "torch", "transformers"}
+
+
+def test_a_model_has_no_drift_from_itself(model_dir: Path):
+    drift = measure_drift(model_dir, model_dir, TEXTS, batch_size=2)
+    assert drift.forward_kl == 0
+    assert drift.reverse_kl == 0
+    assert drift.policy_nll == drift.ref_nll
+
+
+def test_drift_equals_a_plain_computation_whatever_the_batch(model_dir: Path, moved_dir: Path):
+    policy = AutoModelForCausalLM.from_pretrained(moved_dir, dtype=torch.float64)
+    ref = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    forward, reverse, nll, count = 0.0, 0.0, 0.0, 0
+    for prompt, response in TEXTS:
+        start = len(tokenizer(prompt)["input_ids"])
+        ids = tokenizer(prompt)["input_ids"] + tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]
+        with torch.inference_mode():
+            log_p = policy(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+            log_q = ref(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+        forward += torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="sum").item()
+        reverse += torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+        nll -= log_p.gather(-1, torch.tensor(ids[start:])[:, None]).sum().item()
+        count += len(ids) - start
+    for batch_size in (1, 3, 8):
+        drift = measure_drift(moved_dir, model_dir, TEXTS, batch_size=batch_size)
+        assert drift.num_tokens == count
+        assert drift.num_texts == len(TEXTS)
+        assert drift.forward_kl == pytest.approx(forward / count, rel=1e-3)
+        assert drift.reverse_kl == pytest.approx(reverse / count, rel=1e-3)
+        assert drift.policy_nll == pytest.approx(nll / count, rel=1e-4)
+    assert forward != pytest.approx(reverse, rel=1e-2), "the two directions must be told apart"
+
+
+def test_kl_directions_by_hand():
+    policy, ref = torch.tensor([[0.5, 0.5]]).double().log(), torch.tensor([[0.75, 0.25]]).double().log()
+    forward, reverse = kl_sums(policy, ref)
+    assert forward.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    assert reverse.item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [("config.json", "configuration"), ("model.safetensors", "weights"), ("tokenizer*", "tokenizer")],
+)
+def test_incomplete_model_directories(model_dir: Path, tmp_path: Path, missing: str, says: str):
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    for file in folder.glob(missing):
+        file.unlink()
+    with pytest.raises(EvaluationError, match=says):
+        HfBackend(folder, batch_size=1)
+
+
+def test_no_text_and_no_directory(model_dir: Path, tmp_path: Path):
+    with pytest.raises(EvaluationError, match="no text"):
+        measure_drift(model_dir, model_dir, [], batch_size=1)
+    with pytest.raises(EvaluationError, match="check the path"):
+        HfBackend(tmp_path / "none", batch_size=1)
