@@ -19,7 +19,7 @@ from asft_nemo.checkpoint.families import (
 )
 from asft_nemo.checkpoint.hf_files import dtype_name
 from asft_nemo.checkpoint.mapping import Vocabulary, row_blocks
-from asft_nemo.checkpoint.safetensors_io import SafetensorsReader, byte_view
+from asft_nemo.checkpoint.safetensors_io import SafetensorsReader
 from asft_nemo.errors import CheckpointError
 from asft_nemo.model import ModelSpec
 
@@ -128,7 +128,7 @@ def _check_tied_head(reader: SafetensorsReader, spec: ModelSpec) -> None:
             pair = [torch.empty((stop - start, *head.shape[1:]), dtype=head.dtype) for _ in range(2)]
             reader.read_rows(HF_HEAD, start, pair[0])
             reader.read_rows(HF_EMBEDDING, start, pair[1])
-            same = same and byte_view(pair[0]) == byte_view(pair[1])
+            same = same and torch.equal(*(block.view(torch.uint8) for block in pair))
     if not same:
         raise CheckpointError(
             f"{reader.directory}: config.json ties the embeddings but {HF_HEAD} is not {HF_EMBEDDING}: set"
