@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
-        arguments = parser().parse_args(words)
+        arguments, unknown = parser().parse_known_args(words)
+        if unknown and arguments.command is not _not_yet:
+            raise UserError(f"unrecognized arguments: {' '.join(unknown)}: see asft --help")
         set_up_logging()
         logging.getLogger("asft_eval").setLevel(logging.INFO)
         return arguments.command(arguments)
@@ -98,7 +100,6 @@ def parser() -> argparse.ArgumentParser:
     for name, (text, instead) in NOT_YET.items():
         later = add(name, _not_yet, f"{text} (not available yet)")
         later.set_defaults(name=name, instead=instead)
-        later.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return top
 
 
@@ -163,7 +164,6 @@ def _add_data(commands: Any, common: argparse.ArgumentParser) -> None:
     check.set_defaults(command=_data_check)
     for name in ("prepare", "download"):
         later = kinds.add_parser(name, help="(not available yet)", parents=[common])
-        later.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
         later.set_defaults(command=_not_yet, name=f"data {name}", instead="give your own files in data.train")
 
 

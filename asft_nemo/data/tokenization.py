@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from asft_nemo.data.templates import Rendered
 from asft_nemo.errors import DataError
@@ -44,13 +44,14 @@ class TextTokenizer:
             raise DataError(
                 f"the tokenizer in {name} has no tokenizer.json, which gives character offsets: convert it"
             )
-        if tokenizer.eos_token_id is None:
+        end: Any = tokenizer.eos_token_id
+        if end is None:
             raise DataError(
                 f"the tokenizer in {name} has no end token: set eos_token in its tokenizer_config.json"
             )
         self._tokenizer = tokenizer
-        self.eos_id = int(tokenizer.eos_token_id)
-        pad = tokenizer.pad_token_id
+        self.eos_id = int(end)
+        pad: Any = tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else int(pad)
         self.size = max(tokenizer.get_vocab().values()) + 1
         self.begin_ids = self._find_begin_ids()
@@ -81,7 +82,7 @@ class TextTokenizer:
         if not examples:
             return []
         texts = [example.text for example in examples]
-        encoded = self._tokenizer(
+        encoded: Any = self._tokenizer(
             texts,
             add_special_tokens=False,
             return_offsets_mapping=True,
@@ -106,9 +107,9 @@ class TextTokenizer:
         )
 
     def _find_begin_ids(self) -> list[int]:
-        bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = self._tokenizer("a", add_special_tokens=True)["input_ids"]
+        bare = list(self._tokenizer.encode("a", add_special_tokens=False))
+        whole = list(self._tokenizer.encode("a", add_special_tokens=True))
         for start in range(len(whole) - len(bare) + 1):
             if whole[start : start + len(bare)] == bare:
-                return list(whole[:start])
+                return whole[:start]
         return []
