@@ -3,7 +3,8 @@
 Upstream asks for CUDA in many small places (`torch.cuda.current_device()`, `device="cuda"`, `"torch.cuda.FloatTensor"`). Each row of
 `PATCHES` answers one of them on CPU: the symbol, why upstream needs it, the upstream version it was written for, and a guard that
 raises when upstream has moved, instead of patching blindly. Rows of stage ``before_megatron`` must be in place before megatron is
-imported (it captures tensor types in tuples); rows of stage ``after_megatron`` patch megatron's own modules.
+imported (it captures tensor types in tuples); rows of stage ``after_megatron`` and ``after_nemo`` patch those packages' own modules
+(the last only where NeMo is used at all: importing it takes seconds).
 
 `install()` is used only where no GPU is there, or where ``ASFT_DEVICE=cpu`` asks for it. It never touches a GPU machine otherwise.
 """
@@ -14,6 +15,8 @@ import contextlib
 import importlib
 import logging
 import os
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -145,8 +148,15 @@ def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
+def _own_copy(replacement: Any) -> Any:
+    """A function object of its own for each symbol: torch.compile keeps a rule per object and refuses one under two names."""
+    if isinstance(replacement, types.FunctionType):
+        return types.FunctionType(replacement.__code__, replacement.__globals__, replacement.__name__, replacement.__defaults__)
+    return replacement
+
+
 def _cuda(name: str, replacement: Any, reason: str) -> Patch:
-    return Patch(f"torch.cuda:{name}", lambda: replacement, reason, "torch 2.13.0")
+    return Patch(f"torch.cuda:{name}", lambda: _own_copy(replacement), reason, "torch 2.13.0")
 
 
 _DTYPES = {
@@ -173,14 +183,14 @@ PATCHES: tuple[Patch, ...] = (
     _cuda("get_rng_state", _cpu_rng_state, "dropout forks per tensor-parallel rank"),
     _cuda("set_rng_state", _set_cpu_rng_state, "dropout forks per tensor-parallel rank"),
     _cuda("manual_seed", lambda seed: torch.manual_seed(seed), "model-parallel seeds"),
-    _cuda("manual_seed_all", lambda seed: torch.manual_seed(seed), "model-parallel seeds"),
+    _cuda("manual_seed_all", _nothing, "torch.manual_seed calls it; the CPU generator is seeded there already"),
     _cuda("memory_allocated", _zero, "memory logging"),
     _cuda("max_memory_allocated", _zero, "memory logging"),
     _cuda("memory_reserved", _zero, "memory logging"),
     _cuda("max_memory_reserved", _zero, "memory logging"),
     _cuda("default_generators", (torch.default_generator,), "generator states of the random tracker"),
-    Patch("torch.cuda.random:get_rng_state", lambda: _cpu_rng_state, "checkpointed random states", "torch 2.13.0"),
-    Patch("torch.cuda.random:set_rng_state", lambda: _set_cpu_rng_state, "checkpointed random states", "torch 2.13.0"),
+    Patch("torch.cuda.random:get_rng_state", lambda: _own_copy(_cpu_rng_state), "checkpointed random states", "torch 2.13.0"),
+    Patch("torch.cuda.random:set_rng_state", lambda: _own_copy(_set_cpu_rng_state), "checkpointed random states", "torch 2.13.0"),
     Patch(
         "torch.nn:Module.cuda",
         lambda: lambda self, device=None: self,
@@ -193,21 +203,29 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
-        lambda: _cpu_rng_state,
+        lambda: _own_copy(_cpu_rng_state),
         "megatron reads the CUDA generator directly",
         "megatron-core 0.15.3",
         "after_megatron",
     ),
     Patch(
         "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
-        lambda: _set_cpu_rng_state,
+        lambda: _own_copy(_set_cpu_rng_state),
         "megatron sets the CUDA generator directly",
         "megatron-core 0.15.3",
         "after_megatron",
     ),
+    Patch(
+        "nemo.lightning.io.pl:_fix_tensors_device",
+        lambda: lambda checkpoint: checkpoint,
+        "moves loaded tensors to this rank's GPU and asserts that CUDA is initialised",
+        "nemo_toolkit 2.7.3",
+        "after_nemo",
+    ),
 )
 
 _active = False
+_nemo_done = False
 
 
 def wanted() -> bool:
@@ -233,22 +251,31 @@ def install() -> bool:
         return True
     if not wanted():
         return False
-    import sys
-
     if "megatron.core.tensor_parallel" in sys.modules:
         raise UpstreamMovedError(
             "megatron was imported before the CPU backend: call asft_nemo.cpu.backend.install() first, "
             "megatron captures torch.cuda tensor types at import"
         )
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-    for patch in PATCHES:
-        if patch.stage == "before_megatron":
-            patch.apply()
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron's fusers would compile C++ at the first step
+    _apply("before_megatron")
     mode = CudaMeansCpu()
     mode.__enter__()
     _active = True
-    for patch in PATCHES:
-        if patch.stage == "after_megatron":
-            patch.apply()
+    _apply("after_megatron")
     logger.warning("CPU backend active: %d patches let NeMo and Megatron run on gloo without a GPU", len(PATCHES) + 1)
     return True
+
+
+def install_for_nemo() -> None:
+    """Applies the rows that patch NeMo's own modules; importing `asft_nemo.nemo` calls it. Nothing on a GPU machine."""
+    global _nemo_done
+    if install() and not _nemo_done:
+        _apply("after_nemo")
+        _nemo_done = True
+
+
+def _apply(stage: str) -> None:
+    for patch in PATCHES:
+        if patch.stage == stage:
+            patch.apply()

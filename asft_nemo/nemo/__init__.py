@@ -5,4 +5,4 @@ On a machine without a GPU the CPU backend has to be in place before megatron is
 
 from asft_nemo.cpu import backend as _cpu_backend
 
-_cpu_backend.install()
+_cpu_backend.install_for_nemo()

@@ -63,14 +63,17 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
         vocab_size=padded_vocab_size(spec.vocab_size, tp_size=layout.tp_size),
         hf_vocab_size=spec.vocab_size,
         seq_length=run.data.sequence_length,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
         virtual_pipeline_model_parallel_size=layout.vpp_size,
         context_parallel_size=layout.cp_size,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
+        # Interleaved stages send forward and backward between the same two ranks at once. Batched, such messages are matched by
+        # order alone and at pp_size=2 arrive as one another (Megatron-LM asserts against it, NeMo does not); single ones do not.
+        # Overlapped sends need a device's stream order: gloo would still be reading an output that the schedule has freed.
+        batch_p2p_comm=layout.vpp_size is None,
+        overlap_p2p_comm=layout.vpp_size is not None and not backend.active(),
         calculate_per_token_loss=True,
         objective_name=run.objective.name,
         kl_weight=run.objective.kl_weight,

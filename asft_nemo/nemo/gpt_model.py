@@ -120,7 +120,7 @@ class AnchoredGPTConfig(GPTConfig):
             rotary_base=self.rotary_base,
             seq_len_interpolation_factor=self.seq_len_interpolation_factor,
             scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
-            vp_stage=vp_stage,
+            vp_stage=stage,
             loss_spec=LossSpec(
                 objective=self.objective, implementation=self.loss_implementation, vocab_size=self.hf_vocab_size
             ),

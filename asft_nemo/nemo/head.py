@@ -94,7 +94,8 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
         with torch.no_grad():
             if self.sequence_parallel:
                 hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-            return torch.matmul(hidden, head.t())
+            # two-dimensional, as torch.matmul folds the policy's: the same kernel, so equal weights give equal bits
+            return torch.matmul(hidden.flatten(0, 1), head.t()).unflatten(0, hidden.shape[:2])
 
 
 def _tokens(loss_inputs: LossInputs) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,40 @@
+"""What all tests share: groups of ranks that live for the whole session, and the folder of real data."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from ranks import RankGroup  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ranks4() -> Iterator[RankGroup]:
+    """Four gloo ranks."""
+    group = RankGroup(4)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def ranks2() -> Iterator[RankGroup]:
+    """Two gloo ranks."""
+    group = RankGroup(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of published data sets: ``ASFT_DATA_DIR``, by default ../shared/data. Skips where it is absent."""
+    folder = Path(os.environ.get("ASFT_DATA_DIR", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data sets at {folder}: set ASFT_DATA_DIR")
+    return folder

@@ -1,0 +1,38 @@
+"""One rank of a `RankGroup`: waits for job files, runs them, writes what they return as JSON."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+POLL_SECONDS = 0.02
+
+
+def main(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    number = 0
+    while True:
+        job_file = folder / f"job_{number}.json"
+        while not job_file.exists():
+            if (folder / "stop").exists():
+                return
+            time.sleep(POLL_SECONDS)
+        job = json.loads(job_file.read_text())
+        module, _, name = job["call"].partition(":")
+        try:
+            outcome = {"value": getattr(importlib.import_module(module), name)(**job["arguments"])}
+        except Exception as error:
+            outcome = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        partial = folder / f".result_{number}_{rank}"
+        partial.write_text(json.dumps(outcome))
+        partial.replace(folder / f"result_{number}_{rank}.json")
+        number += 1
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
