@@ -11,8 +11,8 @@ Names inside functions end in the letters of their dims (`logits_TV`), outermost
 | `R` | ranks of the tensor-parallel group |
 | `K` | statistics exchanged per token |
 
-The aliases below carry these shapes where jaxtyping is installed, as it is for the tests, which check them. Where it is not they are
-plain tensors: nothing at run time depends on it.
+The aliases below carry these shapes where jaxtyping is installed, as it is for the tests, which check them.
+Where it is not they are plain tensors: nothing at run time depends on it.
 """
 
 from __future__ import annotations

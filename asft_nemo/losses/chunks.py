@@ -14,16 +14,20 @@ from asft_nemo.objectives import Objective
 #: "auto" or a number of tokens.
 ChunkTokens: TypeAlias = int | str
 
-#: Bytes of [chunk, V] buffers that "auto" allows. A GPU's matrix units need about 2048 rows to be busy; a CPU's
-#: elementwise passes want to stay near its caches.
+#: Bytes of [chunk, V] buffers that "auto" allows. A GPU's matrix units need about 2048 rows to be busy; a CPU
+#: wants enough tokens to pay for the visit of the head gradient that each chunk makes.
 CUDA_CHUNK_BYTES = 512 * 2**20
-CPU_CHUNK_BYTES = 64 * 2**20
+CPU_CHUNK_BYTES = 256 * 2**20
 
 
 def bytes_per_token(objective: Objective, shard: VocabShard, dtype: torch.dtype) -> int:
-    """Bytes of logit buffers per token of a chunk: both models' logits and their difference, or the policy's alone."""
-    buffers = 3 if objective.divergence else 2
-    return max(shard.num_valid_of_largest, 1) * dtype.itemsize * buffers
+    """Bytes a token takes in a chunk's buffers.
+
+    Both models' logits and their difference, or the policy's alone, in `dtype`, and a bf16 copy of the logit
+    gradient for the matrix units.
+    """
+    buffers = 3 if objective.divergence else 1
+    return shard.num_valid_of_largest * (buffers * dtype.itemsize + 2)
 
 
 def resolve_chunk_tokens(
@@ -35,7 +39,7 @@ def resolve_chunk_tokens(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """Tokens per chunk: as asked, or as many as the byte budget allows. The same on all ranks of the shard's group.
+    """Tokens per chunk: as asked, or as many as the byte budget allows. The same on all ranks of the group.
 
     Args:
         chunk_tokens: "auto" or a number of at least 1.
@@ -52,7 +56,8 @@ def resolve_chunk_tokens(
         largest = chunk_tokens
     else:
         raise ConfigError(
-            f"loss.chunk_tokens={chunk_tokens!r} leaves nothing to compute: set it to auto or to a whole number of at least 1"
+            f"loss.chunk_tokens={chunk_tokens!r} leaves nothing to compute: set it to auto or to a "
+            f"whole number of at least 1"
         )
     chunks = max(-(-num_tokens // largest), 1)
     return max(-(-num_tokens // chunks), 1)

@@ -1,4 +1,4 @@
-"""The definition of the loss, in plain PyTorch with plain autograd. Every other implementation must equal it."""
+"""The definition of the loss, in plain PyTorch with plain autograd; every other one must equal it."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ def dense_loss(
 ) -> LossOutput:
     """sum over valid t of L_t,  L_t = (sg(w_t) + c) CE_t + kl_weight * KL_t  over the full vocabulary.
 
-    With p, q the policy's and the reference's softmax: CE_t = -log p(y_t), forward KL_t = sum_v q (log q - log p),
-    reverse KL_t = sum_v p (log p - log q), w_t and c from the objective's row (a row with its own value rule replaces
-    the first term).
+    With p, q the policy's and the reference's softmax: CE_t = -log p(y_t), forward KL_t = sum_v q (log q -
+    log p), reverse KL_t = sum_v p (log p - log q), w_t and c from the objective's row (a row with its own
+    value rule replaces the first term).
 
     Args:
-        logits_TV: [T, V] policy logits over the whole vocabulary, any float dtype; a row of -inf logits in every token
-            (a padded vocabulary) does not count.
+        logits_TV: [T, V] policy logits over the whole vocabulary, any float dtype; a row of -inf logits in
+            every token (a padded vocabulary) does not count.
         labels_T: int64 [T], already shifted; any value where the mask is False.
         loss_mask_T: bool [T]; True counts.
         objective: which loss.
-        ref_logits_TV: [T, V] reference logits, a constant; needed where the objective has a divergence, else ignored.
+        ref_logits_TV: [T, V] reference logits, a constant; needed where the objective has a divergence, else
+            ignored.
         segment_ids_T: int64 [T]; which sequence each token belongs to (sequence-scope objectives).
         ref_logprob_T: [T] reference log probability of the label (iw_sft).
         old_logprob_T: [T] snapshot log probability of the label (psft).

@@ -1,4 +1,4 @@
-"""The loss straight from hidden states: the head, the softmax and both gradients, without [tokens, vocab] logits."""
+"""The loss straight from hidden states: head, softmax and gradients without [tokens, vocab] logits."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ class HeadGradient:
     """Where the head's gradient is added, instead of being handed to autograd.
 
     Attributes:
-        buffer_VH: [V, H] in any float dtype, such as Megatron's `main_grad`; added to, padded rows left alone.
-        upstream_scale: the factor the loss sum will be multiplied with before backward, where it is known. Then the
-            buffer is added to during the forward visit and no other [V, H] buffer exists; backward raises where the
-            factor turns out to be another. None: an fp32 buffer is kept from forward to backward.
-        returned: called in backward; autograd gets its result as the head's gradient (None for none). A framework whose
-            hooks want a gradient to be there gives a dummy; with tied embeddings it must be zeros, for autograd adds
-            the embedding's gradient to it.
+        buffer_VH: [V, H] in any float dtype, such as Megatron's `main_grad`; added to, padded rows left
+            alone.
+        upstream_scale: the factor the loss sum will be multiplied with before backward, where it is known.
+            Then the buffer is added to during the forward visit and no other [V, H] buffer exists; backward
+            raises where the factor turns out to be another. None: an fp32 buffer is kept from forward to
+            backward.
+        returned: called in backward; autograd gets its result as the head's gradient (None for none). A
+            framework whose hooks want a gradient to be there gives a dummy; with tied embeddings it must be
+            zeros, for autograd adds the embedding's gradient to it.
     """
 
     buffer_VH: Tensor
@@ -77,7 +79,7 @@ class _Spec:
     def gradients(
         self, hidden_TH: Tensor, head_VH: Tensor, wanted: tuple[bool, bool], in_place: bool
     ) -> Gradients:
-        """Buffers for what is wanted of (hidden, head); with `in_place` the head's is the one given by the caller."""
+        """Buffers for what is wanted of (hidden, head); with `in_place` the head's is the caller's."""
         hidden_NH = None
         if wanted[0]:
             hidden_NH = hidden_TH.new_empty(self.tokens.count, hidden_TH.shape[1], dtype=self.dtype)
@@ -90,8 +92,8 @@ class _Spec:
     def reduce_hidden(self, gradient_NH: Tensor | None, hidden_dtype: torch.dtype) -> Tensor | None:
         """dHidden summed over the group, laid out as the hidden states came.
 
-        Collectives: one all-reduce of the valid tokens' rows, or under sequence parallelism one reduce-scatter of all
-        rows, in the accumulation dtype.
+        Collectives: one all-reduce of the valid tokens' rows, or under sequence parallelism one
+        reduce-scatter of all rows, in the accumulation dtype.
         """
         if gradient_NH is None:
             return None
@@ -111,8 +113,8 @@ def _check_upstream(upstream: Tensor, expected: float) -> None:
         torch._assert_async(upstream == expected)  # pyright: ignore
     elif upstream.item() != expected:
         raise RuntimeError(
-            f"the loss sum was multiplied by {upstream.item():g} before backward, HeadGradient.upstream_scale said "
-            f"{expected:g}, and the head's gradient is already added: pass the factor that is used, or None"
+            f"the loss sum was multiplied by {upstream.item():g} before backward, upstream_scale "
+            f"said {expected:g}, and the head's gradient is already added: pass the factor that is used"
         )
 
 
@@ -194,8 +196,8 @@ def _check_hidden(hidden_TH: Tensor, num_tokens: int, shard: VocabShard, what: s
     ranks = shard.world_size if shard.sequence_parallel else 1
     if hidden_TH.shape[0] * ranks != num_tokens:
         raise ValueError(
-            f"{what} has {hidden_TH.shape[0]} rows on each of {ranks} rank(s) and there are {num_tokens} labels: under "
-            f"sequence parallelism hidden states hold this rank's part of the tokens and labels hold all of them"
+            f"{what} has {hidden_TH.shape[0]} rows on each of {ranks} rank(s) and there are {num_tokens} "
+            f"labels: under sequence parallelism pass this rank's part of the hidden states and all labels"
         )
 
 
@@ -225,7 +227,8 @@ def _spec(
         ref_hidden_TH, ref_head_VH = ref_hidden_TH.detach(), ref_head_VH.detach()
     if head_gradient is not None and head_gradient.buffer_VH.shape != head_VH.shape:
         raise ValueError(
-            f"HeadGradient.buffer_VH has shape {tuple(head_gradient.buffer_VH.shape)}, the head {tuple(head_VH.shape)}"
+            f"HeadGradient.buffer_VH has shape {tuple(head_gradient.buffer_VH.shape)}, "
+            f"the head {tuple(head_VH.shape)}"
         )
     tokens = valid_tokens(labels_T, loss_mask_T, objective, shard.vocab_size, **per_token)
     dtype = accumulation_dtype(hidden_TH.dtype)
@@ -270,28 +273,30 @@ def fused_linear_loss(
     gradients_in: Literal["forward", "backward"] = "forward",
     head_gradient: HeadGradient | None = None,
 ) -> LossOutput:
-    """sum over valid t of (sg(w_t) + c) CE_t + kl_weight * KL_t, as `dense_loss` of  Z = h W^T,  Y = h_ref W_ref^T.
+    """sum over valid t of (sg(w_t) + c) CE_t + kl_weight * KL_t, of logits  Z = h W^T,  Y = h_ref W_ref^T.
 
-    Only valid tokens reach the head, a chunk of them at a time; logits are accumulated in fp32 and never rounded.
+    Only valid tokens reach the head, a chunk of them at a time; logits are accumulated in fp32 and never
+    rounded.
 
     Args:
-        hidden_TH: [T, H] final hidden states of the policy, any float dtype; [T / R, H] under `shard.sequence_parallel`.
+        hidden_TH: [T, H] final hidden states of the policy, any float dtype; [T / R, H] under
+            `shard.sequence_parallel`.
         head_VH: [V, H] this rank's rows of the head, padded rows included.
         labels_T, loss_mask_T: int64 and bool [T], all tokens, the same on all ranks of the group.
         objective: which loss.
         shard: which rows of the vocabulary these are.
-        ref_hidden_TH, ref_head_VH: the reference's, constants, laid out like the policy's; its hidden size may differ.
-            Ignored where nothing reads them.
+        ref_hidden_TH, ref_head_VH: the reference's, constants, laid out like the policy's; its hidden size
+            may differ. Ignored where nothing reads them.
         chunk_tokens: "auto" (a byte budget, see `asft_nemo.losses.chunks`) or a number of at least 1.
         segment_ids_T, ref_logprob_T, old_logprob_T: see `dense_loss`.
-        gradients_in: "forward" computes gradients in the visit that computes the loss, for when a scalar alone multiplies
-            the loss sum afterwards; "backward" recomputes logits there.
+        gradients_in: "forward" computes gradients in the visit that computes the loss, for when a scalar
+            alone multiplies the loss sum afterwards; "backward" recomputes logits there.
         head_gradient: adds the head's gradient to a buffer instead of handing it to autograd.
 
     Returns:
-        `LossOutput`, equal on all ranks, fp32 (fp64 for fp64 hidden states). dHidden comes back summed over the group
-        (its rows scattered under sequence parallelism); dHead is this rank's. Where gradients are disabled none is
-        computed.
+        `LossOutput`, equal on all ranks, fp32 (fp64 for fp64 hidden states). dHidden comes back summed over
+        the group (its rows scattered under sequence parallelism); dHead is this rank's. Where gradients are
+        disabled none is computed.
 
     Raises:
         DataError: a valid label outside the vocabulary.
@@ -299,13 +304,14 @@ def fused_linear_loss(
         LayoutError: a head that does not fit the shard.
         ConfigError: chunk_tokens below 1.
 
-    Collectives: a chunk's statistics in one all-gather (3 numbers per token, 6 with a divergence, 20 more for top-k
-        entropy); one all-reduce of dHidden's valid rows, in fp32; under sequence parallelism instead an all-gather of
-        hidden states a model and a reduce-scatter. "backward" gathers hidden states once more there.
-    GEMMs of the head's size, both gradients wanted: 3 without a divergence, 4 with one; "backward" and sequence scope
-        take one more a model.
-    Memory: one [chunk, V] fp32 buffer, three with a divergence; dHidden [valid, H] and dHead [V, H] in fp32 (the latter
-        not with `head_gradient` and a known scale, nor for a frozen head).
+    Collectives: a chunk's statistics in one all-gather (3 numbers per token, 6 with a divergence, 20 more for
+        top-k entropy); one all-reduce of dHidden's valid rows, in fp32; under sequence parallelism instead an
+        all-gather of hidden states a model and a reduce-scatter. "backward" gathers hidden states once more
+        there.
+    GEMMs of the head's size, both gradients wanted: 3 without a divergence, 4 with one; "backward" and
+        sequence scope take one more a model.
+    Memory: one [chunk, V] fp32 buffer, three with a divergence; dHidden [valid, H] and dHead [V, H] in fp32
+        (the latter not with `head_gradient` and a known scale, nor for a frozen head).
     Source: closed-form logit gradient of arXiv 2509.23753, Eq. 6; chunked heads as in arXiv 2411.09009.
     """
     spec = _spec(
@@ -353,9 +359,10 @@ def fused_linear_token_losses(
     old_logprob_T: LogProbT | None = None,
     head_gradient: HeadGradient | None = None,
 ) -> Tensor:
-    """L_t of every token, 0 where the mask is False: [T], fp32 (fp64 for fp64), each with its own upstream factor.
+    """L_t of every token, 0 where the mask is False: [T], fp32 (fp64 for fp64), each with an upstream factor.
 
-    `fused_linear_loss` with `gradients_in="backward"` before its sum; same arguments, collectives, errors and memory.
+    `fused_linear_loss` with `gradients_in="backward"` before its sum; same arguments, collectives, errors and
+    memory.
     """
     spec = _spec(
         hidden_TH,
@@ -381,7 +388,6 @@ def fused_linear_token_losses(
     return spec.tokens.scatter(loss_N)
 
 
-@torch.no_grad()
 def fused_label_logprob(
     hidden_TH: HiddenTH,
     head_VH: HeadVH,
@@ -393,15 +399,16 @@ def fused_label_logprob(
 ) -> Tensor:
     """log p(y_t) of every token under  softmax(h W^T), 0 where the mask is False: [T], detached.
 
-    What `ref_logprob_T` and `old_logprob_T` hold, from the reference's or the snapshot's hidden states and head.
-    Arguments, collectives and errors as for `fused_linear_loss`; one GEMM, no gradient.
+    What `ref_logprob_T` and `old_logprob_T` hold, from the reference's or the snapshot's hidden states and
+    head. Arguments, collectives and errors as for `fused_linear_loss`; one GEMM, no gradient.
     """
-    return -fused_linear_token_losses(
-        hidden_TH,
-        head_VH,
-        labels_T,
-        loss_mask_T,
-        objective=build_objective("sft"),
-        shard=shard,
-        chunk_tokens=chunk_tokens,
-    )
+    with torch.no_grad():
+        return -fused_linear_token_losses(
+            hidden_TH,
+            head_VH,
+            labels_T,
+            loss_mask_T,
+            objective=build_objective("sft"),
+            shard=shard,
+            chunk_tokens=chunk_tokens,
+        )

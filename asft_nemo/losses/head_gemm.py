@@ -2,8 +2,8 @@
 
     logits  Z = h W^T        hidden gradient  dh += G W        head gradient  dW += G^T h
 
-bf16 operands stay bf16 only where the device multiplies them into fp32 (CUDA with a torch that can say so). Everywhere
-else they are widened first, the head a block of rows at a time: logits are never rounded to bf16.
+bf16 operands stay bf16 only where the device multiplies them into fp32 (CUDA with a torch that can say so).
+Everywhere else they are widened first, the head a block of rows at a time: logits are never rounded to bf16.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _row_blocks(head_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Te
 
 
 def logits_into(out_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor) -> Tensor:
-    """Z = h W^T, overwriting and returning `out_NV`, whose dtype (fp32 or fp64) is that of the accumulation."""
+    """Z = h W^T, overwriting and returning `out_NV`, accumulated in its dtype (fp32 or fp64)."""
     if _mixed_gemm(hidden_NH, head_VH):
         return torch.mm(hidden_NH, head_VH.T, out_dtype=out_NV.dtype, out=out_NV)  # type: ignore[call-overload]
     widened_NH = hidden_NH.to(out_NV.dtype)

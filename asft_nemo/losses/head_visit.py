@@ -1,7 +1,7 @@
-"""Visiting the head chunk by chunk: logits of a few tokens at a time, their statistics, their gradients, then the next.
+"""Visiting the head chunk by chunk: logits of a few tokens, their statistics, their gradients, the next.
 
-A visit holds at most three [chunk, V] buffers in the accumulation dtype, reused by every chunk, and never logits of all
-tokens.
+A visit holds at most three [chunk, V] buffers in the accumulation dtype, reused by every chunk, and never
+logits of all tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from asft_nemo.objectives import Objective
 
 @dataclass(frozen=True)
 class HeadOperands:
-    """What is multiplied: hidden states of all T tokens and this rank's rows of the heads, padded rows included."""
+    """What is multiplied: hidden states of all T tokens, this rank's rows of the heads, padded ones too."""
 
     hidden_TH: Tensor
     head_VH: Tensor
@@ -44,8 +44,8 @@ class Gradients:
     """Where a visit leaves its gradients; None where one is not wanted.
 
     Attributes:
-        hidden_NH: of the valid tokens, accumulation dtype; every row is overwritten. A partial sum over this rank's
-            vocabulary rows until it is reduced over the group.
+        hidden_NH: of the valid tokens, accumulation dtype; every row is overwritten. A partial sum over this
+            rank's vocabulary rows until it is reduced over the group.
         head_VH: added to, any float dtype, padded rows included and left alone.
     """
 
@@ -148,7 +148,7 @@ class HeadVisit:
     def gradients(
         self, statistics: TokenStatistics, weight_N: Tensor, upstream_N: Tensor | None, into: Gradients
     ) -> None:
-        """Gradients, the statistics and weights known. GEMMs: two for the policy, one for the reference, one a gradient."""
+        """Gradients, the statistics and weights known. GEMMs: one a model and one a gradient."""
         for chunk in self._chunks() if into.wanted else ():
             part = statistics[chunk.tokens]
             exps = probabilities(self.objective, chunk.logits_NV, chunk.ref_logits_NV, part)
@@ -159,9 +159,9 @@ class HeadVisit:
             self._add_gradients(chunk, gradient_NV, into)
 
     def loss_and_gradients(self, upstream: Tensor | None, into: Gradients) -> tuple[Tensor, Tensor]:
-        """Loss sum, metric sums and gradients in one visit. GEMMs: one a model and one a gradient. One all-gather a chunk.
+        """Loss sum, metric sums and gradients in one visit. GEMMs: one a model and one a gradient.
 
-        Only for token scope: a token's weight is known as soon as its own statistics are.
+        One all-gather a chunk. Only for token scope: a token's weight is known as soon as its statistics are.
         """
         loss_sum = self.operands.hidden_TH.new_zeros((), dtype=self.dtype)
         sums_M = loss_sum.new_zeros(len(metric_names(self.objective)))

@@ -20,8 +20,8 @@ def logit_gradient(
 ) -> Tensor:
     """G = g [(w + c)(p - 1_y) + kl_weight dD],  forward dD = p - q,  reverse dD = p (log p - log q - KL).
 
-    The divergence is added as its own term: equal models give exactly 0, and a small drift is not rounded away
-    against the cross entropy's share of p.
+    The divergence is added as its own term: equal models give exactly 0, and a small drift is not rounded
+    away against the cross entropy's share of p.
 
     Args:
         exps: this rank's exponentials; consumed, the result lies in `exps.policy_NV`.

@@ -75,8 +75,8 @@ def require_reference(objective: Objective, *tensors: Tensor | None) -> None:
     """Raises ObjectiveError where the objective reads the reference's hidden states and they are missing."""
     if objective.divergence is not None and any(tensor is None for tensor in tensors):
         raise ObjectiveError(
-            f"objective {objective.name} with kl_weight={objective.kl_weight:g} reads the reference and got none: "
-            f"set reference=resident, or kl_weight=0 if you want no anchor"
+            f"objective {objective.name} with kl_weight={objective.kl_weight:g} reads the reference "
+            f"and got none: set reference=resident, or kl_weight=0 if you want no anchor"
         )
 
 
@@ -85,9 +85,9 @@ def _check_labels(labels_N: Tensor, index_N: Tensor, vocab_size: int) -> None:
     if bool(outside_N.any()):
         first = int(outside_N.nonzero()[0])
         raise DataError(
-            f"label {int(labels_N[first])} at token {int(index_N[first])} counts in the loss and is outside the "
-            f"vocabulary of {vocab_size} rows ({int(outside_N.sum())} such labels): mask it, or use the tokenizer the "
-            f"model was trained with"
+            f"label {int(labels_N[first])} at token {int(index_N[first])} counts in the loss and is outside "
+            f"the vocabulary of {vocab_size} rows ({int(outside_N.sum())} such labels): mask it, or use the "
+            f"tokenizer the model was trained with"
         )
 
 
@@ -101,7 +101,7 @@ def valid_tokens(
     ref_logprob_T: Tensor | None,
     old_logprob_T: Tensor | None,
 ) -> ValidTokens:
-    """Keeps the tokens where the mask is True. Synchronises the device twice (their number, and the label check).
+    """Keeps the tokens where the mask is True. Synchronises the device twice: their number, the label check.
 
     Raises:
         DataError: a valid label outside the vocabulary.

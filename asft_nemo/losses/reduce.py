@@ -17,10 +17,12 @@ class LossOutput:
     """What every loss returns. Nothing in it is divided: the caller divides once, by the global token count.
 
     Attributes:
-        loss_sum: scalar with grad; sum over valid tokens, equal on all tensor-parallel ranks. fp32 (fp64 for fp64).
+        loss_sum: scalar with grad; sum over valid tokens, equal on all tensor-parallel ranks. fp32 (fp64 for
+            fp64).
         num_tokens: int64 scalar; valid tokens.
-        metrics: name -> (sum, denominator), detached scalars of loss_sum's dtype. Always `nll`, `weighted_nll`
-            ((w_t + c) CE_t) and `token_weight` (w_t); `kl` or `kl_reverse` where the reference's hidden states are read.
+        metrics: name -> (sum, denominator), detached scalars of loss_sum's dtype. Always `nll`,
+            `weighted_nll` ((w_t + c) CE_t) and `token_weight` (w_t); `kl` or `kl_reverse` where the
+            reference's hidden states are read.
     """
 
     loss_sum: Tensor

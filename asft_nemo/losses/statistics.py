@@ -1,13 +1,14 @@
 """Per-token statistics of sharded logits: a few numbers per token and rank say everything about the softmax.
 
-With z, y the policy's and the reference's logits of one token, each rank of the tensor-parallel group reduces its own
-vocabulary rows to
+With z, y the policy's and the reference's logits of one token, each rank of the tensor-parallel group reduces
+its own vocabulary rows to
 
     m_z = max z,  s_z = sum e^(z - m_z),  z_label (0 where another rank has it)
     m_y = max y,  s_y = sum e^(y - m_y),  cross = sum e^(y - m_y) (y - z)   (reverse: sum e^(z - m_z) (z - y))
 
-One all-gather of these brings every rank all of them, and each combines them alike, so the results are equal bit for
-bit on all ranks. Sums over a maximum that is only local cannot be all-reduced in one collective; gathering can.
+One all-gather of these brings every rank all of them, and each combines them alike, so the results are equal
+bit for bit on all ranks. Sums over a maximum that is only local cannot be all-reduced in one collective;
+gathering can.
 
     log sum e^z = M + log sum_r s_r e^(m_r - M),   M = max_r m_r
     KL(ref||policy) = cross - lse_y + lse_z,   KL(policy||ref) = cross - lse_z + lse_y   (cross normalised)
@@ -74,14 +75,15 @@ class TokenStatistics:
 
 @dataclass
 class Exponentials:
-    """A chunk of logits turned in place into exponentials, from which the logit gradient needs one multiplication.
+    """A chunk of logits turned in place into exponentials, a factor per token away from probabilities.
 
     Attributes:
         policy_NV: e^(z - shift).
         ref_NV: e^(y - ref_shift), with a forward divergence only.
         difference_NV: y - z, with a reverse divergence only.
-        shift_N, ref_shift_N: what was subtracted, -inf on a rank without vocabulary rows that count; None where it
-            was the log sum exp over the whole vocabulary, so that the exponentials already are probabilities.
+        shift_N, ref_shift_N: what was subtracted, -inf on a rank without vocabulary rows that count; None
+            where it was the log sum exp over the whole vocabulary, so that the exponentials already are
+            probabilities.
     """
 
     policy_NV: Tensor
@@ -92,14 +94,14 @@ class Exponentials:
 
 
 def floats_per_token(objective: Objective) -> int:
-    """K, the numbers each rank sends per valid token: 3, 6 with a divergence, and `TOP_K` more for top-k entropy."""
+    """K, the numbers a rank sends per valid token: 3, 6 with a divergence, `TOP_K` more for top-k entropy."""
     return 3 + (3 if objective.divergence else 0) + (TOP_K if "topk_entropy" in objective.reads else 0)
 
 
 def probabilities(
     objective: Objective, logits_NV: Tensor, ref_logits_NV: Tensor | None, statistics: TokenStatistics
 ) -> Exponentials:
-    """A chunk visited again, its statistics known: both models' logits are overwritten by what the gradient needs."""
+    """A chunk visited again, its statistics known: the logits are overwritten by what the gradient needs."""
     difference_NV = None
     if ref_logits_NV is not None and statistics.ref_lse_N is not None:
         if objective.divergence == "reverse":
@@ -137,7 +139,8 @@ def local_statistics(
         logits_NV: [N, V] policy logits of the rows that count, accumulation dtype; overwritten.
         ref_logits_NV: the reference's, overwritten; None where the objective has no divergence.
         own_N, label_index_N: from `VocabShard.local_index`.
-        scratch_NV: overwritten and kept as the difference of the logits where there is a divergence; None allocates.
+        scratch_NV: overwritten and kept as the difference of the logits where there is a divergence; None
+            allocates.
 
     Returns:
         packed_NK with K = `floats_per_token`, to be gathered over the ranks, and the exponentials.
@@ -172,7 +175,7 @@ def local_statistics(
 
 
 def combine(objective: Objective, gathered_RNK: Tensor) -> TokenStatistics:
-    """Statistics over the whole vocabulary from those of every rank, as `VocabShard.all_gather` returns them."""
+    """Statistics over the whole vocabulary from those of every rank, see `VocabShard.all_gather`."""
     max_RN, sum_RN, label_RN = gathered_RNK[..., 0], gathered_RNK[..., 1], gathered_RNK[..., 2]
     max_N = max_RN.amax(dim=0)
     scale_RN = (max_RN - max_N).exp()

@@ -49,7 +49,7 @@ def _statistics(
 
 
 class _VocabParallelLoss(torch.autograd.Function):
-    """Statistics in forward, the logit gradient in closed form in backward. Only the first output has a gradient."""
+    """Statistics in forward, the logit gradient in closed form in backward; metric sums have no gradient."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -100,27 +100,28 @@ def vocab_parallel_loss(
     ref_logprob_T: LogProbT | None = None,
     old_logprob_T: LogProbT | None = None,
 ) -> LossOutput:
-    """sum over valid t of (sg(w_t) + c) CE_t + kl_weight * KL_t, as `dense_loss`, from this rank's vocabulary rows.
+    """sum over valid t of (sg(w_t) + c) CE_t + kl_weight * KL_t, from this rank's columns of the logits.
 
     Args:
-        logits_TV: [T, V] this rank's columns of the policy's logits, any float dtype. Columns that count are finite;
-            padded ones may hold anything and get zero gradient.
+        logits_TV: [T, V] this rank's columns of the policy's logits, any float dtype. Columns that count are
+            finite; padded ones may hold anything and get zero gradient.
         labels_T, loss_mask_T: int64 and bool [T], the same on all ranks of the group.
         objective: which loss.
         shard: which columns these are.
-        ref_logits_TV: this rank's columns of the reference's logits, a constant; ignored where nothing reads it.
+        ref_logits_TV: this rank's columns of the reference's logits, a constant; ignored where nothing reads
+            it.
         segment_ids_T, ref_logprob_T, old_logprob_T: see `dense_loss`.
 
     Returns:
-        `LossOutput`, equal on all ranks: the loss over the whole vocabulary, in fp32 (fp64 for fp64 logits). Its
-        gradient on each rank is that of its own columns, exact and without a factor of the group's size.
+        `LossOutput`, equal on all ranks: the loss over the whole vocabulary, in fp32 (fp64 for fp64 logits).
+        Its gradient on each rank is that of its own columns, exact and without a factor of the group's size.
 
     Raises:
         DataError, ObjectiveError: see `dense_loss`.
         LayoutError: logits that do not fit the shard.
 
-    Collectives: one all-gather of 3 numbers per valid token (6 with a divergence, 20 more for top-k entropy) in
-    forward, none in backward. Memory: the gradient in the logits' dtype, and [chunk, V] buffers in fp32.
+    Collectives: one all-gather of 3 numbers per valid token (6 with a divergence, 20 more for top-k entropy)
+    in forward, none in backward. Memory: the gradient in the logits' dtype, and [chunk, V] buffers in fp32.
     """
     shard.check_rows(logits_TV.shape[1], "the logits tensor")
     require_reference(objective, ref_logits_TV)

@@ -27,7 +27,7 @@ _reduce_scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
 class VocabShard:
     """Rows [rank * size, (rank + 1) * size) of a vocabulary padded to world_size * size rows.
 
-    Build it with `full` or `of_rank`. The padding is at the end of the padded vocabulary, so the rows that count are a
+    Build it with `full` or `of_rank`. The padding is at the end, so the rows that count are a
     prefix of every shard: `num_valid` of its `size` rows, possibly none.
 
     Attributes:
@@ -36,7 +36,8 @@ class VocabShard:
         size: rows per rank, padded rows included.
         vocab_size: rows that count, over all ranks.
         group: the tensor-parallel process group; None with one rank.
-        sequence_parallel: hidden states hold this rank's T / world_size rows (used by `fused_linear_loss` only).
+        sequence_parallel: hidden states hold this rank's T / world_size rows (used by `fused_linear_loss`
+            only).
     """
 
     rank: int
@@ -64,13 +65,13 @@ class VocabShard:
         """This rank's rows of a vocabulary of `vocab_size` rows padded to `padded_vocab_size`.
 
         Raises:
-            LayoutError: the padded vocabulary does not divide over the ranks or is smaller than the vocabulary, or
-                several ranks have no group.
+            LayoutError: the padded vocabulary does not divide over the ranks or is smaller than the
+                vocabulary, or several ranks have no group.
         """
         if padded_vocab_size < vocab_size or vocab_size < 1 or padded_vocab_size % world_size:
             raise LayoutError(
-                f"a vocabulary of {vocab_size} rows padded to {padded_vocab_size} does not fit tensor parallel size "
-                f"{world_size}: pad it to a multiple of {world_size} that is at least {max(vocab_size, 1)}"
+                f"a vocabulary of {vocab_size} rows padded to {padded_vocab_size} does not fit tensor "
+                f"parallel size {world_size}: pad it to a multiple of {world_size} of at least {max(vocab_size, 1)}"
             )
         if not 0 <= rank < world_size:
             raise LayoutError(
@@ -107,14 +108,15 @@ class VocabShard:
         """Where each label lies in this shard.
 
         Returns:
-            own_N, bool: the label is one of this rank's rows; index_N, int64: its row here, 0 where it is not.
+            own_N, bool: the label is one of this rank's rows; index_N, int64: its row here, 0 where it is
+                not.
         """
         local_N = labels_N - self.start
         own_N = (local_N >= 0) & (local_N < self.num_valid)
         return own_N, torch.where(own_N, local_N, torch.zeros_like(local_N))
 
     def all_gather(self, packed_NK: Tensor) -> Tensor:
-        """[N, K] of every rank as [R, N, K], in rank order. One all-gather, nothing with one rank. Not differentiable."""
+        """[N, K] of every rank as [R, N, K], in rank order. One all-gather. Not differentiable."""
         if self.world_size == 1:
             return packed_NK.unsqueeze(0)
         return self._gather(packed_NK).view(self.world_size, *packed_NK.shape)
@@ -126,11 +128,11 @@ class VocabShard:
         return tensor
 
     def gather_rows(self, rows_SH: Tensor) -> Tensor:
-        """This rank's T / R rows of every rank as T rows, in rank order. One all-gather. Not differentiable."""
+        """The T / R rows of every rank as T rows, in rank order. One all-gather. Not differentiable."""
         return rows_SH if self.world_size == 1 else self._gather(rows_SH)
 
     def reduce_scatter_rows(self, rows_TH: Tensor) -> Tensor:
-        """T rows summed over the ranks, of which each rank keeps its T / R. One reduce-scatter. Not differentiable."""
+        """T rows summed over the ranks; each keeps its T / R. One reduce-scatter. Not differentiable."""
         if self.world_size == 1:
             return rows_TH
         scattered = rows_TH.new_empty(rows_TH.shape[0] // self.world_size, *rows_TH.shape[1:])

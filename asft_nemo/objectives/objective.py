@@ -15,14 +15,15 @@ from asft_nemo.objectives.weights import WeightInputs
 
 @dataclass(frozen=True)
 class Objective:
-    """L_t = (w_t + c) CE_t + kl_weight * D_t per valid token. Build it with `objective`, which checks the numbers.
+    """L_t = (w_t + c) CE_t + kl_weight * D_t per valid token. Built by `objective`, which checks the numbers.
 
     Immutable, hashable and picklable; equal objectives compare equal.
 
     Attributes:
         name: the row's name.
         kl_weight: factor of the divergence; 0 where the row has none.
-        kl_direction: "forward" for KL(ref||policy), "reverse" for KL(policy||ref); None for a row without a divergence.
+        kl_direction: "forward" for KL(ref||policy), "reverse" for KL(policy||ref); None for a row without a
+            divergence.
         option_items: (name, value) of every option of the row, in the row's order.
     """
 
@@ -89,7 +90,7 @@ class Objective:
         return self.row.weight(inputs, self.options).detach()
 
     def cross_entropy_value(self, inputs: WeightInputs) -> Tensor:
-        """The reported value of a token without its divergence: (w_t + c) CE_t, or the row's own value rule. [N]."""
+        """A token's reported value without its divergence: (w_t + c) CE_t, or the row's value rule. [N]."""
         if self.row.value is not None:
             return self.row.value(inputs, self.options)
         return (self.token_weight(inputs) + self.ce_share) * -inputs.label_logprob_N
@@ -108,8 +109,8 @@ def _option_value(objective_name: str, name: str, option: Option, value: object)
         kind = "a whole number" if option.whole else "a number"
         upper = "" if option.maximum is None else f" and at most {option.maximum:g}"
         raise ObjectiveError(
-            f"{objective_name}: {name}={value!r} does not fit: {name} ({option.meaning}) is {kind} of at least "
-            f"{option.minimum:g}{upper}, set it so or leave it out for {option.default:g}"
+            f"{objective_name}: {name}={value!r} does not fit: {name} ({option.meaning}) is {kind} of at "
+            f"least {option.minimum:g}{upper}, set it so or leave it out for {option.default:g}"
         )
     return int(number) if option.whole else number
 
@@ -133,12 +134,14 @@ def _kl_term(
     weight = None if kl_weight is None else _number(name, kl_weight, "kl_weight")
     if weight is not None and weight < 0:
         raise ObjectiveError(
-            f"{name}: kl_weight={kl_weight!r} would push the policy away from the reference: set it to 0 or more"
+            f"{name}: kl_weight={kl_weight!r} would push the policy away from the reference: "
+            f"set it to 0 or more"
         )
     directions: tuple[Direction, ...] = get_args(Direction)
     if kl_direction is not None and kl_direction not in directions:
         raise ObjectiveError(
-            f"{name}: unknown kl_direction {kl_direction!r}: choose forward, KL(ref||policy), or reverse, KL(policy||ref)"
+            f"{name}: unknown kl_direction {kl_direction!r}: choose forward, KL(ref||policy), "
+            f"or reverse, KL(policy||ref)"
         )
     if row.direction is None:
         return 0.0, None
@@ -157,8 +160,8 @@ def objective(
 
     Args:
         name: a row's name, see `objective_names`.
-        kl_weight: factor of the KL term, >= 0; needed by rows that have one. Settings hold one kl_weight and one
-            kl_direction for all objectives, so a row without a KL term checks them and then has neither.
+        kl_weight: factor of the KL term, >= 0; needed by rows that have one. Settings hold one kl_weight and
+            one kl_direction for all objectives, so a row without a KL term checks them and then has neither.
         kl_direction: "forward" or "reverse"; None takes the row's.
         **options: the row's own options; one that is None counts as not given.
 

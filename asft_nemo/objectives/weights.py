@@ -1,7 +1,7 @@
 """Token weights w_t of the objectives: pure functions of per-token log probabilities.
 
-Every rule takes `WeightInputs` (valid tokens only) and the objective's options, and returns one detached weight per
-token in the dtype of `label_logprob_N`. The logit gradient of every objective is
+Every rule takes `WeightInputs` (valid tokens only) and the objective's options, and returns one detached
+weight per token in the dtype of `label_logprob_N`. The logit gradient of every objective is
 
     (w_t + c) (p - 1_y) + kl_weight * dD
 
@@ -104,8 +104,8 @@ def _ratio(inputs: WeightInputs) -> Tensor:
 def clipped_ratio(inputs: WeightInputs, options: Mapping[str, float]) -> Tensor:
     """w_t = r if r <= 1 + clip_high else 0, with r = pi / pi_old (PSFT, arXiv 2508.17784).
 
-    This is minus the derivative of `clipped_surrogate` with respect to log pi: below 1 - clip_low the minimum takes
-    the unclipped branch, so the lower clip never acts.
+    This is minus the derivative of `clipped_surrogate` with respect to log pi: below 1 - clip_low the minimum
+    takes the unclipped branch, so the lower clip never acts.
     """
     ratio_N = _ratio(inputs).detach()
     return torch.where(ratio_N <= 1.0 + options["clip_high"], ratio_N, torch.zeros_like(ratio_N))

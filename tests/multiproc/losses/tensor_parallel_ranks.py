@@ -1,6 +1,7 @@
-"""One rank of the tensor-parallel loss tests; started by test_tensor_parallel.py, writes its findings as JSON.
+"""One rank of the tensor-parallel loss tests: started by test_tensor_parallel.py, writes findings as JSON.
 
-Four gloo ranks hold the group of size 4 and the groups of size 2 (ranks 0-1 and 2-3); every case runs on each of them.
+Four gloo ranks hold the group of size 4 and the groups of size 2 (ranks 0-1 and 2-3); every case runs on each
+of them.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def fused_linear(
 
 
 def megatron_cross_entropy(ranks: Ranks, case: LossCase) -> dict[str, float]:
-    """sft on this rank's columns beside Megatron's own vocabulary-parallel cross entropy on the same columns."""
+    """sft on this rank's columns beside Megatron's own vocabulary-parallel cross entropy on them."""
     from megatron.core.tensor_parallel import cross_entropy
 
     cross_entropy.get_tensor_model_parallel_group = lambda: ranks.group

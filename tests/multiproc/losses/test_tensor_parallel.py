@@ -1,4 +1,4 @@
-"""The losses over 2 and 4 gloo ranks equal the definition in fp64. The ranks are started once for all cases."""
+"""The losses over 2 and 4 gloo ranks equal the definition in fp64. Ranks are started once for all cases."""
 
 import json
 import subprocess

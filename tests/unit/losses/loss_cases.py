@@ -105,7 +105,7 @@ def make_case(
     valid_share: float = 0.7,
     drift: float = 0.3,
 ) -> LossCase:
-    """A random micro batch whose reference is `drift` away from the policy and whose weights spread over (0, 1)."""
+    """A random micro batch: the reference is `drift` away from the policy, weights spread over (0, 1)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -147,7 +147,7 @@ class FrozenWeight(Objective):
 
 
 def freeze_weight(objective: Objective, case: LossCase) -> Objective:
-    """The objective with the weights it has at the case's own logits. A row with its own value rule needs no freezing."""
+    """The objective with the weights it has at the case's logits; a value rule needs no freezing."""
     if objective.row.value is not None:
         return objective
     logp_TV = case.logits_TV.log_softmax(dim=1)

@@ -1,6 +1,7 @@
 """bf16 inputs: the gradient of the anchor against fp64, beside plain PyTorch on logits rounded to bf16.
 
-Relative errors of dHidden (dHead within 20 %), forward direction, measured with torch 2.13 on a CPU; reverse is alike:
+Relative errors of dHidden (dHead within 20 %), forward direction, measured with torch 2.13 on a CPU; reverse
+is alike:
 
 | KL per token | ours | fp32 softmax on bf16 logits |
 |---|---|---|
@@ -28,7 +29,8 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 def anchor_errors(steps: int, share: float, direction: str) -> dict[str, float]:
     """KL per token in fp64, and relative errors of dHidden and dHead of the KL term alone, ours and naive.
 
-    Both models are bf16; the reference differs in a share of its hidden entries, by a few units in the last place.
+    Both models are bf16; the reference differs in a share of its hidden entries, by a few units in the last
+    place.
     """
     case = make_case(tokens=TOKENS, vocab=2048, hidden=64, valid_share=1.1, drift=0.0)
     generator = torch.Generator().manual_seed(9)

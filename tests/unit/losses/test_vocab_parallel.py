@@ -191,7 +191,7 @@ def test_any_shape_mask_and_magnitude(seed, tokens, vocab, padding, scale, offse
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_bf16_logits_are_as_good_as_their_own_rounding(direction):
-    """Against fp64 on the same bf16 logits only the rounding of dLogits to bf16 remains: relative 2^-8, its unit roundoff."""
+    """Against fp64 on the same bf16 logits only the rounding of dLogits remains: relative 2^-8."""
     case = make_case(tokens=64, vocab=400)
     logits, ref_logits = case.logits_TV.bfloat16(), case.ref_logits_TV.bfloat16()
     chosen = variant_objective("asft", direction)
