@@ -71,7 +71,8 @@ class VocabShard:
         if padded_vocab_size < vocab_size or vocab_size < 1 or padded_vocab_size % world_size:
             raise LayoutError(
                 f"a vocabulary of {vocab_size} rows padded to {padded_vocab_size} does not fit tensor "
-                f"parallel size {world_size}: pad it to a multiple of {world_size} of at least {max(vocab_size, 1)}"
+                f"parallel size {world_size}: pad it to a multiple of {world_size} of at least "
+                f"{max(vocab_size, 1)}"
             )
         if not 0 <= rank < world_size:
             raise LayoutError(
