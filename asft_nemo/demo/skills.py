@@ -24,7 +24,7 @@ LARGEST_ADDEND = 99
 TEST_SHARE = 0.1  # of all prompts of a skill, by hash
 
 NEW_SKILL = "swap"
-"""The skill the demo fine-tunes: first and last letter change places. Pre-training showed it rarely: one example in 600."""
+"""The skill the demo fine-tunes: first and last letter change places. Pre-training showed it rarely: one example in 470."""
 
 WRONG_SHARE = 0.4
 """Share of wrong answers in the fine-tuning data of the new skill; tests are always right."""
@@ -161,21 +161,22 @@ SKILLS: Mapping[str, Callable[[random.Random], Sample]] = MappingProxyType(
 PRETRAINING_MIX: Mapping[str, float] = MappingProxyType(
     {
         "copy": 1.0,
-        "reverse": 1.5,
-        "up": 2.5,
-        "down": 2.5,
+        "reverse": 2.0,
+        "up": 3.0,
+        "down": 0.03,
+        "back": 0.03,
+        "swap": 0.03,
         "next": 2.0,
-        "back": 0.5,
-        "swap": 0.025,
         "add": 4.0,
         "fact": 1.5,
         "story": 0.6,
     }
 )
-"""Relative number of examples of each skill in pre-training."""
+"""Relative number of examples of each skill in pre-training. Their order is part of the seed's meaning."""
 
-OLD_SKILLS = tuple(name for name in SKILLS if name not in (NEW_SKILL, "story"))
-"""Skills with one right answer which pre-training taught and fine-tuning does not show."""
+OLD_SKILLS = ("copy", "reverse", "up", "next", "back", "add", "fact")
+"""Skills with one right answer that pre-training taught and fine-tuning does not show. `down` is missing on purpose: it was
+shown as rarely as the new skill and was hardly learned, so there is nothing to forget."""
 
 
 def _draw(name: str, rng: random.Random, *, test: bool) -> Sample:
@@ -233,14 +234,19 @@ def _spoilt(sample: Sample, rng: random.Random) -> Sample:
     return Sample(sample.prompt, "".join(letters))
 
 
+def tests(name: str, n: int, seed: int) -> list[Sample]:
+    """`n` test examples of a skill with distinct prompts, none of which training can draw (facts: at most 64, all seen)."""
+    return _draw_distinct(name, n, seed, test=True)
+
+
 def new_skill_test(n: int, seed: int) -> list[Sample]:
-    """`n` test examples of the new skill with distinct prompts, none of which training can draw."""
-    return _draw_distinct(NEW_SKILL, n, seed, test=True)
+    """`n` test examples of the new skill; every answer is right."""
+    return tests(NEW_SKILL, n, seed)
 
 
 def old_skill_tests(n: int, seed: int) -> dict[str, list[Sample]]:
     """At most `n` test examples of each old skill (there are 64 facts), by name."""
-    return {name: _draw_distinct(name, n, seed, test=True) for name in OLD_SKILLS}
+    return {name: tests(name, n, seed) for name in OLD_SKILLS}
 
 
 def held_out_text(n: int, seed: int) -> list[Sample]:
