@@ -26,7 +26,7 @@ def moved_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(model_dir, folder, dirs_exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     weights = load_file(folder / "model.safetensors")
-    noisy = {k: v.float() + 0.01 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
+    noisy = {k: v.float() + 0.05 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
     save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
