@@ -71,7 +71,7 @@ def test_drawing_depends_on_the_seed_alone():
 
 def test_more_prompts_than_there_are():
     with pytest.raises(ValueError, match="ask for fewer"):
-        skills.old_skill_tests(1_200, 0)
+        skills.tests("add", 1_200, 0)
 
 
 def test_prompts_are_distinct():
