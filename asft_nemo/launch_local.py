@@ -41,7 +41,13 @@ def launch_many(runs: Sequence[RunConfig]) -> None:
         jobs, error = Path(scratch) / "runs.json", Path(scratch) / "error.json"
         jobs.write_text(json.dumps([to_dict(run) for run in runs]))
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={sizes.pop()}"),
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={sizes.pop()}",
+            ),
             *("-m", "asft_nemo.ranks", str(jobs)),
         ]
         code = subprocess.run(command, env=_environment(error)).returncode
@@ -73,6 +79,9 @@ def _environment(error: Path) -> dict[str, str]:
         "ASFT_ERROR_FILE": str(error),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        "PYTHONWARNINGS": os.environ.get(
+            "PYTHONWARNINGS", "ignore"
+        ),  # also of the helper processes that write checkpoints
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

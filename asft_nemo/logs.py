@@ -7,24 +7,43 @@ import os
 import sys
 import warnings
 
-QUIET = ("nemo_logger", "lightning", "lightning.pytorch", "megatron", "torch.distributed", "nemo", "root")
+UPSTREAM = (
+    "lightning",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "megatron",
+    "torch.distributed",
+    "nv_one_logger",
+    "nemo",
+    "root",
+)
 
 
-def set_up_logging(*, rank: int = 0, verbose: bool | None = None) -> None:
-    """Messages of rank 0 at INFO, of other ranks at ERROR; upstream libraries at ERROR unless verbose.
+def verbose() -> bool:
+    """Whether upstream's own messages are wanted: the environment variable ``ASFT_VERBOSE`` is set."""
+    return bool(os.environ.get("ASFT_VERBOSE"))
+
+
+def set_up_logging(*, rank: int = 0) -> None:
+    """Our messages of rank 0 at INFO, of other ranks at ERROR, on stderr; upstream's warnings only when ``ASFT_VERBOSE`` is set.
 
     Args:
         rank: global rank of this process.
-        verbose: show upstream's own messages; None reads the environment variable ``ASFT_VERBOSE``.
     """
-    if verbose is None:
-        verbose = bool(os.environ.get("ASFT_VERBOSE"))
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("asft_nemo").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    if verbose:
+    if not verbose():
+        warnings.filterwarnings("ignore")
+        quiet_upstream()
+
+
+def quiet_upstream() -> None:
+    """Raises the level of upstream loggers to ERROR; to be called again after imports that set their own levels."""
+    if verbose():
         return
-    warnings.filterwarnings("ignore")
-    for name in QUIET[:-1]:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("NEMO_TESTING", "0")
-    os.environ.setdefault("LOGURU_LEVEL", "ERROR")
+    for name in (*UPSTREAM[:-1], *logging.root.manager.loggerDict):
+        if name.split(".")[0] in UPSTREAM or name in UPSTREAM:
+            logging.getLogger(name).setLevel(logging.ERROR)
+    nemo_utils = sys.modules.get("nemo.utils")
+    if nemo_utils is not None:
+        nemo_utils.logging.set_verbosity(nemo_utils.logging.ERROR)

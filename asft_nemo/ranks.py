@@ -28,7 +28,9 @@ def main(argv: list[str]) -> int:
             _report(error)
             _leave(USER_ERROR_EXIT)
         except Exception:
-            logging.getLogger(__name__).error("rank %s failed:\n%s", os.environ.get("RANK", "0"), traceback.format_exc())
+            logging.getLogger(__name__).error(
+                "rank %s failed:\n%s", os.environ.get("RANK", "0"), traceback.format_exc()
+            )
             _leave(1)
     return 0
 

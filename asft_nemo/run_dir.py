@@ -1,10 +1,10 @@
 """The folder of a run: what is in it, whether it may be used, and where a run continues.
 
-    run.json              the settings, versions, git commit, base and data fingerprints
-    base/                 the base model in NeMo form, when model.path is a Hugging Face directory
-    metrics.jsonl         one object a step
-    checkpoints/step_N/   complete checkpoints; checkpoints/latest links to the newest
-    tensorboard/          the same metrics as events
+run.json              the settings, versions, git commit, base and data fingerprints
+base/                 the base model in NeMo form, when model.path is a Hugging Face directory
+metrics.jsonl         one object a step
+checkpoints/step_N/   complete checkpoints; checkpoints/latest links to the newest
+tensorboard/          the same metrics as events
 """
 
 from __future__ import annotations
@@ -21,10 +21,28 @@ from filelock import FileLock
 from asft_nemo.config.schema import RunConfig, to_dict
 from asft_nemo.errors import CheckpointError, ConfigError
 
-VERSIONED = ("asft_nemo", "torch", "megatron-core", "nemo_toolkit", "transformers", "transformer-engine", "apex", "numpy")
+VERSIONED = (
+    "asft_nemo",
+    "torch",
+    "megatron-core",
+    "nemo_toolkit",
+    "transformers",
+    "transformer-engine",
+    "apex",
+    "numpy",
+)
 
 # A run continues only as itself: these settings decide what is being trained. Layout, precision of kernels and lengths may change.
-IDENTITY = ("objective", "reference.form", "model", "data", "optim", "run.seed", "trainer.global_batch_size", "loss.normalize_by")
+IDENTITY = (
+    "objective",
+    "reference.form",
+    "model",
+    "data",
+    "optim",
+    "run.seed",
+    "trainer.global_batch_size",
+    "loss.normalize_by",
+)
 
 
 def resume_from(run: RunConfig) -> Path | None:
@@ -88,7 +106,9 @@ def open_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
             )
         if resuming:
             _same_run(run, json.loads(record.read_text()), data_fingerprint)
-    elif folder.exists() and any(entry.name != "base" and not entry.name.startswith(".") for entry in folder.iterdir()):
+    elif folder.exists() and any(
+        entry.name != "base" and not entry.name.startswith(".") for entry in folder.iterdir()
+    ):
         raise ConfigError(f"run.dir={folder} is not empty and holds no run: choose another run.dir")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, run_record(run, data_fingerprint=data_fingerprint))
@@ -139,10 +159,14 @@ def git_commit() -> str | None:
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from asft_nemo.config.schema import RunConfig
 
 
@@ -19,11 +17,12 @@ def train(run: RunConfig) -> None:
 
     backend.install()
     from asft_nemo.data import prepare
+    from asft_nemo.logs import quiet_upstream
     from asft_nemo.model import read_model_spec
     from asft_nemo.nemo.build import build
     from asft_nemo.run_dir import base_checkpoint, resume_from
 
-    run_dir = Path(run.run.dir)
+    quiet_upstream()
     base_dir = base_checkpoint(run)
     resume = resume_from(run)
     parts = build(
@@ -33,5 +32,4 @@ def train(run: RunConfig) -> None:
         data=prepare(run, tokenizer_dir=base_dir / "context" / "hf"),
         resuming=resume is not None,
     )
-    run_dir.mkdir(parents=True, exist_ok=True)
     parts.trainer.fit(parts.model, datamodule=parts.data, ckpt_path=None if resume is None else str(resume))

@@ -14,6 +14,9 @@ POLL_SECONDS = 0.02
 
 
 def main(folder: Path) -> None:
+    from asft_nemo.cpu import backend
+
+    backend.install()  # before any job imports megatron
     rank = int(os.environ["RANK"])
     number = 0
     while True:

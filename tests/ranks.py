@@ -54,13 +54,17 @@ class RankGroup:
                     results[rank] = json.loads(file.read_text())
                     if "error" in results[rank]:
                         self.close()
-                        raise RankError(f"rank {rank}, {call}: {results[rank]['error']}\n{results[rank]['traceback']}")
+                        raise RankError(
+                            f"rank {rank}, {call}: {results[rank]['error']}\n{results[rank]['traceback']}"
+                        )
             assert self._process is not None
             if time.monotonic() > deadline or self._process.poll() is not None:
                 why = "ended" if self._process.poll() is not None else f"did not finish in {timeout:.0f} s"
                 log = self._log.read_text(errors="replace")[-4000:]
                 self.close()
-                raise RankError(f"{call}: the ranks {why}; {len(results)} of {self.world_size} reported\n{log}")
+                raise RankError(
+                    f"{call}: the ranks {why}; {len(results)} of {self.world_size} reported\n{log}"
+                )
             time.sleep(POLL_SECONDS)
         return [results[rank]["value"] for rank in range(self.world_size)]
 
@@ -76,14 +80,24 @@ class RankGroup:
             "ASFT_DEVICE": "cpu",
             "GLOO_SOCKET_IFNAME": "lo",
             "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT / "tests" / "nemo_cpu"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+            ),
         }
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.world_size}"),
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={self.world_size}",
+            ),
             *(str(ROOT / "tests" / "rank_worker.py"), str(self._folder)),
         ]
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
 
     def close(self) -> None:
         """Ends the ranks, at once."""

@@ -151,7 +151,9 @@ def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 def _own_copy(replacement: Any) -> Any:
     """A function object of its own for each symbol: torch.compile keeps a rule per object and refuses one under two names."""
     if isinstance(replacement, types.FunctionType):
-        return types.FunctionType(replacement.__code__, replacement.__globals__, replacement.__name__, replacement.__defaults__)
+        return types.FunctionType(
+            replacement.__code__, replacement.__globals__, replacement.__name__, replacement.__defaults__
+        )
     return replacement
 
 
@@ -183,14 +185,26 @@ PATCHES: tuple[Patch, ...] = (
     _cuda("get_rng_state", _cpu_rng_state, "dropout forks per tensor-parallel rank"),
     _cuda("set_rng_state", _set_cpu_rng_state, "dropout forks per tensor-parallel rank"),
     _cuda("manual_seed", lambda seed: torch.manual_seed(seed), "model-parallel seeds"),
-    _cuda("manual_seed_all", _nothing, "torch.manual_seed calls it; the CPU generator is seeded there already"),
+    _cuda(
+        "manual_seed_all", _nothing, "torch.manual_seed calls it; the CPU generator is seeded there already"
+    ),
     _cuda("memory_allocated", _zero, "memory logging"),
     _cuda("max_memory_allocated", _zero, "memory logging"),
     _cuda("memory_reserved", _zero, "memory logging"),
     _cuda("max_memory_reserved", _zero, "memory logging"),
     _cuda("default_generators", (torch.default_generator,), "generator states of the random tracker"),
-    Patch("torch.cuda.random:get_rng_state", lambda: _own_copy(_cpu_rng_state), "checkpointed random states", "torch 2.13.0"),
-    Patch("torch.cuda.random:set_rng_state", lambda: _own_copy(_set_cpu_rng_state), "checkpointed random states", "torch 2.13.0"),
+    Patch(
+        "torch.cuda.random:get_rng_state",
+        lambda: _own_copy(_cpu_rng_state),
+        "checkpointed random states",
+        "torch 2.13.0",
+    ),
+    Patch(
+        "torch.cuda.random:set_rng_state",
+        lambda: _own_copy(_set_cpu_rng_state),
+        "checkpointed random states",
+        "torch 2.13.0",
+    ),
     Patch(
         "torch.nn:Module.cuda",
         lambda: lambda self, device=None: self,
@@ -263,7 +277,9 @@ def install() -> bool:
     mode.__enter__()
     _active = True
     _apply("after_megatron")
-    logger.warning("CPU backend active: %d patches let NeMo and Megatron run on gloo without a GPU", len(PATCHES) + 1)
+    logger.warning(
+        "CPU backend active: %d patches let NeMo and Megatron run on gloo without a GPU", len(PATCHES) + 1
+    )
     return True
 
 

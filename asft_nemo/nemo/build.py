@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import nemo.lightning as nl
-import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
-from asft_nemo.config.schema import RunConfig, data_parallel_size
+from asft_nemo.config.schema import RunConfig
 from asft_nemo.cpu import backend
 from asft_nemo.data import Prepared
 from asft_nemo.model import ModelSpec, megatron_config_kwargs, padded_vocab_size

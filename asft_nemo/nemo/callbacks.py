@@ -83,7 +83,9 @@ class MetricsCallback(Callback):
         from torch.utils.tensorboard import SummaryWriter
 
         drop_steps_after(self.path, trainer.global_step)
-        self._events = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=trainer.global_step + 1)
+        self._events = SummaryWriter(
+            str(self.path.parent / "tensorboard"), purge_step=trainer.global_step + 1
+        )
         self._bar = tqdm(
             total=self.max_steps,
             initial=trainer.global_step,
@@ -117,7 +119,9 @@ class MetricsCallback(Callback):
                     "and reference do not start from the same weights or kernels; check model.path and the precision, or raise the bound"
                 )
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Writes the step's object; validation, when due, adds its values to the same object."""
         seconds = time.perf_counter() - self._started
         step = trainer.global_step
@@ -156,7 +160,14 @@ class MetricsCallback(Callback):
         if self._bar.disable and (line["step"] % every == 0 or line["step"] == self.max_steps):
             text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
             left = line["seconds"] * (self.max_steps - line["step"])
-            logger.info("%s: step %d/%d %s, about %.0f s left", self.description, line["step"], self.max_steps, text, left)
+            logger.info(
+                "%s: step %d/%d %s, about %.0f s left",
+                self.description,
+                line["step"],
+                self.max_steps,
+                text,
+                left,
+            )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Closes what was opened."""
@@ -231,7 +242,9 @@ class CheckpointCallback(Callback):
         self.base_dir = base_dir
         self.every, self.max_steps, self.keep = every, max_steps, keep
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Saves when due."""
         step = trainer.global_step
         if step == self.max_steps or (self.every and step % self.every == 0):

@@ -31,5 +31,3 @@ class AnchoredStrategy(MegatronStrategy):
         super().setup_distributed()
         if again:
             init_model_parallel(self.model)
-            assert self.data_sampler is not None and self.cluster_environment is not None
-            self.data_sampler.setup(self.cluster_environment.global_rank())

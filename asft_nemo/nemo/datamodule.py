@@ -82,7 +82,9 @@ class AnchoredDataModule(pl.LightningDataModule):
         """
         assert self.validation is not None
         sampler = SequentialBatchSampler(len(self.validation), **self._ranks())  # type: ignore[arg-type]
-        return iter(DataLoader(self.validation, batch_sampler=sampler, num_workers=0)), sampler.num_global_batches
+        return iter(
+            DataLoader(self.validation, batch_sampler=sampler, num_workers=0)
+        ), sampler.num_global_batches
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data: the examples consumed so far."""

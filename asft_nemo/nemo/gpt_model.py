@@ -89,7 +89,11 @@ class AnchoredGPTConfig(GPTConfig):
         )
 
     def configure_model(  # type: ignore[override]
-        self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+        self,
+        tokenizer: Any,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
     ) -> AnchoredGPTModel:
         """Builds this rank's chunk for virtual stage `vp_stage` (None without virtual stages). `tokenizer` is not used."""
         return self.build_chunk(vp_stage=vp_stage, pre_process=pre_process, post_process=post_process)
@@ -122,7 +126,9 @@ class AnchoredGPTConfig(GPTConfig):
             scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
             vp_stage=stage,
             loss_spec=LossSpec(
-                objective=self.objective, implementation=self.loss_implementation, vocab_size=self.hf_vocab_size
+                objective=self.objective,
+                implementation=self.loss_implementation,
+                vocab_size=self.hf_vocab_size,
             ),
             returns_hidden=returns_hidden,
         )

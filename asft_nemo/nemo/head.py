@@ -60,7 +60,12 @@ def shard_of(layer: tensor_parallel.ColumnParallelLinear, vocab_size: int) -> Vo
     """
     group = layer.tp_group
     return VocabShard.of_rank(
-        group.rank(), group.size(), layer.output_size, vocab_size, group, sequence_parallel=layer.sequence_parallel
+        group.rank(),
+        group.size(),
+        layer.output_size,
+        vocab_size,
+        group,
+        sequence_parallel=layer.sequence_parallel,
     )
 
 
@@ -135,7 +140,11 @@ def _dense(head: LossHead, logits_SBV: Tensor, inputs: LossInputs, spec: LossSpe
     logits_TV = whole(logits_SBV)
     assert logits_TV is not None
     return dense_loss(
-        logits_TV, labels_T, mask_T, objective=spec.objective, ref_logits_TV=whole(head.reference_logits(inputs))
+        logits_TV,
+        labels_T,
+        mask_T,
+        objective=spec.objective,
+        ref_logits_TV=whole(head.reference_logits(inputs)),
     )
 
 

@@ -39,9 +39,13 @@ class TokenLossReduction(MegatronLossReduction):
             loss_sum = loss_sum / num_tokens.clamp(min=1)
             num_tokens = (num_tokens > 0).to(num_tokens.dtype)
         logged = {"loss": torch.stack([loss_sum.detach().double(), num_tokens.double()])}
-        logged["tokens"] = torch.stack([forward_out.num_tokens.double(), torch.ones_like(num_tokens, dtype=torch.float64)])
+        logged["tokens"] = torch.stack(
+            [forward_out.num_tokens.double(), torch.ones_like(num_tokens, dtype=torch.float64)]
+        )
         for name, (total, denominator) in forward_out.metrics.items():
-            logged[name] = torch.stack([total.double(), torch.as_tensor(denominator, device=total.device).double()])
+            logged[name] = torch.stack(
+                [total.double(), torch.as_tensor(denominator, device=total.device).double()]
+            )
         return loss_sum, num_tokens.int(), logged
 
     def reduce(self, losses_reduced_per_micro_batch: Sequence[Reduced]) -> Tensor:
@@ -51,9 +55,15 @@ class TokenLossReduction(MegatronLossReduction):
             The global loss (fp32 scalar). All means are kept in `last` (values without a denominator in this step are absent).
         """
         names = sorted(losses_reduced_per_micro_batch[0])
-        sums = torch.stack([torch.stack([one[name] for name in names]) for one in losses_reduced_per_micro_batch]).sum(0)
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        sums = torch.stack(
+            [torch.stack([one[name] for name in names]) for one in losses_reduced_per_micro_batch]
+        ).sum(0)
+        torch.distributed.all_reduce(
+            sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
         values = dict(zip(names, sums.tolist(), strict=True))
-        self.last = {name: total / count for name, (total, count) in values.items() if count and name != "tokens"}
+        self.last = {
+            name: total / count for name, (total, count) in values.items() if count and name != "tokens"
+        }
         self.last["tokens"] = values["tokens"][0]
         return torch.tensor(self.last.get("loss", 0.0), dtype=torch.float32, device=sums.device)

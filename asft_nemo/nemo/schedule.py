@@ -32,7 +32,9 @@ class AnchoredStep(MegatronStep):
     report: Callable[[float], None] | None = None
 
     def __call__(self) -> list[Any]:
-        assert self.num_microbatches is not None and self.seq_length is not None and self.micro_batch_size is not None
+        assert self.num_microbatches is not None
+        assert self.seq_length is not None
+        assert self.micro_batch_size is not None
         micro_batches = [data_step(self.data) for _ in range(self.num_microbatches)]  # type: ignore[arg-type]
         for index, batch in enumerate(micro_batches):
             batch["micro_batch_index"] = index

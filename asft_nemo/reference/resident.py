@@ -18,7 +18,14 @@ from asft_nemo.reference.prepass import forward_hidden
 logger = logging.getLogger(__name__)
 
 # What the policy's config carries for its own gradients and parameters; the reference has neither.
-_TRAINING_HOOKS = ("no_sync_func", "grad_sync_func", "param_sync_func", "finalize_model_grads_func", "grad_scale_func", "timers")
+_TRAINING_HOOKS = (
+    "no_sync_func",
+    "grad_sync_func",
+    "param_sync_func",
+    "finalize_model_grads_func",
+    "grad_scale_func",
+    "timers",
+)
 
 
 def frozen_config(config: Any) -> Any:
@@ -32,7 +39,11 @@ def frozen_config(config: Any) -> Any:
 
 def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
     """Drops Transformer Engine's `_extra_state` objects: a base checkpoint has none, and bf16/fp32 layers need none."""
-    return {key: value for key, value in state.items() if not (isinstance(value, ShardedObject) or "_extra_state" in key)}
+    return {
+        key: value
+        for key, value in state.items()
+        if not (isinstance(value, ShardedObject) or "_extra_state" in key)
+    }
 
 
 class ResidentReference:
@@ -49,7 +60,12 @@ class ResidentReference:
     """
 
     def __init__(
-        self, build_chunk: Callable[[int | None], nn.Module], *, vp_size: int | None, weights_dir: Path, dtype: torch.dtype
+        self,
+        build_chunk: Callable[[int | None], nn.Module],
+        *,
+        vp_size: int | None,
+        weights_dir: Path,
+        dtype: torch.dtype,
     ):
         stages: list[int | None] = [None] if vp_size is None else list(range(vp_size))
         self.chunks: list[nn.Module] = []
@@ -75,7 +91,9 @@ class ResidentReference:
             missing, unexpected = chunk.load_state_dict(state, strict=False)
             missing = [key for key in missing if not key.endswith("_extra_state")]
             if missing or unexpected:
-                raise RuntimeError(f"reference weights do not fit the model: missing {missing}, unexpected {unexpected}")
+                raise RuntimeError(
+                    f"reference weights do not fit the model: missing {missing}, unexpected {unexpected}"
+                )
 
     def hidden(
         self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int

@@ -31,7 +31,9 @@ class RandomTokens(Dataset):
         tokens = torch.randint(0, VOCAB, (self.length + 1,), generator=generator)
         mask = torch.zeros(self.length, dtype=torch.bool)
         if index >= 0:
-            mask[torch.randperm(self.length, generator=generator)[: self.valid[index % len(self.valid)]]] = True
+            mask[torch.randperm(self.length, generator=generator)[: self.valid[index % len(self.valid)]]] = (
+                True
+            )
         return {
             "tokens": tokens[:-1],
             "labels": tokens[1:],
@@ -67,12 +69,14 @@ def run_config(settings: dict[str, Any]) -> Any:
 
 
 def fit(
-    settings: dict[str, Any], *, valid: list[int], callbacks: tuple[Any, ...] = (), size: int = 64, validation: int = 0
+    settings: dict[str, Any],
+    *,
+    valid: list[int],
+    callbacks: tuple[Any, ...] = (),
+    size: int = 64,
+    validation: int = 0,
 ) -> Any:
     """Trains on random tokens with the production parts; returns them."""
-    from asft_nemo.cpu import backend
-
-    backend.install()
     torch.set_num_threads(1)
     from asft_nemo.logs import set_up_logging
     from asft_nemo.model import read_model_spec
@@ -92,7 +96,11 @@ def fit(
         max_steps=run.trainer.max_steps,
     )
     parts = build(
-        run, spec=read_model_spec(base_dir / "context" / "hf"), base_dir=base_dir, data=data, resuming=resume is not None
+        run,
+        spec=read_model_spec(base_dir / "context" / "hf"),
+        base_dir=base_dir,
+        data=data,
+        resuming=resume is not None,
     )
     parts.trainer.callbacks.extend(callbacks)
     parts.trainer.fit(parts.model, datamodule=parts.data, ckpt_path=None if resume is None else str(resume))
@@ -111,26 +119,26 @@ class KeepGradients:
     Export then turns them into tensors under Hugging Face names: every layout is compared in the same form.
     """
 
-    def __new__(cls, out: Path) -> Any:
+    def __new__(cls, out: Path, *, of_step: int) -> Any:
         from lightning.pytorch import Callback
 
         class Keep(Callback):
             def on_megatron_step_end(self, step: Any) -> None:
-                if not step.forward_only:
-                    save_gradients(step.pipeline, out)
+                if not step.forward_only and step.step_i == of_step - 1:
+                    save_gradients(step.trainer.strategy.megatron_parallel, out)
 
         return Keep()
 
 
-def save_gradients(pipeline: Any, out: Path) -> None:
+def save_gradients(parallel: Any, out: Path) -> None:
     """Writes every parameter's `main_grad` of all ranks to `out/weights`, in the layout-free form of a checkpoint."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    gradients = {p.data_ptr(): p.main_grad for chunk in pipeline for p in chunk.parameters()}
+    gradients = {p.data_ptr(): p.main_grad for chunk in parallel for p in chunk.parameters()}
     states = {}
-    for index, chunk in enumerate(pipeline):
-        state = pipeline._module_sharded_state_dict(chunk)
+    for index, chunk in enumerate(parallel):
+        state = parallel._module_sharded_state_dict(chunk)
         for value in state.values():
             if isinstance(value, ShardedTensor | ShardedTensorFactory):
                 value.data = gradients[value.data.data_ptr()].clone()
@@ -143,7 +151,128 @@ def save_gradients(pipeline: Any, out: Path) -> None:
 
 
 def gradients(settings: dict[str, Any], *, valid: list[int], out: str) -> dict[str, float]:
-    """One step; gradients go to `out`. Returns the step's logged means (where this rank has them)."""
-    keep = KeepGradients(Path(out))
-    parts = fit(settings, valid=valid, callbacks=(keep,))
+    """Two steps: the first moves the policy away from the reference and is kept as a checkpoint, the second's gradients go to `out`.
+
+    Returns the second step's logged means (where this rank has them).
+    """
+    settings = {**settings, "trainer.max_steps": 2, "trainer.checkpoint_every": 1, "trainer.keep": "last:2"}
+    parts = fit(settings, valid=valid, callbacks=(KeepGradients(Path(out), of_step=2),))
+    if is_first_rank():
+        shutil.copytree(Path(settings["run.dir"]) / "base" / "context", Path(out) / "context")
     return dict(parts.model.training_loss_reduction.last)
+
+
+def train_steps(settings: dict[str, Any], *, valid: list[int], validation: int = 0) -> None:
+    """Trains; what a test looks at is in the run's folder."""
+    fit(settings, valid=valid, validation=validation)
+
+
+def describe_reference(settings: dict[str, Any], *, valid: list[int]) -> dict[str, Any]:
+    """Trains, then says what is true of the reference on this rank."""
+    from asft_nemo.nemo.schedule import PrepassCallback
+
+    watcher = reference_watcher()
+    parts = fit(settings, valid=valid, callbacks=(watcher,))
+    prepass = next(c for c in parts.trainer.callbacks if isinstance(c, PrepassCallback))
+    reference = prepass.reference
+    parallel = parts.trainer.strategy.megatron_parallel
+    held = {p.data_ptr() for chunk in reference.chunks for p in chunk.parameters()}
+    optimizer = parts.trainer.optimizers[0]
+    optimized = {p.data_ptr() for group in optimizer.param_groups for p in group["params"]}
+    bucketed = {
+        p.data_ptr() for chunk in parallel for p in getattr(chunk.module, "param_to_bucket_group", {})
+    }
+    return {
+        "parameters": len(held),
+        "policy_parameters": len({p.data_ptr() for chunk in parallel for p in chunk.parameters()}),
+        "shared_with_policy": len(held & {p.data_ptr() for chunk in parallel for p in chunk.parameters()}),
+        "in_optimizer": len(held & optimized),
+        "in_buckets": len(held & bucketed),
+        "buckets_hold": len(bucketed),
+        "with_gradient": sum(p.grad is not None for chunk in reference.chunks for p in chunk.parameters()),
+        "training_mode": [chunk.training for chunk in reference.chunks],
+        "checksum_before": watcher.before,
+        "checksum_after": checksum(reference.chunks),
+        "policy_checksum": checksum(parallel),
+    }
+
+
+def checksum(modules: Any) -> float:
+    """A number that changes when any parameter does."""
+    return sum(
+        float((p.detach().double().abs() ** 1.5).sum()) for module in modules for p in module.parameters()
+    )
+
+
+def reference_watcher() -> Any:
+    """A callback that takes the reference's checksum before the first step."""
+    from lightning.pytorch import Callback
+
+    from asft_nemo.nemo.schedule import PrepassCallback
+
+    class Watcher(Callback):
+        before = 0.0
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            prepass = next(c for c in trainer.callbacks if isinstance(c, PrepassCallback))
+            self.before = checksum(prepass.reference.chunks)
+
+    return Watcher()
+
+
+def megatron_logits(settings: dict[str, Any], *, out: str) -> None:
+    """One training step's policy at step 0: its logits of examples 0 to 3, gathered over tensor-parallel ranks, saved by one rank."""
+    from lightning.pytorch import Callback
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    data = RandomTokens(size=64, sequence_length=32, valid=[32])
+
+    class Forward(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            chunks = list(trainer.strategy.megatron_parallel)
+            items = [data[index] for index in range(4)]
+
+            def step(iterator: Any, model: Any) -> Any:
+                item = next(iterator)
+                logits = model(item["tokens"][None], item["position_ids"][None])
+                return logits, lambda output, non_loss_data: output.detach()
+
+            with torch.no_grad():
+                found = get_forward_backward_func()(
+                    forward_step_func=step,
+                    data_iterator=iter(items) if len(chunks) == 1 else [iter(items) for _ in chunks],
+                    model=chunks[0] if len(chunks) == 1 else chunks,
+                    num_microbatches=4,
+                    seq_length=32,
+                    micro_batch_size=1,
+                    forward_only=True,
+                    collect_non_loss_data=True,
+                )
+            if found:
+                whole = gather_from_tensor_model_parallel_region(torch.cat(found))[..., :VOCAB]
+                if parallel_state.get_tensor_model_parallel_rank() == 0:
+                    torch.save(whole, out)
+
+    fit(settings, valid=[32], callbacks=(Forward(),))
+
+
+def train_and_die(settings: dict[str, Any], *, valid: list[int], after_step: int) -> None:
+    """Trains and raises on every rank after a step, as a killed job would end between checkpoints."""
+    from lightning.pytorch import Callback
+
+    class Die(Callback):
+        def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+            if trainer.global_step == after_step:
+                raise RuntimeError("stopped by the test")
+
+    fit(settings, valid=valid, callbacks=(Die(),))
+
+
+def has_reference(settings: dict[str, Any], *, valid: list[int]) -> bool:
+    """Trains; whether a reference was built."""
+    from asft_nemo.nemo.schedule import PrepassCallback
+
+    parts = fit(settings, valid=valid)
+    return next(c for c in parts.trainer.callbacks if isinstance(c, PrepassCallback)).reference is not None

@@ -1,0 +1,101 @@
+"""Small random Qwen2 models and the single-process fp64 computation that every layout is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jobs import VOCAB, RandomTokens
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from asft_nemo.losses import dense_loss
+from asft_nemo.objectives import Objective
+
+
+def make_model(folder: Path, *, tied: bool, seed: int = 0) -> Path:
+    """Saves a random 4-layer Qwen2 with distinguishable biases and norms in fp32; returns its folder."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        rms_norm_eps=1e-6,
+    )
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load64(folder: Path) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+
+
+def oracle_gradients(
+    folder: Path,
+    objective: Objective,
+    batches: list[list[int]],
+    data: RandomTokens,
+    *,
+    ref: Path | None = None,
+) -> tuple[dict[str, Tensor], float]:
+    """Gradients of every parameter in fp64 by autograd through `dense_loss`, and the loss.
+
+    Args:
+        folder: Hugging Face directory of the policy.
+        objective: what is differentiated.
+        batches: indices of the global batch, in any split: sums and counts are added up and divided once.
+        data: where the examples come from.
+        ref: Hugging Face directory of the reference.
+    """
+    model = load64(folder)
+    reference = load64(ref) if ref is not None else None
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for indices in batches:
+        items = [data[index] for index in indices]
+        stacked = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+        logits = model(input_ids=stacked["tokens"]).logits.flatten(0, 1)
+        ref_logits = None
+        if reference is not None:
+            with torch.no_grad():
+                ref_logits = reference(input_ids=stacked["tokens"]).logits.flatten(0, 1)
+        output = dense_loss(
+            logits,
+            stacked["labels"].flatten(),
+            stacked["loss_mask"].flatten(),
+            objective=objective,
+            ref_logits_TV=ref_logits,
+        )
+        total, count = total + output.loss_sum, count + int(output.num_tokens)
+    loss = total / count
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, float(loss.detach())
+
+
+def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference over all parameters, relative to the largest gradient entry of all, and where it is."""
+    assert set(found) == set(expected), set(found) ^ set(expected)
+    scale = max(float(value.abs().max()) for value in expected.values())
+    errors = {name: float((found[name].double() - expected[name]).abs().max()) / scale for name in expected}
+    name = max(errors, key=errors.__getitem__)
+    return errors[name], name
+
+
+def read_hf(folder: Path) -> dict[str, Any]:
+    """All tensors of a Hugging Face directory."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors

@@ -1,0 +1,242 @@
+"""Real training on gloo ranks: the reference, resuming, logits, validation, precision, what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import VOCAB, RandomTokens
+from models import load64, make_model, read_hf
+from ranks import RankError, RankGroup
+
+from asft_nemo.checkpoint.convert import export_hf
+from asft_nemo.checkpoint.dist_read import DistReader
+from asft_nemo.checkpoint.verify import verify
+
+pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
+
+VALID = [5, 0, 32, 1, 17, 3, 0, 20]
+TP2_PP2 = {"parallel.tp_size": 2, "parallel.pp_size": 2}
+NOT_TIMES = ("seconds", "reference_seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "untied", tied=False)
+
+
+def settings_of(model: Path, folder: Path, **more: Any) -> dict[str, Any]:
+    named = {key.replace("__", "."): value for key, value in more.items()}
+    return {
+        **TP2_PP2,
+        "run.world_size": 4,
+        "objective.name": "asft",
+        "objective.kl_weight": 0.1,
+        "model.path": str(model),
+        "run.dir": str(folder),
+        "optim.lr": 3e-3,
+        **named,
+    }
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in NOT_TIMES} for line in lines]
+
+
+def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a distributed checkpoint, optimizer state included, read without a model."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = dcp.FileSystemReader(checkpoint / "weights")
+    found = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    return found
+
+
+def test_logits_equal_transformers(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    """Megatron at TP2 x PP2 against transformers in fp64: the worst difference is at most 1e-5 of the largest logit."""
+    out = tmp_path / "logits.pt"
+    ranks4.run("jobs:megatron_logits", settings=settings_of(model, tmp_path / "run"), out=str(out))
+    found_BSV = torch.load(out)
+    data = RandomTokens(size=64, sequence_length=32, valid=[32])
+    with torch.no_grad():
+        expected_BSV = load64(model)(input_ids=torch.stack([data[i]["tokens"] for i in range(4)])).logits
+    error = float((found_BSV.double() - expected_BSV).abs().max() / expected_BSV.abs().max())
+    print(f"logits at TP2 x PP2 against fp64 transformers: worst difference {error:.1e} of the largest logit")
+    assert found_BSV.shape[-1] == VOCAB
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("vpp_size", [None, 2])
+def test_reference_is_frozen_apart_and_exact(
+    ranks4: RankGroup, model: Path, tmp_path: Path, vpp_size: int | None
+) -> None:
+    settings = settings_of(model, tmp_path / "run", trainer__max_steps=2, parallel__vpp_size=vpp_size)
+    facts = ranks4.run("jobs:describe_reference", settings=settings, valid=VALID)
+    for rank in facts:
+        assert rank["parameters"] == rank["policy_parameters"] > 0
+        assert rank["buckets_hold"] == rank["policy_parameters"]
+        assert (
+            rank["shared_with_policy"]
+            == rank["in_optimizer"]
+            == rank["in_buckets"]
+            == rank["with_gradient"]
+            == 0
+        )
+        assert not any(rank["training_mode"])
+        assert rank["checksum_before"] == rank["checksum_after"] != rank["policy_checksum"]
+    first, second = metrics(tmp_path / "run")
+    assert first["kl"] == 0.0
+    assert second["kl"] > 0.0
+    keys = all_tensors(tmp_path / "run" / "checkpoints" / "latest")
+    assert not [key for key in keys if "ref" in key]
+    model_bytes = sum(value.numel() for key, value in keys.items() if key.startswith("module."))
+    assert (
+        model_bytes == sum(p.numel() for p in load64(model).parameters()) + 2 * (512 - VOCAB) * 64
+    )  # padded rows
+
+
+def test_resume_is_bit_exact_and_keeps_the_base_as_reference(
+    ranks4: RankGroup, model: Path, tmp_path: Path
+) -> None:
+    """4 steps straight equal 2, a stop, and 2 more: metrics, weights, optimizer state. The KL goes on growing from the base."""
+    common = {"trainer__max_steps": 4, "trainer__checkpoint_every": 2, "trainer__keep": "last:2"}
+    straight = settings_of(model, tmp_path / "straight", **common)
+    ranks4.run("jobs:train_steps", settings=straight, valid=VALID)
+    stopped = settings_of(model, tmp_path / "stopped", **common)
+    with pytest.raises(RankError, match="stopped by the test"):
+        ranks4.run("jobs:train_and_die", settings=stopped, valid=VALID, after_step=3)
+    assert (tmp_path / "stopped" / "checkpoints" / "latest").resolve().name == "step_2"
+    assert len(metrics(tmp_path / "stopped")) == 3  # the third step's line is written again after the resume
+    ranks4.run("jobs:train_steps", settings={**stopped, "trainer.resume": "must"}, valid=VALID)
+    expected, found = metrics(tmp_path / "straight"), metrics(tmp_path / "stopped")
+    assert without_times(found) == without_times(expected)
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    # were the reference the resumed policy, step 3 would start again from a KL of 0
+    assert found[2]["kl"] > 0.5 * found[1]["kl"] > 0.0
+    one, other = (all_tensors(tmp_path / name / "checkpoints" / "step_4") for name in ("straight", "stopped"))
+    assert set(one) == set(other)
+    assert [key for key in one if key.startswith("optimizer")]
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def test_resume_at_another_layout_goes_on(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    """A checkpoint of TP2 x PP2 continues at TP1 x PP2 x DP2: the next step's loss agrees to rounding."""
+    common = {"trainer__max_steps": 3, "trainer__checkpoint_every": 2, "trainer__keep": "last:2"}
+    straight = settings_of(model, tmp_path / "run", **common)
+    ranks4.run("jobs:train_steps", settings=straight, valid=VALID)
+    lines = metrics(tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to("step_2")
+    moved = {**straight, "parallel.tp_size": 1, "trainer.resume": "must"}
+    ranks4.run("jobs:train_steps", settings=moved, valid=VALID)
+    assert metrics(tmp_path / "run")[2]["loss"] == pytest.approx(lines[2]["loss"], rel=1e-5)
+
+
+def test_round_trip_and_verify(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    """The imported base exports bit-exactly; a trained checkpoint exports on its own and differs from the base."""
+    ranks4.run("jobs:train_steps", settings=settings_of(model, tmp_path / "run"), valid=VALID)
+    assert verify(tmp_path / "run" / "base", model).identical
+    export_hf(tmp_path / "run" / "base", tmp_path / "again")
+    base, again = read_hf(model), read_hf(tmp_path / "again")
+    assert set(base) == set(again)
+    assert all(torch.equal(base[key], again[key]) for key in base)
+    export_hf(tmp_path / "run" / "checkpoints" / "latest", tmp_path / "trained")
+    trained = read_hf(tmp_path / "trained")
+    assert set(trained) == set(base)
+    assert all(trained[key].shape == base[key].shape for key in base)
+    assert any(not torch.equal(trained[key], base[key]) for key in base)
+    load64(tmp_path / "trained")
+    assert DistReader(tmp_path / "run" / "checkpoints" / "latest" / "weights")
+
+
+def test_validation_adds_to_the_steps_line(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    """Validation runs the same reference and loss; 11 examples fill global batches of 8 with fully masked ones."""
+    settings = settings_of(
+        model, tmp_path / "run", trainer__max_steps=2, trainer__validate_every=2, parallel__vpp_size=2
+    )
+    settings["parallel.sequence_parallel"] = True
+    ranks4.run("jobs:train_steps", settings=settings, valid=VALID, validation=11)
+    first, second = metrics(tmp_path / "run")
+    assert not [key for key in first if key.startswith("validation_")]
+    assert second["validation_kl"] > 0
+    assert second["validation_kl_reverse"] is None
+    assert second["validation_loss"] == pytest.approx(
+        second["validation_weighted_nll"] + 0.1 * second["validation_kl"], rel=1e-5
+    )
+
+
+def test_bf16_trains_and_starts_at_zero_kl(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    ranks4.run(
+        "jobs:train_steps",
+        settings=settings_of(model, tmp_path / "run", precision="bf16", trainer__max_steps=3),
+        valid=VALID,
+    )
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["kl"] == 0.0
+    assert lines[2]["kl"] > 0.0
+    assert len(lines) == 3
+
+
+def test_dense_loss_implementation_agrees(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    """`loss.implementation` changes how the loss is computed, not what it is."""
+    found = {}
+    for name in ("vocab_parallel", "dense"):
+        settings = settings_of(model, tmp_path / name, loss__implementation=name, trainer__max_steps=2)
+        ranks4.run("jobs:train_steps", settings=settings, valid=VALID)
+        found[name] = metrics(tmp_path / name)
+    for one, other in zip(found["vocab_parallel"], found["dense"], strict=True):
+        for key in ("loss", "nll", "weighted_nll", "token_weight", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=2e-5), key
+        assert one["kl"] == pytest.approx(other["kl"], rel=1e-4, abs=1e-8)
+
+
+def test_an_objective_without_reference_builds_none(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    settings = settings_of(model, tmp_path / "run", objective__name="dft", reference__form="none")
+    assert ranks4.run("jobs:has_reference", settings=settings, valid=VALID) == [False] * 4
+    (line,) = metrics(tmp_path / "run")
+    assert line["kl"] is None
+    assert line["kl_reverse"] is None
+
+
+def test_run_folder_and_record(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    settings = settings_of(
+        model, tmp_path / "run", trainer__max_steps=3, trainer__checkpoint_every=1, trainer__keep="last:2"
+    )
+    ranks4.run("jobs:train_steps", settings=settings, valid=VALID)
+    folder = tmp_path / "run"
+    record = json.loads((folder / "run.json").read_text())
+    assert record["config"]["objective"]["kl_weight"] == 0.1
+    assert record["versions"]["megatron-core"]
+    assert sorted(entry.name for entry in (folder / "checkpoints").iterdir()) == [
+        "latest",
+        "step_2",
+        "step_3",
+    ]
+    assert list((folder / "tensorboard").iterdir())
+    expected = {
+        "step",
+        "loss",
+        "nll",
+        "weighted_nll",
+        "kl",
+        "kl_reverse",
+        "token_weight",
+        "grad_norm",
+        "lr",
+        "tokens",
+    }
+    assert set(metrics(folder)[0]) == expected | set(NOT_TIMES)
