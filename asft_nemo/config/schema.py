@@ -95,7 +95,7 @@ class PeftConfig(Section):
 class LossConfig(Section):
     """How the loss is computed; no choice here changes what it is, except `normalize_by=micro_batch`."""
 
-    implementation: str = "vocab_parallel"  # fused | vocab_parallel | dense
+    implementation: str = "fused"  # fused | vocab_parallel | dense
     chunk_tokens: int | str = "auto"  # fused only: tokens per visit of the head
     normalize_by: str = "tokens"  # micro_batch replays the authors' averaging, for comparison only
 

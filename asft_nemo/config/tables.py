@@ -126,11 +126,6 @@ NOT_YET = (
         "leave it null: the reference then uses trainer.micro_batch_size",
     ),
     NotYet("peft=lora", lambda run: run.peft.name == "lora", "set peft=none"),
-    NotYet(
-        "loss.implementation=fused",
-        lambda run: run.loss.implementation == "fused",
-        "set loss.implementation=vocab_parallel",
-    ),
     NotYet("data.template=chat", lambda run: run.data.template == "chat", "set data.template=alpaca or raw"),
     NotYet("data.packing=true", lambda run: run.data.packing, "set data.packing=false"),
     NotYet(

@@ -79,6 +79,7 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
         kl_direction=run.objective.kl_direction,
         objective_options={name: value for name, value in options.items() if value is not None},
         loss_implementation=run.loss.implementation,
+        loss_chunk_tokens=run.loss.chunk_tokens,
         normalize_by=run.loss.normalize_by,
     )
 

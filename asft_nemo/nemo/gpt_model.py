@@ -40,9 +40,10 @@ class AnchoredGPTModel(MegatronGPTModel):
 
     def head_weight(self) -> Tensor:
         """This rank's rows of the head [V, H]: the tied embedding or the output layer's own weight (last stage only)."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert weight is not None
+        return weight
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Any = None, **kwargs: Any):
         if not self.post_process:
@@ -62,6 +63,7 @@ class AnchoredGPTConfig(GPTConfig):
     Attributes:
         objective_name, kl_weight, kl_direction, objective_options: the objective, see `asft_nemo.objectives`.
         loss_implementation: a key of `asft_nemo.nemo.head.IMPLEMENTATIONS`.
+        loss_chunk_tokens: see `asft_nemo.losses.fused_linear_loss`.
         normalize_by: ``tokens`` (one global mean) or ``micro_batch`` (mean of micro-batch means, as the authors average).
         hf_vocab_size: vocabulary rows of the Hugging Face checkpoint; `vocab_size` is padded for tensor parallelism.
     """
@@ -71,6 +73,7 @@ class AnchoredGPTConfig(GPTConfig):
     kl_direction: str = "forward"
     objective_options: dict[str, Any] = field(default_factory=dict)
     loss_implementation: str = ""
+    loss_chunk_tokens: Any = "auto"
     normalize_by: str = ""
     hf_vocab_size: int = 0
 
@@ -129,6 +132,7 @@ class AnchoredGPTConfig(GPTConfig):
                 objective=self.objective,
                 implementation=self.loss_implementation,
                 vocab_size=self.hf_vocab_size,
+                chunk_tokens=self.loss_chunk_tokens,
             ),
             returns_hidden=returns_hidden,
         )
@@ -141,7 +145,7 @@ class ASFTModel(GPTModel):
     def training_loss_reduction(self) -> TokenLossReduction:  # type: ignore[override]
         """The reduction of training and validation steps."""
         if self._training_loss_reduction is None:
-            self._training_loss_reduction = TokenLossReduction(normalize_by=self.config.normalize_by)
+            self._training_loss_reduction = TokenLossReduction(normalize_by=self.config.normalize_by)  # type: ignore[attr-defined]
         return self._training_loss_reduction
 
     @property

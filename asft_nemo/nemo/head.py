@@ -9,13 +9,15 @@ group's micro batch, ordered [S, B].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from asft_nemo.losses import LossOutput, VocabShard, dense_loss, vocab_parallel_loss
+from asft_nemo.losses import LossOutput, VocabShard, dense_loss, fused_linear_loss, vocab_parallel_loss
 from asft_nemo.objectives import Objective
 
 
@@ -42,13 +44,15 @@ class LossSpec:
 
     Attributes:
         objective: the row of the objective table.
-        implementation: ``vocab_parallel`` or ``dense``.
+        implementation: a key of `IMPLEMENTATIONS`.
         vocab_size: rows of the vocabulary that count; the rest is padding.
+        chunk_tokens: of the fused implementation: tokens per visit of the head, or ``auto``.
     """
 
     objective: Objective
     implementation: str
     vocab_size: int
+    chunk_tokens: int | Literal["auto"]
 
 
 def shard_of(layer: tensor_parallel.ColumnParallelLinear, vocab_size: int) -> VocabShard:
@@ -58,7 +62,7 @@ def shard_of(layer: tensor_parallel.ColumnParallelLinear, vocab_size: int) -> Vo
         layer: the output layer; its output size is the padded vocabulary.
         vocab_size: rows that count.
     """
-    group = layer.tp_group
+    group: Any = layer.tp_group
     return VocabShard.of_rank(
         group.rank(),
         group.size(),
@@ -72,9 +76,8 @@ def shard_of(layer: tensor_parallel.ColumnParallelLinear, vocab_size: int) -> Vo
 class LossHead(tensor_parallel.ColumnParallelLinear):
     """Megatron's output layer that can also compute the loss.
 
-    Without `loss_inputs` it is Megatron's layer. With them it returns the `LossOutput` of the micro batch; collectives are those of
-    the layer (an all-gather of hidden states under sequence parallelism, an all-reduce or reduce-scatter of dHidden in backward) and
-    of the loss (one packed exchange of statistics).
+    Without `loss_inputs` it is Megatron's layer. With them it returns the `LossOutput` of the micro batch; collectives are those
+    of the implementation.
     """
 
     def forward(  # type: ignore[override]
@@ -84,16 +87,21 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
         runtime_gather_output: bool | None = None,
         loss_inputs: LossInputs | None = None,
         spec: LossSpec | None = None,
-    ):
+    ) -> Any:
+        """`input_` is [S, B, H]; `weight` [V, H] where the embedding is tied, else None."""
         if loss_inputs is None:
             return super().forward(input_, weight=weight, runtime_gather_output=runtime_gather_output)
         assert spec is not None
-        logits_SBV, _ = super().forward(input_, weight=weight, runtime_gather_output=False)
-        return IMPLEMENTATIONS[spec.implementation](self, logits_SBV, loss_inputs, spec)
+        return IMPLEMENTATIONS[spec.implementation](self, input_, weight, loss_inputs, spec)
 
-    def reference_logits(self, loss_inputs: LossInputs) -> Tensor | None:
+    def policy_logits(self, hidden_SBH: Tensor, weight: Tensor | None) -> Tensor:
+        """This rank's logits [S, B, V] by Megatron's own layer."""
+        logits_SBV, _ = super().forward(hidden_SBH, weight=weight, runtime_gather_output=False)
+        return logits_SBV
+
+    def reference_logits(self, inputs: LossInputs) -> Tensor | None:
         """The reference's logits [S, B, V] by the same kernel and shapes as the policy's, or None when nothing reads them."""
-        hidden, head = loss_inputs.ref_hidden_SBH, loss_inputs.ref_head_VH
+        hidden, head = inputs.ref_hidden_SBH, inputs.ref_head_VH
         if hidden is None or head is None:
             return None
         with torch.no_grad():
@@ -103,22 +111,42 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
             return torch.matmul(hidden.flatten(0, 1), head.t()).unflatten(0, hidden.shape[:2])
 
 
-def _tokens(loss_inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """Labels and mask as [T] in the order of the logits' leading dimensions."""
-    return (
-        loss_inputs.labels_BS.transpose(0, 1).reshape(-1),
-        loss_inputs.loss_mask_BS.transpose(0, 1).reshape(-1),
+def _tokens(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """Labels and mask as [T] in the order of the hidden states' leading dimensions."""
+    return inputs.labels_BS.transpose(0, 1).reshape(-1), inputs.loss_mask_BS.transpose(0, 1).reshape(-1)
+
+
+def _flat(tensor_SBX: Tensor | None) -> Tensor | None:
+    return None if tensor_SBX is None else tensor_SBX.flatten(0, 1)
+
+
+def _fused(
+    head: LossHead, hidden: Tensor, weight: Tensor | None, inputs: LossInputs, spec: LossSpec
+) -> LossOutput:
+    """Straight from hidden states, in chunks: neither model's logits are ever whole."""
+    labels_T, mask_T = _tokens(inputs)
+    head_VH = head.weight if weight is None else weight
+    assert head_VH is not None
+    return fused_linear_loss(
+        hidden.flatten(0, 1),
+        head_VH,
+        labels_T,
+        mask_T,
+        objective=spec.objective,
+        shard=shard_of(head, spec.vocab_size),
+        ref_hidden_TH=_flat(inputs.ref_hidden_SBH),
+        ref_head_VH=inputs.ref_head_VH,
+        chunk_tokens=spec.chunk_tokens,
     )
 
 
-def _flat(logits_SBV: Tensor | None) -> Tensor | None:
-    return None if logits_SBV is None else logits_SBV.flatten(0, 1)
-
-
-def _vocab_parallel(head: LossHead, logits_SBV: Tensor, inputs: LossInputs, spec: LossSpec) -> LossOutput:
+def _vocab_parallel(
+    head: LossHead, hidden: Tensor, weight: Tensor | None, inputs: LossInputs, spec: LossSpec
+) -> LossOutput:
+    """From Megatron's own sharded logits of both models."""
     labels_T, mask_T = _tokens(inputs)
     return vocab_parallel_loss(
-        logits_SBV.flatten(0, 1),
+        head.policy_logits(hidden, weight).flatten(0, 1),
         labels_T,
         mask_T,
         objective=spec.objective,
@@ -127,25 +155,28 @@ def _vocab_parallel(head: LossHead, logits_SBV: Tensor, inputs: LossInputs, spec
     )
 
 
-def _dense(head: LossHead, logits_SBV: Tensor, inputs: LossInputs, spec: LossSpec) -> LossOutput:
+def _dense(
+    head: LossHead, hidden: Tensor, weight: Tensor | None, inputs: LossInputs, spec: LossSpec
+) -> LossOutput:
     """Gathers the whole vocabulary on every rank and calls the definition: for comparison, not for large vocabularies."""
     labels_T, mask_T = _tokens(inputs)
 
-    def whole(logits: Tensor | None) -> Tensor | None:
-        if logits is None:
-            return None
-        full = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=head.tp_group)
+    def whole(logits_SBV: Tensor) -> Tensor:
+        full = tensor_parallel.gather_from_tensor_model_parallel_region(logits_SBV, group=head.tp_group)
         return full.flatten(0, 1)[:, : spec.vocab_size]
 
-    logits_TV = whole(logits_SBV)
-    assert logits_TV is not None
+    reference_SBV = head.reference_logits(inputs)
     return dense_loss(
-        logits_TV,
+        whole(head.policy_logits(hidden, weight)),
         labels_T,
         mask_T,
         objective=spec.objective,
-        ref_logits_TV=whole(head.reference_logits(inputs)),
+        ref_logits_TV=None if reference_SBV is None else whole(reference_SBV),
     )
 
 
-IMPLEMENTATIONS = {"vocab_parallel": _vocab_parallel, "dense": _dense}
+IMPLEMENTATIONS: dict[str, Callable[..., LossOutput]] = {
+    "fused": _fused,
+    "vocab_parallel": _vocab_parallel,
+    "dense": _dense,
+}

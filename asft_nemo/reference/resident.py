@@ -85,7 +85,7 @@ class ResidentReference:
             f"chunk_{index}": _without_extra_state(chunk.sharded_state_dict(prefix="module."))  # type: ignore[operator]
             for index, chunk in enumerate(self.chunks)
         }
-        loaded = dist_checkpointing.load(states, str(weights_dir))
+        loaded: Any = dist_checkpointing.load(states, str(weights_dir))
         for index, chunk in enumerate(self.chunks):
             state = {key.removeprefix("module."): value for key, value in loaded[f"chunk_{index}"].items()}
             missing, unexpected = chunk.load_state_dict(state, strict=False)

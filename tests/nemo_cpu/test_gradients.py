@@ -70,11 +70,16 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 # every layout with the full objective, every objective at the fullest layout of two axes, and the corners
 CASES = [
-    *((layout, "asft", "untied") for layout in LAYOUTS),
-    *(("tp2_pp2", name, "untied") for name in OBJECTIVES if name != "asft"),
-    ("tp2", "asft_reverse", "tied"),
-    ("tp2_pp2", "asft", "tied"),
-    ("pp2_vpp2", "sft_kl_reverse", "tied"),
+    *((layout, "asft", "untied", "vocab_parallel") for layout in LAYOUTS),
+    *(("tp2_pp2", name, "untied", "vocab_parallel") for name in OBJECTIVES if name != "asft"),
+    ("tp2", "asft_reverse", "tied", "vocab_parallel"),
+    ("tp2_pp2", "asft", "tied", "vocab_parallel"),
+    ("pp2_vpp2", "sft_kl_reverse", "tied", "vocab_parallel"),
+    *((layout, "asft", "untied", "fused") for layout in ("tp2_pp2", "tp2_dp2", "tp2_pp2_vpp2_sp")),
+    ("tp2", "asft_reverse", "tied", "fused"),
+    ("tp2_pp2_sp", "sft_kl", "tied", "fused"),
+    ("tp2_pp2", "dft", "untied", "fused"),
+    ("tp2_pp2", "asft", "untied", "dense"),
 ]
 
 
@@ -128,19 +133,20 @@ def megatron_gradients(
     return read_hf(folder / "gradients_hf"), folder / "policy", json.loads(last)["loss"]
 
 
-@pytest.mark.parametrize(("layout", "name", "weights"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(("layout", "name", "weights", "loss"), CASES, ids=["-".join(case) for case in CASES])
 def test_gradients_equal_the_oracle(
     layout: str,
     name: str,
     weights: str,
+    loss: str,
     models: dict[str, Path],
     request: pytest.FixtureRequest,
     tmp_path: Path,
     record_property: Any,
 ) -> None:
     world, parallel = LAYOUTS[layout]
-    settings = {**OBJECTIVES[name], **parallel}
-    found, policy, loss = megatron_gradients(
+    settings = {**OBJECTIVES[name], **parallel, "loss.implementation": loss}
+    found, policy, value = megatron_gradients(
         request.getfixturevalue(f"ranks{world}"), settings, models[weights], tmp_path
     )
     data = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
@@ -154,9 +160,9 @@ def test_gradients_equal_the_oracle(
     )
     error, where = worst_error(found, expected)
     record_property("worst_relative_error", error)
-    print(f"{layout} {name} {weights}: worst gradient error {error:.1e} of max |grad| ({where})")
+    print(f"{layout} {name} {weights} {loss}: worst gradient error {error:.1e} of max |grad| ({where})")
     assert error <= BOUND, (error, where)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert value == pytest.approx(expected_loss, rel=1e-5)
 
 
 def test_split_into_micro_batches_changes_nothing(

@@ -191,14 +191,18 @@ def test_bf16_trains_and_starts_at_zero_kl(ranks4: RankGroup, model: Path, tmp_p
     assert len(lines) == 3
 
 
-def test_dense_loss_implementation_agrees(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+def test_loss_implementations_agree(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
     """`loss.implementation` changes how the loss is computed, not what it is."""
     found = {}
-    for name in ("vocab_parallel", "dense"):
+    for name in ("fused", "vocab_parallel", "dense"):
         settings = settings_of(model, tmp_path / name, loss__implementation=name, trainer__max_steps=2)
         ranks4.run("jobs:train_steps", settings=settings, valid=VALID)
         found[name] = metrics(tmp_path / name)
-    for one, other in zip(found["vocab_parallel"], found["dense"], strict=True):
+    pairs = [
+        *zip(found["fused"], found["dense"], strict=True),
+        *zip(found["vocab_parallel"], found["dense"], strict=True),
+    ]
+    for one, other in pairs:
         for key in ("loss", "nll", "weighted_nll", "token_weight", "grad_norm"):
             assert one[key] == pytest.approx(other[key], rel=2e-5), key
         assert one["kl"] == pytest.approx(other["kl"], rel=1e-4, abs=1e-8)
