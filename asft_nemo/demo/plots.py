@@ -1,0 +1,244 @@
+"""The report's pictures as SVG text: learning against keeping, and the training dynamics.
+
+Colours are Okabe and Ito's, told apart with every common colour blindness; lines also differ in their dashes and carry their
+name at the end. Text stays text, so that the browser's own font draws it.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from asft_nemo.demo.figures import Group, accuracy, old_accuracy
+from asft_nemo.demo.verdict import TITLES
+
+INK, FAINT, GRID = "#222222", "#666666", "#e3e3e3"
+COLOURS = {"base": "#555555", "sft": "#D55E00", "dft": "#AA4499", "sft_kl": "#0072B2", "asft": "#007A5A"}
+DASHES: dict[str, Any] = {
+    "base": "-",
+    "sft": (0, (5, 1.5)),
+    "dft": (0, (1.2, 1.2)),
+    "sft_kl": (0, (6, 1.5, 1.2, 1.5)),
+    "asft": "-",
+}
+MARKERS = {"base": "D", "sft": "s", "dft": "^", "sft_kl": "v", "asft": "o"}
+
+SIZE = (4.9, 3.1)  # inches; 72 SVG units each
+SMOOTHING = 7  # steps of the moving average
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # for measuring only, see `_svg`
+    "font.size": 10.5,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "text.color": INK,
+    "lines.linewidth": 1.8,
+}
+
+Series = Mapping[str, Sequence[Sequence[float]]]
+"""objective -> one list of values a seed, a value a step."""
+
+
+def trade_off(groups: Mapping[str, Group]) -> str:
+    """New skill (x) against old skills (y), in per cent: the mean of every objective with its intervals, and every seed."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure((6.6, 4.0))
+        points: list[tuple[float, float, str]] = []
+        for name, group in groups.items():
+            new, old, colour = accuracy(group, group.new_skill), old_accuracy(group), COLOURS[name]
+            x, y = 100 * new.value, 100 * old.value
+            axes.errorbar(
+                x,
+                y,
+                xerr=[[max(0.0, x - 100 * new.low)], [max(0.0, 100 * new.high - x)]],
+                yerr=[[max(0.0, y - 100 * old.low)], [max(0.0, 100 * old.high - y)]],
+                color=colour,
+                marker=MARKERS[name],
+                markersize=8,
+                elinewidth=1.2,
+                capsize=0,
+                zorder=3,
+            )
+            if len(group.models) > 1:
+                axes.scatter(
+                    [100 * v for v in new.per_seed],
+                    [100 * v for v in old.per_seed],
+                    color=colour,
+                    marker=MARKERS[name],
+                    s=16,
+                    alpha=0.45,
+                    linewidths=0,
+                    zorder=2,
+                )
+            points.append((x, y, name))
+        axes.set_xlabel("new skill: right answers, %")
+        axes.set_ylabel("old skills: right answers, %")
+        axes.margins(0.12)
+        _room(axes, 101.5)
+        _name_points(axes, points)
+        return _svg(figure, "tradeoff", "New skill against old skills, per cent right, for every objective")
+
+
+def dynamics(title: str, unit: str, series: Series, *, name: str, log: bool = False) -> str:
+    """One quantity over the steps: the mean of the seeds, smoothed, with the range of the seeds behind it.
+
+    Args:
+        title: of the picture.
+        unit: of the values; the label of the vertical axis.
+        series: what is drawn.
+        name: distinguishes this picture's ids from the other pictures'.
+        log: logarithmic vertical axis; values that are not above zero are left out.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(SIZE)
+        ends: list[tuple[float, str]] = []
+        for objective, seeds in series.items():
+            smooth = np.array([_moving_average(values) for values in seeds])
+            if log:
+                smooth = np.where(smooth > 0, smooth, np.nan)
+            steps = np.arange(1, smooth.shape[1] + 1)
+            mean = smooth.mean(0)
+            axes.plot(steps, mean, color=COLOURS[objective], linestyle=DASHES[objective], zorder=3)
+            if len(seeds) > 1:
+                low, high = smooth.min(0), smooth.max(0)
+                axes.fill_between(
+                    steps, low, high, color=COLOURS[objective], alpha=0.13, linewidth=0, zorder=1
+                )
+            ends.append((float(mean[-1]), objective))
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        if log:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        last = max(len(seeds[0]) for seeds in series.values())
+        axes.set_xlim(1, last)
+        _name_ends(axes, last, ends)
+        return _svg(figure, name, f"{title}, {unit}, over steps for {', '.join(TITLES[o] for o in series)}")
+
+
+def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _moving_average(values: Sequence[float]) -> np.ndarray:
+    """Centred means over at most `SMOOTHING` steps; fewer at the ends, the first and the last value stay themselves."""
+    data = np.asarray(values, dtype=float)
+    places = range(len(data))
+    reach = [min(SMOOTHING // 2, i, len(data) - 1 - i) for i in places]
+    return np.array([data[i - r : i + r + 1].mean() for i, r in zip(places, reach, strict=True)])
+
+
+def _room(axes: Axes, most: float) -> None:
+    """Per cent axes that do not suggest more than 100."""
+    axes.set_xlim(right=min(axes.get_xlim()[1], most))
+    axes.set_ylim(top=min(axes.get_ylim()[1], most))
+
+
+def _spread(places: Sequence[float], gap: float) -> list[float]:
+    """The places moved apart to at least `gap` from each other, about where they were; in any order, answered in that order."""
+    order = np.argsort(places, kind="stable")
+    spread = [float(places[i]) for i in order]
+    for _ in range(200):
+        moved = False
+        for i in range(len(spread) - 1):
+            lack = gap - (spread[i + 1] - spread[i])
+            if lack > 1e-9:
+                spread[i] -= lack / 2
+                spread[i + 1] += lack / 2
+                moved = True
+        if not moved:
+            break
+    answer = [0.0] * len(spread)
+    for place, i in zip(spread, order, strict=True):
+        answer[i] = place
+    return answer
+
+
+def _name_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str]]) -> None:
+    """The objectives' names right of the lines' ends, moved apart where they would touch."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_axes.transform((x, y))[1]) for y, _ in ends]
+    for height, (_, objective) in zip(_spread(heights, 0.085), ends, strict=True):
+        axes.annotate(
+            TITLES[objective],
+            (1.02, height),
+            xycoords="axes fraction",
+            va="center",
+            color=COLOURS[objective],
+            fontweight="bold",
+            fontsize=9.5,
+        )
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names beside the points, on the side with more room, moved apart where they would touch."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = [to_axes.transform((x, y)) for x, y, _ in points]
+    sides = ["left" if place[0] < 0.72 else "right" for place in places]
+    for side in ("left", "right"):
+        chosen = [i for i, s in enumerate(sides) if s == side]
+        heights = _spread([float(places[i][1]) + 0.045 for i in chosen], 0.06)
+        for i, height in zip(chosen, heights, strict=True):
+            name = points[i][2]
+            axes.annotate(
+                TITLES[name],
+                (float(places[i][0]) + (0.014 if side == "left" else -0.014), height),
+                xycoords="axes fraction",
+                ha=side,
+                va="center",
+                color=COLOURS[name],
+                fontweight="bold",
+                fontsize=10,
+                zorder=4,
+            )
+
+
+def _svg(figure: Figure, name: str, label: str) -> str:
+    """The figure as an SVG element: scalable, labelled, without metadata, its ids distinct from other figures'."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(
+            out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r'xlink:href="#', f'xlink:href="#{name}-', text)
+    # The reader's own sans serif: DejaVu, with which the room was measured, is wider than most.
+    text = re.sub(
+        r"'DejaVu Sans'(, sans-serif)?",
+        "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif",
+        text,
+    )
+    text = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
+        count=1,
+    )
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
