@@ -61,12 +61,10 @@ def _prepare(run: RunConfig) -> None:
     """What one process can check and do before ranks start, so that bad input costs seconds and leaves nothing behind."""
     from asft_nemo.data import prepare
     from asft_nemo.model import read_model_spec
-    from asft_nemo.run_dir import base_checkpoint, open_run_dir
+    from asft_nemo.run_dir import base_checkpoint, hf_dir, open_run_dir
 
-    path = Path(run.model.path)
-    hf_dir = path / "context" / "hf" if (path / "weights").is_dir() else path
-    read_model_spec(hf_dir)
-    prepared = prepare(run, tokenizer_dir=hf_dir)
+    read_model_spec(hf_dir(run))
+    prepared = prepare(run, tokenizer_dir=hf_dir(run))
     logger.info("%s", prepared.summary)
     open_run_dir(run, data_fingerprint=prepared.fingerprint)
     base_checkpoint(run)

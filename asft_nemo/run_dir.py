@@ -49,12 +49,13 @@ def resume_from(run: RunConfig) -> Path | None:
     """The checkpoint this run continues from, or None for a start from the base.
 
     Raises:
-        CheckpointError: trainer.resume=must and there is no complete checkpoint.
+        CheckpointError: trainer.resume=must and there is no complete checkpoint, or it does not fit the model.
     """
     if run.trainer.resume == "never":
         return None
     latest = Path(run.run.dir) / "checkpoints" / "latest"
     if latest.exists():
+        check_fits(latest.resolve(), hf_dir(run))
         return latest.resolve()
     if run.trainer.resume == "must":
         raise CheckpointError(
@@ -64,11 +65,30 @@ def resume_from(run: RunConfig) -> Path | None:
     return None
 
 
+def hf_dir(run: RunConfig) -> Path:
+    """Where the model's config.json and tokenizer files are: model.path itself, or its `context/hf`."""
+    source = Path(run.model.path)
+    return source / "context" / "hf" if (source / "weights").is_dir() else source
+
+
+def check_fits(checkpoint: Path, model_dir: Path) -> None:
+    """Checks that a distributed checkpoint holds exactly the tensors of the model, in its shapes (reads metadata only).
+
+    Raises:
+        CheckpointError: tensors are missing, left over, or of another shape.
+    """
+    from asft_nemo.checkpoint.checks import check_megatron_tensors
+    from asft_nemo.checkpoint.dist_read import DistReader
+    from asft_nemo.model import read_model_spec
+
+    check_megatron_tensors(DistReader(checkpoint / "weights"), read_model_spec(model_dir))
+
+
 def base_checkpoint(run: RunConfig) -> Path:
     """The base model in NeMo form: model.path itself, or its import into `run.dir/base` (made once, by whichever rank comes first).
 
     Raises:
-        CheckpointError: model.path is neither a Hugging Face directory nor a NeMo checkpoint.
+        CheckpointError: model.path is neither a Hugging Face directory nor a NeMo checkpoint, or its tensors are not the model's.
     """
     source = Path(run.model.path)
     if (source / "weights").is_dir():
@@ -76,6 +96,7 @@ def base_checkpoint(run: RunConfig) -> Path:
             raise CheckpointError(
                 f"model.path={source} is a NeMo checkpoint without context/hf: import the Hugging Face model with `asft import`"
             )
+        check_fits(source, hf_dir(run))
         return source
     from asft_nemo.checkpoint.convert import import_hf
 
@@ -176,3 +197,33 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.new")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def drop_steps_after(path: Path, step: int) -> None:
+    """Keeps the lines of steps up to `step`: a resumed run writes the later ones again. A torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text().splitlines():
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text)
+        except (json.JSONDecodeError, KeyError):
+            break
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.replace(path)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in `folder`, ascending."""
+    names = (entry.name.removeprefix("step_") for entry in folder.glob("step_*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def point_latest_at(folder: Path, name: str) -> None:
+    """Moves the link ``latest`` to `name` in one step."""
+    link = folder / ".latest.new"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, folder / "latest")

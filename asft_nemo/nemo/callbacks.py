@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from asft_nemo.errors import UserError
 from asft_nemo.nemo.schedule import PrepassCallback
+from asft_nemo.run_dir import checkpoint_steps, drop_steps_after, point_latest_at
 
 logger = logging.getLogger(__name__)
 
@@ -177,22 +178,6 @@ class MetricsCallback(Callback):
             self._events.close()
 
 
-def drop_steps_after(path: Path, step: int) -> None:
-    """Keeps the lines of steps up to `step`: a resumed run writes the later ones again. A torn last line goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text().splitlines():
-        try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text)
-        except (json.JSONDecodeError, KeyError):
-            break
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.replace(path)
-
-
 def validate(trainer: Any, pl_module: Any) -> dict[str, float]:
     """Means over the validation set by the same model, reference and loss as training, without gradients.
 
@@ -265,20 +250,6 @@ class CheckpointCallback(Callback):
             shutil.copy(self.dir.parent / "run.json", partial / "context" / "run.json")
             partial.rename(final)
             point_latest_at(self.dir, final.name)
-            for old in sorted(checkpoint_steps(self.dir))[: -self.keep]:
+            for old in checkpoint_steps(self.dir)[: -self.keep]:
                 shutil.rmtree(self.dir / f"step_{old}")
         trainer.strategy.barrier()
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`."""
-    names = (entry.name.removeprefix("step_") for entry in folder.glob("step_*"))
-    return [int(name) for name in names if name.isdigit()]
-
-
-def point_latest_at(folder: Path, name: str) -> None:
-    """Moves the link ``latest`` to `name` in one step."""
-    link = folder / ".latest.new"
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    os.replace(link, folder / "latest")

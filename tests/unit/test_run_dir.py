@@ -1,0 +1,151 @@
+"""The folder of a run: when it may be used, continued, or is refused; a refusal leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from asft_nemo.checkpoint.convert import import_hf
+from asft_nemo.config.paths import project_dir
+from asft_nemo.config.schema import RunConfig, from_dict, replace
+from asft_nemo.errors import CheckpointError, ConfigError
+from asft_nemo.run_dir import (
+    base_checkpoint,
+    checkpoint_steps,
+    drop_steps_after,
+    open_run_dir,
+    point_latest_at,
+    resume_from,
+)
+
+TINY = project_dir() / "assets" / "tiny-base"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunConfig:
+    return from_dict(
+        {
+            "recipe": "tiny_cpu",
+            "objective": {"name": "asft"},
+            "reference": {"form": "resident"},
+            "peft": {"name": "none"},
+            "model": {"path": str(TINY)},
+            "cluster": {"name": "local"},
+            "run": {"dir": str(tmp_path / "run"), "world_size": 1},
+        }
+    )
+
+
+def with_checkpoint(run: RunConfig) -> Path:
+    """An imported base standing in for the checkpoint of step 2: its tensors are the model's."""
+    folder = Path(run.run.dir) / "checkpoints"
+    folder.mkdir(parents=True)
+    import_hf(TINY, folder / "step_2")
+    point_latest_at(folder, "step_2")
+    return folder
+
+
+def test_a_new_run_writes_its_record(run: RunConfig) -> None:
+    open_run_dir(run, data_fingerprint="f")
+    record = json.loads((Path(run.run.dir) / "run.json").read_text())
+    assert record["data_fingerprint"] == "f"
+    assert from_dict(record["config"]) == run
+    assert resume_from(run) is None
+
+
+def test_a_folder_of_another_run_is_refused(run: RunConfig) -> None:
+    open_run_dir(run, data_fingerprint="f")
+    with pytest.raises(ConfigError, match="holds another run: choose another run.dir"):
+        open_run_dir(run, data_fingerprint="f")
+
+
+def test_a_folder_with_other_things_is_refused_and_kept(run: RunConfig) -> None:
+    folder = Path(run.run.dir)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        open_run_dir(run, data_fingerprint="f")
+    assert [entry.name for entry in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_must_without_a_checkpoint_says_so(run: RunConfig) -> None:
+    must = replace(run, {"trainer.resume": "must"})
+    with pytest.raises(CheckpointError, match="trainer.resume=must, but .* holds no complete checkpoint"):
+        open_run_dir(must, data_fingerprint="f")
+    assert not Path(run.run.dir).exists()
+
+
+def test_if_exists_starts_or_continues(run: RunConfig) -> None:
+    maybe = replace(run, {"trainer.resume": "if_exists"})
+    open_run_dir(maybe, data_fingerprint="f")
+    assert resume_from(maybe) is None
+    folder = with_checkpoint(run)
+    assert resume_from(maybe) == (folder / "step_2").resolve()
+    open_run_dir(maybe, data_fingerprint="f")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"objective.kl_weight": 0.5}, "objective"),
+        ({"run.seed": 1}, "run.seed"),
+        ({"optim.lr": 1.0}, "optim"),
+        ({"trainer.global_batch_size": 128}, "trainer.global_batch_size"),
+    ],
+)
+def test_a_run_continues_only_as_itself(run: RunConfig, change: dict[str, object], named: str) -> None:
+    open_run_dir(run, data_fingerprint="f")
+    with_checkpoint(run)
+    before = (Path(run.run.dir) / "run.json").read_bytes()
+    other = replace(run, {"trainer.resume": "must", **change})
+    with pytest.raises(ConfigError, match=rf"another run \(different: {named}\)"):
+        open_run_dir(other, data_fingerprint="f")
+    assert (Path(run.run.dir) / "run.json").read_bytes() == before
+
+
+def test_changed_data_are_another_run(run: RunConfig) -> None:
+    open_run_dir(run, data_fingerprint="f")
+    with_checkpoint(run)
+    with pytest.raises(ConfigError, match="the contents of the data files"):
+        open_run_dir(replace(run, {"trainer.resume": "must"}), data_fingerprint="g")
+
+
+def test_the_layout_may_change(run: RunConfig) -> None:
+    open_run_dir(run, data_fingerprint="f")
+    with_checkpoint(run)
+    open_run_dir(replace(run, {"trainer.resume": "must", "parallel.tp_size": 2}), data_fingerprint="f")
+
+
+def test_a_checkpoint_of_another_shape_is_refused(run: RunConfig, tmp_path: Path) -> None:
+    """Weights of one model under another's config.json: named before anything is loaded."""
+    import_hf(TINY, tmp_path / "base")
+    config_file = tmp_path / "base" / "context" / "hf" / "config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] * 2}))
+    with pytest.raises(CheckpointError, match=r"linear_fc1.weight has shape .* where config.json asks for"):
+        base_checkpoint(replace(run, {"model.path": str(tmp_path / "base")}))
+
+
+def test_the_base_is_imported_once(run: RunConfig) -> None:
+    folder = base_checkpoint(run)
+    stamp = (folder / "weights" / ".metadata").stat().st_mtime_ns
+    assert base_checkpoint(run) == folder
+    assert (folder / "weights" / ".metadata").stat().st_mtime_ns == stamp
+
+
+def test_latest_moves_and_steps_are_read(tmp_path: Path) -> None:
+    for name in ("step_2", "step_10", "partial_step_12"):
+        (tmp_path / name).mkdir()
+    point_latest_at(tmp_path, "step_2")
+    point_latest_at(tmp_path, "step_10")
+    assert (tmp_path / "latest").resolve().name == "step_10"
+    assert checkpoint_steps(tmp_path) == [2, 10]
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
+    drop_steps_after(file, 2)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
