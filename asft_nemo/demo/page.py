@@ -71,8 +71,8 @@ def _signed(value: float, digits: int) -> str:
 
 
 def nats(value: float) -> str:
-    """A KL in nats with three digits that matter."""
-    return f"{value:.3f}" if value >= 0.01 or value == 0 else f"{value:.2g}"
+    """A KL in nats: three decimals, or one digit where that would be zero."""
+    return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.1g}"
 
 
 def _text(value: Any) -> str:
@@ -88,6 +88,8 @@ def _share(value: float) -> str:
 
 
 def _cell(estimate: Values, form: Any) -> str:
+    if estimate["low"] == estimate["high"]:
+        return f"<td>{form(estimate['value'])}</td>"
     return f"<td>{form(estimate['value'])}<small>{_interval(estimate, form)}</small></td>"
 
 
@@ -188,7 +190,7 @@ def _results(values: Values, picture: str) -> str:
         f"tests. Forgotten: base minus model, in points, paired by test. KL to the base, nats per token, over the "
         f"{text['tokens']} response tokens of {text['texts']} held-out texts, full vocabulary. Small: 95 % intervals."
     )
-    head = ("", "New skill, %", "Old skills, %", "Forgotten, points", "KL(ref||policy)", "KL(policy||ref)")
+    head = ("", "New skill, %", "Old skills, %", "Forgotten, points", "KL (ref||policy)", "KL (policy||ref)")
     return (
         "<h2>Learned, forgotten, drifted</h2>"
         f'<figure class="single">{picture}<figcaption>Up and to the right is better. {dots}</figcaption></figure>'
@@ -201,7 +203,7 @@ def _skills(values: Values) -> str:
     rows = []
     for skill in (names["new"], *names["old"]):
         cells = [_cell(model["skills"][skill], _share) for model in models.values()]
-        label = f"{_text(skill)}{' (new)' if skill == names['new'] else ''}<small> n = {names['tests'][skill]}</small>"
+        label = f"{_text(skill)}{' (new)' if skill == names['new'] else ''}<small>n = {names['tests'][skill]}</small>"
         rows.append(_row(label, cells, own=skill == names["new"]))
     caption = "Right answers in per cent, exact match of greedy completions; small: Wilson’s 95 % interval for n tests."
     return "<h2>Every skill</h2>" + _table(["", *(_key(name) for name in models)], rows, caption)
@@ -227,7 +229,7 @@ def _differences(values: Values) -> str:
         "bold is not shown to be there, which is not to say that it is zero."
     )
     return "<h2>Objective against objective</h2>" + _table(
-        ("", "New skill, points", "Old skills, points", "KL(ref||policy), nats"), rows, caption
+        ("", "New skill, points", "Old skills, points", "KL (ref||policy), nats"), rows, caption
     )
 
 

@@ -11,7 +11,7 @@ main { max-width: 1060px; margin: 0 auto; padding: 40px 24px 72px; }
 p, ul, dl.plain { max-width: 46em; }
 header { border-bottom: 1px solid var(--line); padding-bottom: 20px; margin-bottom: 8px; }
 .kind { margin: 0 0 10px; color: var(--soft); font-size: 14.5px; }
-h1 { margin: 0 0 14px; max-width: 25em; font-size: clamp(23px, 3.6vw, 33px); line-height: 1.25; letter-spacing: -0.01em; text-wrap: balance; }
+h1 { margin: 0 0 14px; max-width: 30em; font-size: clamp(23px, 3.6vw, 33px); line-height: 1.25; letter-spacing: -0.01em; text-wrap: balance; }
 h2 { margin: 52px 0 10px; font-size: 21px; line-height: 1.3; }
 h3 { margin: 28px 0 6px; font-size: 16.5px; }
 .lead { font-size: 18px; margin: 0; }
@@ -29,13 +29,13 @@ th, td { padding: 8px 12px; text-align: right; border-bottom: 1px solid var(--li
 th { font-weight: 600; }
 thead th { color: var(--soft); font-size: 14px; vertical-align: bottom; border-bottom: 1.5px solid #aab2ba; }
 th:first-child, td:first-child { text-align: left; padding-left: 2px; }
-td small { display: block; white-space: nowrap; font-size: 12.5px; }
+td small, tbody th small { display: block; white-space: nowrap; font-size: 12.5px; font-weight: 400; }
 tbody tr.own { background: var(--tint); }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 8px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 22px 28px; margin: 16px 0 6px; }
 figure { margin: 0; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
-figure.single { max-width: 720px; margin: 16px 0 6px; }
+figure.single { max-width: 640px; margin: 16px 0 6px; }
 figcaption { color: var(--soft); font-size: 14px; line-height: 1.45; margin-top: 4px; }
 dl.facts { display: grid; grid-template-columns: minmax(9em, 13em) 1fr; gap: 0 18px; margin: 14px 0; }
 dl.facts dt { color: var(--soft); } dl.facts dd { margin: 0; }
@@ -46,7 +46,8 @@ details summary { cursor: pointer; }
 @media (max-width: 640px) {
   body { font-size: 16px; } main { padding: 24px 16px 48px; } h2 { margin-top: 40px; }
   .claims li { grid-template-columns: 1fr; }
-  th, td { padding: 7px 6px; font-size: 14.5px; } thead th { font-size: 12.5px; } td small { font-size: 11.5px; white-space: normal; }
+  th, td { padding: 7px 4px; font-size: 14px; } thead th { font-size: 12px; hyphens: auto; }
+  td small { font-size: 11px; white-space: normal; } .key { margin-right: 5px; }
   dl.facts { grid-template-columns: 1fr; } dl.facts dt { border: 0; padding: 8px 0 0; } dl.facts dd { padding-top: 0; }
 }
 @media print {

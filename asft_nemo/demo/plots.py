@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from asft_nemo.demo.figures import Group, accuracy, old_accuracy
 from asft_nemo.demo.verdict import TITLES
@@ -62,7 +63,7 @@ Series = Mapping[str, Sequence[Sequence[float]]]
 def trade_off(groups: Mapping[str, Group]) -> str:
     """New skill (x) against old skills (y), in per cent: the mean of every objective with its intervals, and every seed."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure((6.6, 4.0))
+        figure, axes = _figure((5.6, 3.7))
         points: list[tuple[float, float, str]] = []
         for name, group in groups.items():
             new, old, colour = accuracy(group, group.new_skill), old_accuracy(group), COLOURS[name]
@@ -134,6 +135,7 @@ def dynamics(title: str, unit: str, series: Series, *, name: str, log: bool = Fa
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         last = max(len(seeds[0]) for seeds in series.values())
         axes.set_xlim(1, last)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         _name_ends(axes, last, ends)
         return _svg(figure, name, f"{title}, {unit}, over steps for {', '.join(TITLES[o] for o in series)}")
 
@@ -205,7 +207,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None
             name = points[i][2]
             axes.annotate(
                 TITLES[name],
-                (float(places[i][0]) + (0.014 if side == "left" else -0.014), height),
+                (float(places[i][0]) + (0.022 if side == "left" else -0.022), height),
                 xycoords="axes fraction",
                 ha=side,
                 va="center",
@@ -213,6 +215,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None
                 fontweight="bold",
                 fontsize=10,
                 zorder=4,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
             )
 
 
@@ -220,9 +223,7 @@ def _svg(figure: Figure, name: str, label: str) -> str:
     """The figure as an SVG element: scalable, labelled, without metadata, its ids distinct from other figures'."""
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(
-            out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -226,11 +226,12 @@ class _Demo:
 
 
 PICTURES = {
-    "nll": ("Negative log likelihood", "nats per token"),
-    "weighted_nll": ("Weighted nll, what is minimised", "nats per token"),
-    "kl": ("KL(ref||policy) on training tokens", "nats per token"),
-    "token_weight": ("Mean token weight", "weight"),
+    "nll": ("Negative log likelihood", "nats per token", False),
+    "weighted_nll": ("Weighted negative log likelihood", "nats per token, log scale", True),
+    "kl": ("KL(ref||policy) on training tokens", "nats per token", False),
+    "token_weight": ("Mean token weight", "weight", False),
 }
+"""Metric -> title, unit, whether its axis is logarithmic."""
 
 
 def _progress(items: list[str], what: str) -> Iterator[str]:

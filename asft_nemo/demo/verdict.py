@@ -94,7 +94,7 @@ def judge(groups: Mapping[str, Group]) -> Verdict:
     )
     found = {claim.status for claim in claims}
     outcome: Outcome = "contradicted" if "no" in found else "undecided" if "undecided" in found else "shown"
-    return Verdict(outcome, claims, _headline(outcome, claims), _details(groups))
+    return Verdict(outcome, claims, _headline(outcome, claims), _details(groups, claims))
 
 
 def _claim(
@@ -125,16 +125,17 @@ def _headline(outcome: Outcome, claims: tuple[Claim, ...]) -> str:
     if outcome == "contradicted":
         failed = "; ".join(NEGATED[claim.id] for claim in claims if claim.status == "no")
         return f"These figures do not show the paper's point: {failed}."
-    open_ = "; ".join(_lower_first(claim.text) for claim in claims if claim.status == "undecided")
-    return f"These figures do not decide whether the paper's point holds. Left open: {open_}."
+    return "These figures do not decide whether the paper's point holds."
 
 
-def _details(groups: Mapping[str, Group]) -> str:
+def _details(groups: Mapping[str, Group], claims: tuple[Claim, ...]) -> str:
     base, sft, asft = groups["base"], groups["sft"], groups["asft"]
     new = [percent(accuracy(group, group.new_skill).value) for group in (asft, sft, base)]
     old = [percent(old_accuracy(group).value) for group in (asft, sft, base)]
     kl = [f"{drift(group, 'forward_kl').value:.3f}" for group in (asft, sft)]
+    undecided = "; ".join(claim.text for claim in claims if claim.status == "undecided")
     return (
+        f"{'Left open: ' + undecided + '. ' if undecided else ''}"
         f"New skill: ASFT {new[0]}, SFT {new[1]}, base {new[2]}. Old skills: ASFT {old[0]}, SFT {old[1]}, base {old[2]}. "
         f"Drift, KL(ref||policy): ASFT {kl[0]}, SFT {kl[1]} nats per token."
     )
@@ -143,7 +144,3 @@ def _details(groups: Mapping[str, Group]) -> str:
 def percent(share: float) -> str:
     """A share as per cent with one decimal."""
     return f"{100 * share:.1f} %"
-
-
-def _lower_first(text: str) -> str:
-    return text if text[:2].isupper() else text[0].lower() + text[1:]
