@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from asft_eval.kl import Drift, measure_drift
@@ -46,11 +47,12 @@ def measure(
         suites: the tests.
         blocks: (prompt, response) texts in blocks of the same mixture.
         max_tokens: completions are cut after so many.
-        out_dir: gets results.json and samples.jsonl.
+        out_dir: gets results.json, samples.jsonl, and drift.json with one object a block.
     """
     evaluate(model_dir, suites, backend="hf", out_dir=out_dir, max_tokens=max_tokens, batch_size=BATCH_SIZE)
     scores: dict[str, list[float]] = {suite.name: [] for suite in suites}
     for sample in read_samples(out_dir):
         scores[sample["suite"]].append(float(sample["correct"]))
     drift = tuple(measure_drift(model_dir, base_dir, block, batch_size=BATCH_SIZE) for block in blocks)
+    (out_dir / "drift.json").write_text(json.dumps([asdict(block) for block in drift], indent=2) + "\n")
     return Measured(model_dir.name, {name: tuple(values) for name, values in scores.items()}, drift)

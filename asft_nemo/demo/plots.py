@@ -34,7 +34,7 @@ MARKERS = {"base": "D", "sft": "s", "dft": "^", "sft_kl": "v", "asft": "o"}
 SIZE = (4.9, 3.1)  # inches; 72 SVG units each
 SMOOTHING = 7  # steps of the moving average
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # for measuring only, see `_svg`

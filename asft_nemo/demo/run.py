@@ -211,10 +211,9 @@ class _Demo:
             "git_commit": git_commit(),
         }
         pictures = {"trade_off": plots.trade_off(groups)}
-        for key, (title, unit) in PICTURES.items():
-            pictures[key] = plots.dynamics(
-                title, unit, report.series(metrics, key), name=key.replace("_", "")
-            )
+        for key, (title, unit, log) in PICTURES.items():
+            found = report.series(metrics, key)
+            pictures[key] = plots.dynamics(title, unit, found, name=key.replace("_", ""), log=log)
         return values, pictures
 
     def _metrics(self) -> dict[str, list[list[dict[str, Any]]]]:
