@@ -97,10 +97,10 @@ def _key(name: str) -> str:
     return f'<span class="key" style="background:{COLOURS[name]}"></span>{_text(TITLES[name])}'
 
 
-def _table(head: Sequence[str], rows: Sequence[str], caption: str) -> str:
+def _table(head: Sequence[str], rows: Sequence[str], caption: str, *, dense: bool = False) -> str:
     cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     return (
-        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr>{cells}</tr></thead>'
+        f'<div class="scroll"><table{" class=dense" if dense else ""}><caption>{caption}</caption><thead><tr>{cells}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -190,11 +190,18 @@ def _results(values: Values, picture: str) -> str:
         f"tests. Forgotten: base minus model, in points, paired by test. KL to the base, nats per token, over the "
         f"{text['tokens']} response tokens of {text['texts']} held-out texts, full vocabulary. Small: 95 % intervals."
     )
-    head = ("", "New skill, %", "Old skills, %", "Forgotten, points", "KL (ref||policy)", "KL (policy||ref)")
+    head = (
+        "",
+        "New skill, %",
+        "Old skills, %",
+        "Forgotten, points",
+        "KL (ref||<wbr>policy)",
+        "KL (policy||<wbr>ref)",
+    )
     return (
         "<h2>Learned, forgotten, drifted</h2>"
         f'<figure class="single">{picture}<figcaption>Up and to the right is better. {dots}</figcaption></figure>'
-        + _table(head, rows, caption)
+        + _table(head, rows, caption, dense=True)
     )
 
 
@@ -206,7 +213,7 @@ def _skills(values: Values) -> str:
         label = f"{_text(skill)}{' (new)' if skill == names['new'] else ''}<small>n = {names['tests'][skill]}</small>"
         rows.append(_row(label, cells, own=skill == names["new"]))
     caption = "Right answers in per cent, exact match of greedy completions; small: Wilson’s 95 % interval for n tests."
-    return "<h2>Every skill</h2>" + _table(["", *(_key(name) for name in models)], rows, caption)
+    return "<h2>Every skill</h2>" + _table(["", *(_key(name) for name in models)], rows, caption, dense=True)
 
 
 def _differences(values: Values) -> str:
@@ -221,7 +228,7 @@ def _differences(values: Values) -> str:
             gap = pair[measure]
             shown = f"<b>{form(gap['value'])}</b>" if gap["clear"] else form(gap["value"])
             cells.append(f"<td>{shown}<small>{_interval(gap, form)}</small></td>")
-        rows.append(_row(f"{_text(TITLES[pair['one']])} {MINUS} {_text(TITLES[pair['other']])}", cells))
+        rows.append(_row(f"{_text(TITLES[pair['one']])} against {_text(TITLES[pair['other']])}", cells))
     several = len(values["protocol"]["seeds"]) > 1
     rule = "the interval excludes zero" + (" and all seeds agree in sign" if several else "")
     caption = (
@@ -229,7 +236,7 @@ def _differences(values: Values) -> str:
         "bold is not shown to be there, which is not to say that it is zero."
     )
     return "<h2>Objective against objective</h2>" + _table(
-        ("", "New skill, points", "Old skills, points", "KL (ref||policy), nats"), rows, caption
+        ("", "New skill, points", "Old skills, points", "KL (ref||<wbr>policy), nats"), rows, caption
     )
 
 
@@ -352,8 +359,8 @@ def _limits(values: Values) -> str:
         "this page shows.",
         f"The task was chosen so that the objectives can differ: {100 * wrong:.0f} % of the training answers are wrong. With clean answers "
         "the differences are small; what was measured while choosing is in assets/tiny-base/FINE_TUNING.md.",
-        "Learning rate, steps and kl_weight are one setting for all objectives, none tuned for any of them. Another setting can "
-        "change the order.",
+        "Learning rate, steps and kl_weight are the same for all objectives, chosen in rehearsals of this comparison and not tuned for "
+        "each. Another setting can change the order.",
         "Intervals cover the choice of tests and text. "
         + (
             f"{seeds} seeds show roughly how much the training draw matters; they are too few for an interval."
@@ -362,7 +369,7 @@ def _limits(values: Values) -> str:
         ),
         "Greedy decoding and exact match only: no sampling, no partial credit. The KL is averaged over eight kinds of short text "
         "from the base’s own world, not over text at large.",
-        f"“About as well” means at most {100 * SIMILAR:.0f} points behind; the margin was set beforehand and is generous.",
+        f"“About as well” means at most {100 * SIMILAR:.0f} points behind; the margin is generous and fixed in the code.",
         "Seconds on this machine say nothing about cost on GPUs.",
     ]
     return (

@@ -37,7 +37,7 @@ figure { margin: 0; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
 figure.single { max-width: 640px; margin: 16px 0 6px; }
 figcaption { color: var(--soft); font-size: 14px; line-height: 1.45; margin-top: 4px; }
-dl.facts { display: grid; grid-template-columns: minmax(9em, 13em) 1fr; gap: 0 18px; margin: 14px 0; }
+dl.facts { display: grid; grid-template-columns: minmax(9em, 13em) 1fr; margin: 14px 0; }
 dl.facts dt { color: var(--soft); } dl.facts dd { margin: 0; }
 dl.facts dt, dl.facts dd { padding: 6px 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 code, pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
@@ -47,7 +47,9 @@ details summary { cursor: pointer; }
   body { font-size: 16px; } main { padding: 24px 16px 48px; } h2 { margin-top: 40px; }
   .claims li { grid-template-columns: 1fr; }
   th, td { padding: 7px 4px; font-size: 14px; } thead th { font-size: 12px; hyphens: auto; }
-  td small { font-size: 11px; white-space: normal; } .key { margin-right: 5px; }
+  td small { font-size: 11px; white-space: normal; } .key { width: 9px; height: 9px; margin-right: 4px; }
+  table.dense { table-layout: fixed; } .dense th:first-child { width: 4.3em; font-size: 13px; }
+  .dense thead th { font-size: 11px; padding: 7px 2px; } .dense th, .dense td { padding: 7px 3px; }
   dl.facts { grid-template-columns: 1fr; } dl.facts dt { border: 0; padding: 8px 0 0; } dl.facts dd { padding-top: 0; }
 }
 @media print {

@@ -64,7 +64,7 @@ def trade_off(groups: Mapping[str, Group]) -> str:
     """New skill (x) against old skills (y), in per cent: the mean of every objective with its intervals, and every seed."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure((5.6, 3.7))
-        points: list[tuple[float, float, str]] = []
+        points: list[tuple[float, float, float, str]] = []
         for name, group in groups.items():
             new, old, colour = accuracy(group, group.new_skill), old_accuracy(group), COLOURS[name]
             x, y = 100 * new.value, 100 * old.value
@@ -91,7 +91,7 @@ def trade_off(groups: Mapping[str, Group]) -> str:
                     linewidths=0,
                     zorder=2,
                 )
-            points.append((x, y, name))
+            points.append((100 * new.low, 100 * new.high, y, name))
         axes.set_xlabel("new skill: right answers, %")
         axes.set_ylabel("old skills: right answers, %")
         axes.margins(0.12)
@@ -132,7 +132,7 @@ def dynamics(title: str, unit: str, series: Series, *, name: str, log: bool = Fa
         if log:
             axes.set_yscale("log")
         else:
-            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+            axes.set_ylim(bottom=0.0)
         last = max(len(seeds[0]) for seeds in series.values())
         axes.set_xlim(1, last)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
@@ -146,11 +146,10 @@ def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _moving_average(values: Sequence[float]) -> np.ndarray:
-    """Centred means over at most `SMOOTHING` steps; fewer at the ends, the first and the last value stay themselves."""
+    """Means over `SMOOTHING` steps around each step; fewer where steps are missing, and the first value stays itself."""
     data = np.asarray(values, dtype=float)
-    places = range(len(data))
-    reach = [min(SMOOTHING // 2, i, len(data) - 1 - i) for i in places]
-    return np.array([data[i - r : i + r + 1].mean() for i, r in zip(places, reach, strict=True)])
+    reach = [min(SMOOTHING // 2, i) for i in range(len(data))]
+    return np.array([data[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
 
 
 def _room(axes: Axes, most: float) -> None:
@@ -195,27 +194,32 @@ def _name_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str]]) -> None:
         )
 
 
-def _name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside the points, on the side with more room, moved apart where they would touch."""
+def _name_points(axes: Axes, points: Sequence[tuple[float, float, float, str]]) -> None:
+    """Names beyond the ends of the points' horizontal bars, on the side with more room, moved apart where they would touch.
+
+    Args:
+        axes: where.
+        points: left end, right end, height, objective.
+    """
     to_axes = axes.transData + axes.transAxes.inverted()
-    places = [to_axes.transform((x, y)) for x, y, _ in points]
-    sides = ["left" if place[0] < 0.72 else "right" for place in places]
-    for side in ("left", "right"):
-        chosen = [i for i, s in enumerate(sides) if s == side]
-        heights = _spread([float(places[i][1]) + 0.045 for i in chosen], 0.06)
-        for i, height in zip(chosen, heights, strict=True):
-            name = points[i][2]
+    places: list[tuple[float, float, float, str]] = []
+    for low, high, y, name in points:
+        (left_x, height), (right_x, _) = to_axes.transform([(low, y), (high, y)]).tolist()
+        places.append((left_x, right_x, height, name))
+    for right in (True, False):
+        chosen = [place for place in places if (place[1] < 0.84) == right]
+        heights = _spread([height for _, _, height, _ in chosen], 0.062)
+        for (low, high, _, name), height in zip(chosen, heights, strict=True):
             axes.annotate(
                 TITLES[name],
-                (float(places[i][0]) + (0.022 if side == "left" else -0.022), height),
+                (high + 0.015 if right else low - 0.015, height),
                 xycoords="axes fraction",
-                ha=side,
+                ha="left" if right else "right",
                 va="center",
                 color=COLOURS[name],
                 fontweight="bold",
                 fontsize=10,
                 zorder=4,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
             )
 
 

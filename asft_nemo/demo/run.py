@@ -17,7 +17,7 @@ from tqdm import tqdm
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.demo import folder, plan, skills
 from asft_nemo.demo.plan import FULL, QUICK, Entry, Plan
-from asft_nemo.demo.stages import Stages, duration
+from asft_nemo.demo.stages import Stages, duration, watched
 from asft_nemo.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,9 @@ class _Demo:
         from asft_nemo.launch_local import launch_many
 
         runs = [compose(self._words(entry)) for entry in self.entries]
-        launch_many(runs)
+        metrics = {entry.name: self.where / "runs" / entry.name / "metrics.jsonl" for entry in self.entries}
+        with watched(metrics, steps=self.plan.steps):
+            launch_many(runs)
         return runs
 
     def _words(self, entry: Entry, *, start: Path | None = None) -> list[str]:

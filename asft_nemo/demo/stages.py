@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,47 @@ class Stages:
         # The first stages take a second or two and say nothing about the machine.
         pace = sum(self.seconds.values()) / done if done > 10 else 1.0
         return ahead * pace
+
+
+@contextmanager
+def watched(metrics: Mapping[str, Path], *, steps: int) -> Iterator[None]:
+    """Says when each training run is through its steps and about how long the rest will take, while the block runs.
+
+    The ranks show the steps of the run they are at; this is the view over all runs.
+
+    Args:
+        metrics: run -> its metrics.jsonl, in the order of the runs.
+        steps: of every run.
+    """
+    stop = threading.Event()
+
+    def watch() -> None:
+        seen: list[tuple[float, str]] = []
+        started = time.perf_counter()
+        while not stop.wait(0.5):
+            for name, path in metrics.items():
+                if name not in (done for _, done in seen) and _lines(path) >= steps:
+                    seen.append((time.perf_counter() - started, name))
+                    left = (len(metrics) - len(seen)) * _seconds_a_run([at for at, _ in seen])
+                    rest = f", about {duration(left)} of fine-tuning left" if left else ""
+                    logger.info("%s is trained (%d of %d)%s", name, len(seen), len(metrics), rest)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _seconds_a_run(ends: list[float]) -> float:
+    """Mean time between the ends of runs; the first run alone contains the ranks' start and stands for itself."""
+    return ends[0] if len(ends) == 1 else (ends[-1] - ends[0]) / (len(ends) - 1)
 
 
 def duration(seconds: float) -> str:
