@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from asft_nemo.config.schema import RunConfig, to_dict
@@ -35,9 +36,10 @@ def launch_many(runs: Sequence[RunConfig]) -> None:
     sizes = {run.run.world_size for run in runs}
     if len(sizes) != 1:
         raise ValueError(f"runs of one group need one world_size, got {sorted(sizes)}")
-    for run in runs:
-        _prepare(run)
-    with tempfile.TemporaryDirectory(prefix="asft-") as scratch:
+    with ExitStack() as held, tempfile.TemporaryDirectory(prefix="asft-") as scratch:
+        runs = [run for run in runs if _prepare(run, held)]
+        if not runs:
+            return
         jobs, error = Path(scratch) / "runs.json", Path(scratch) / "error.json"
         jobs.write_text(json.dumps([to_dict(run) for run in runs]))
         command = [
@@ -57,17 +59,31 @@ def launch_many(runs: Sequence[RunConfig]) -> None:
             raise RuntimeError(f"the training ranks stopped with exit code {code}; their messages are above")
 
 
-def _prepare(run: RunConfig) -> None:
-    """What one process can check and do before ranks start, so that bad input costs seconds and leaves nothing behind."""
+def _prepare(run: RunConfig, held: ExitStack) -> bool:
+    """What one process can check and do before ranks start, so that bad input costs seconds and leaves nothing behind.
+
+    Args:
+        run: the settings.
+        held: keeps the run folder's lock until the ranks have ended.
+
+    Returns:
+        Whether anything is left to train: a finished run that is resumed has nothing to do.
+    """
     from asft_nemo.data import prepare
     from asft_nemo.model import read_model_spec
-    from asft_nemo.run_dir import base_checkpoint, hf_dir, open_run_dir
+    from asft_nemo.run_dir import base_checkpoint, hf_dir, lock_run_dir, open_run_dir, resume_from
 
     read_model_spec(hf_dir(run))
     prepared = prepare(run, tokenizer_dir=hf_dir(run))
     logger.info("%s", prepared.summary)
     open_run_dir(run, data_fingerprint=prepared.fingerprint)
+    held.enter_context(lock_run_dir(run))
+    latest = resume_from(run)
+    if latest is not None and latest.name == f"step_{prepared.max_steps}":
+        logger.info("%s is finished: step %d of %d", run.run.dir, prepared.max_steps, prepared.max_steps)
+        return False
     base_checkpoint(run)
+    return True
 
 
 def _environment(error: Path) -> dict[str, str]:
@@ -75,6 +91,7 @@ def _environment(error: Path) -> dict[str, str]:
     return {
         **os.environ,
         "ASFT_ERROR_FILE": str(error),
+        "ASFT_LAUNCHER_PID": str(os.getpid()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         "PYTHONWARNINGS": os.environ.get(

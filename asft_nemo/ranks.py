@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
 USER_ERROR_EXIT = 2
+WATCH_SECONDS = 1.0
 
 
 def main(argv: list[str]) -> int:
@@ -19,7 +22,10 @@ def main(argv: list[str]) -> int:
     from asft_nemo.logs import set_up_logging
     from asft_nemo.train import train
 
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
     set_up_logging(rank=int(os.environ.get("RANK", "0")))
+    if os.environ.get("ASFT_ERROR_FILE"):
+        logging.getLogger("asft_nemo.data").setLevel(logging.ERROR)  # the launcher has said it
     runs = [from_dict(values) for values in json.loads(Path(argv[0]).read_text())]
     for run in runs:
         try:
@@ -33,6 +39,28 @@ def main(argv: list[str]) -> int:
             )
             _leave(1)
     return 0
+
+
+def _end_with_launcher() -> None:
+    """Ends this rank when torchrun or the launcher has gone: torchrun gives ranks a session of their own, so a SIGKILL to the launcher
+    would leave them training, and writing, into a folder that somebody resumes.
+    """
+    parent = os.getppid()
+    launcher = int(os.environ.get("ASFT_LAUNCHER_PID", "0"))
+    while os.getppid() == parent and _alive(launcher):
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)
+
+
+def _alive(pid: int) -> bool:
+    """Whether process `pid` runs (a zombie does not); 0 stands for no launcher. Linux's /proc."""
+    if pid == 0:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in ("Z", "X")
 
 
 def _report(error: Exception) -> None:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from asft_nemo.config.schema import RunConfig, to_dict
 from asft_nemo.errors import CheckpointError, ConfigError
@@ -32,7 +32,8 @@ VERSIONED = (
     "numpy",
 )
 
-# A run continues only as itself: these settings decide what is being trained. Layout, precision of kernels and lengths may change.
+# A run continues only as itself: these settings decide what is being trained (the learning-rate schedule is a function of the number of
+# steps). Layout, precision, how often something is written and where may change.
 IDENTITY = (
     "objective",
     "reference.form",
@@ -41,6 +42,8 @@ IDENTITY = (
     "optim",
     "run.seed",
     "trainer.global_batch_size",
+    "trainer.max_steps",
+    "trainer.epochs",
     "loss.normalize_by",
 )
 
@@ -133,6 +136,22 @@ def open_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
         raise ConfigError(f"run.dir={folder} is not empty and holds no run: choose another run.dir")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(record, run_record(run, data_fingerprint=data_fingerprint))
+
+
+def lock_run_dir(run: RunConfig) -> FileLock:
+    """A lock on the run's folder, held while it is written to; released when the process that holds it ends, however it ends.
+
+    Raises:
+        ConfigError: another process trains in this folder.
+    """
+    lock = FileLock(str(Path(run.run.dir) / ".run.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"run.dir={run.run.dir} is being trained in by another process: wait for it, or choose another run.dir"
+        ) from None
+    return lock
 
 
 def _same_run(run: RunConfig, before: dict[str, Any], data_fingerprint: str) -> None:

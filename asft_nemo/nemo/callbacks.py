@@ -81,6 +81,7 @@ class MetricsCallback(Callback):
         self._writes = is_writer()
         if not self._writes:
             return
+        logger.setLevel(logging.INFO)  # the writer is on the last pipeline stage, not rank 0
         from torch.utils.tensorboard import SummaryWriter
 
         drop_steps_after(self.path, trainer.global_step)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,9 +29,49 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def kill_after_first_checkpoint(words: list[str], run_dir: Path) -> None:
+    """Starts `asft` and ends it and its ranks with SIGKILL as soon as a checkpoint is complete."""
+    with (run_dir.parent / "log").open("wb") as log:
+        command = [sys.executable, "-m", "asft_nemo", *words]
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=project_dir(), start_new_session=True)
+    deadline = time.monotonic() + LIMIT
+    while not (run_dir / "checkpoints" / "latest").exists():
+        assert process.poll() is None, (run_dir.parent / "log").read_text()[-3000:]
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        time.sleep(0.2)
+    ranks = children_of_children(process.pid)
+    assert len(ranks) == 4, ranks
+    os.kill(
+        process.pid, signal.SIGKILL
+    )  # the launcher alone: torchrun and the ranks must notice by themselves
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline, "the ranks went on without their launcher"
+        time.sleep(0.2)
+
+
+def children_of_children(pid: int) -> list[int]:
+    """The ranks: grandchildren of `asft train`, below torchrun."""
+
+    def children(parent: int) -> list[int]:
+        return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+    return [
+        rank
+        for torchrun in children(pid)
+        for rank in children(torchrun)
+        if b"asft_nemo.ranks" in cmdline(rank)
+    ]
+
+
+def cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 @pytest.mark.timeout(900)
 def test_gsm8k_interleaved_with_sequence_parallel_and_resume(data_dir: Path, tmp_path: Path) -> None:
-    """Two steps, then a third with trainer.resume=must: fp32 at TP2 x PP2 x VPP2 with sequence parallelism."""
+    """Killed after the first checkpoint and resumed: fp32 at TP2 x PP2 x VPP2 with sequence parallelism, as typed."""
+    run_dir = tmp_path / "run"
     words = [
         "train",
         "recipe=tiny_cpu",
@@ -42,23 +86,28 @@ def test_gsm8k_interleaved_with_sequence_parallel_and_resume(data_dir: Path, tmp
         "parallel.vpp_size=2",
         "parallel.sequence_parallel=true",
         "trainer.checkpoint_every=1",
-        f"run.dir={tmp_path / 'run'}",
+        "trainer.max_steps=10",
+        f"run.dir={run_dir}",
     ]
-    done = asft(*words, "trainer.max_steps=2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    first = metrics(tmp_path / "run")
-    assert [line["step"] for line in first] == [1, 2]
-    assert first[0]["kl"] == 0.0
-    assert first[1]["kl"] > 0.0
-    again = asft(*words, "trainer.max_steps=2")
-    assert again.returncode == 2
-    assert "holds another run" in again.stderr
-    assert "Traceback" not in again.stderr
-    resumed = asft(*words, "trainer.max_steps=3", "trainer.resume=must")
+    kill_after_first_checkpoint(words, run_dir)
+    before = metrics(run_dir)
+    assert len(before) < 10
+    assert before[0]["kl"] == 0.0
+    refused = asft(*words)
+    assert refused.returncode == 2
+    assert "holds another run" in refused.stderr or "already holds" in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr
+    resumed = asft(*words, "trainer.resume=must")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert metrics(tmp_path / "run")[:2] == first
-    assert metrics(tmp_path / "run")[2]["kl"] > 0.0
-    exported = asft("export", str(tmp_path / "run" / "checkpoints" / "latest"), str(tmp_path / "hf"))
+    assert "step 10/10" in resumed.stderr  # progress is shown without a terminal, too
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[0] == before[0]
+    assert lines[9]["kl"] > 0.0
+    finished = asft(*words, "trainer.resume=must")
+    assert finished.returncode == 0
+    assert "is finished: step 10 of 10" in finished.stderr
+    exported = asft("export", str(run_dir / "checkpoints" / "latest"), str(tmp_path / "hf"))
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "hf" / "model.safetensors").is_file()
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
@@ -82,8 +131,6 @@ def test_gsm8k_interleaved_with_sequence_parallel_and_resume(data_dir: Path, tmp
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(words: list[str], said: str, tmp_path: Path) -> None:
-    import re
-
     (tmp_path / "good.jsonl").write_text('{"instruction": "Say a.", "response": "a"}\n' * 4)
     (tmp_path / "bad.jsonl").write_text(
         '{"instruction": "Say a.", "response": "a"}\n{"instruction": "Say b."}\n'
