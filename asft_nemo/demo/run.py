@@ -64,11 +64,11 @@ def expected_seconds(chosen: Plan) -> dict[str, float]:
     tests = chosen.new_tests + chosen.old_tests * len(skills.OLD_SKILLS)
     return {
         "data": 1,
-        "import": 3,
-        "train": 25 + runs * (5 + 0.3 * chosen.steps),
+        "import": 2,
+        "train": 30 + runs * (5 + 0.25 * chosen.steps),
         "export": 0.3 * (runs + 1),
-        "measure": 5 + (runs + 1) * (1 + 0.006 * tests + 0.3 * chosen.text_blocks),
-        "report": 4,
+        "measure": 5 + (runs + 1) * (0.5 + 0.0015 * tests + 0.1 * chosen.text_blocks),
+        "report": 2,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,7 @@ def watched(metrics: Mapping[str, Path], *, steps: int) -> Iterator[None]:
         steps: of every run.
     """
     stop = threading.Event()
+    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""  # of the ranks' bar, which is drawn again below
 
     def watch() -> None:
         seen: list[tuple[float, str]] = []
@@ -65,7 +67,7 @@ def watched(metrics: Mapping[str, Path], *, steps: int) -> Iterator[None]:
                     seen.append((time.perf_counter() - started, name))
                     left = (len(metrics) - len(seen)) * _seconds_a_run([at for at, _ in seen])
                     rest = f", about {duration(left)} of fine-tuning left" if left else ""
-                    logger.info("%s is trained (%d of %d)%s", name, len(seen), len(metrics), rest)
+                    logger.info("%s%s is trained (%d of %d)%s", clear, name, len(seen), len(metrics), rest)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from asft_nemo.demo import folder, plan
 from asft_nemo.demo import run as demo
-from asft_nemo.demo.stages import Stages, duration
+from asft_nemo.demo.stages import Stages, duration, watched
 from asft_nemo.errors import UserError
 
 
@@ -106,3 +107,15 @@ def test_what_is_left_follows_the_machines_pace():
     stages.seconds["a"] = 200.0
     assert stages.left() == 100
     assert (duration(0.2), duration(72), duration(200)) == ("1 s", "72 s", "3 min")
+
+
+def test_trained_runs_are_said_as_their_metrics_grow(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    files = {"a": tmp_path / "a.jsonl", "b": tmp_path / "b.jsonl"}
+    with caplog.at_level("INFO"), watched(files, steps=2):
+        files["a"].write_text("{}\n{}\n")
+        deadline = time.monotonic() + 20
+        while "a is trained" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+        files["b"].write_text("{}\n")
+    assert "a is trained (1 of 2), about" in caplog.text
+    assert "b is trained" not in caplog.text
