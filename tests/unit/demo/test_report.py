@@ -20,7 +20,7 @@ from asft_nemo.demo.run import PICTURES
 from asft_nemo.demo.verdict import judge
 from asft_nemo.run_dir import versions
 
-VOID = {"meta", "br", "hr", "img", "link", "input"}
+VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
 
 
 def metrics(steps: int, *, kl: bool) -> list[dict[str, Any]]:
