@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from pathlib import Path
 
+import psutil
+
 USER_ERROR_EXIT = 2
+TERMINATED_EXIT = 143  # what a shell reports for SIGTERM
 WATCH_SECONDS = 1.0
 
 
@@ -22,6 +26,7 @@ def main(argv: list[str]) -> int:
     from asft_nemo.logs import set_up_logging
     from asft_nemo.train import train
 
+    signal.signal(signal.SIGTERM, lambda *_: _leave(TERMINATED_EXIT))
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     set_up_logging(rank=int(os.environ.get("RANK", "0")))
     if os.environ.get("ASFT_ERROR_FILE"):
@@ -49,7 +54,7 @@ def _end_with_launcher() -> None:
     launcher = int(os.environ.get("ASFT_LAUNCHER_PID", "0"))
     while os.getppid() == parent and _alive(launcher):
         time.sleep(WATCH_SECONDS)
-    os._exit(1)
+    _leave(1)
 
 
 def _alive(pid: int) -> bool:
@@ -74,7 +79,9 @@ def _report(error: Exception) -> None:
 
 
 def _leave(code: int) -> None:
-    """Ends this rank at once: other ranks may wait in a collective for it, and torchrun ends them when one has gone."""
+    """Ends this rank and its helper processes at once: other ranks may wait in a collective for it, and torchrun ends them when one has gone."""
+    for child in psutil.Process().children(recursive=True):
+        child.kill()  # megatron's checkpoint writer keeps a helper process that would outlive us
     sys.stderr.flush()
     os._exit(code)
 

@@ -41,21 +41,20 @@ def kill_after_first_checkpoint(words: list[str], run_dir: Path) -> None:
         time.sleep(0.2)
     ranks = children_of_children(process.pid)
     assert len(ranks) == 4, ranks
-    os.kill(
-        process.pid, signal.SIGKILL
-    )  # the launcher alone: torchrun and the ranks must notice by themselves
+    helpers = [helper for rank in ranks for helper in children(rank)]
+    os.kill(process.pid, signal.SIGKILL)  # the launcher alone: torchrun and the ranks must notice
     process.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+    while any(Path(f"/proc/{pid}").exists() for pid in [*ranks, *helpers]):
         assert time.monotonic() < deadline, "the ranks went on without their launcher"
         time.sleep(0.2)
 
 
+def children(parent: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
 def children_of_children(pid: int) -> list[int]:
     """The ranks: grandchildren of `asft train`, below torchrun."""
-
-    def children(parent: int) -> list[int]:
-        return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-
     return [
         rank
         for torchrun in children(pid)
