@@ -57,7 +57,7 @@ def test_a_new_run_writes_its_record(run: RunConfig) -> None:
 
 def test_a_folder_of_another_run_is_refused(run: RunConfig) -> None:
     open_run_dir(run, data_fingerprint="f")
-    with pytest.raises(ConfigError, match="holds another run: choose another run.dir"):
+    with pytest.raises(ConfigError, match=r"holds another run: choose another run\.dir"):
         open_run_dir(run, data_fingerprint="f")
 
 
@@ -72,7 +72,7 @@ def test_a_folder_with_other_things_is_refused_and_kept(run: RunConfig) -> None:
 
 def test_must_without_a_checkpoint_says_so(run: RunConfig) -> None:
     must = replace(run, {"trainer.resume": "must"})
-    with pytest.raises(CheckpointError, match="trainer.resume=must, but .* holds no complete checkpoint"):
+    with pytest.raises(CheckpointError, match=r"trainer\.resume=must, but .* holds no complete checkpoint"):
         open_run_dir(must, data_fingerprint="f")
     assert not Path(run.run.dir).exists()
 
