@@ -65,8 +65,10 @@ def watched(metrics: Mapping[str, Path], *, steps: int) -> Iterator[None]:
             for name, path in metrics.items():
                 if name not in (done for _, done in seen) and _lines(path) >= steps:
                     seen.append((time.perf_counter() - started, name))
-                    left = (len(metrics) - len(seen)) * _seconds_a_run([at for at, _ in seen])
-                    rest = f", about {duration(left)} of fine-tuning left" if left else ""
+                    ahead, rest = len(metrics) - len(seen), ""
+                    if ahead and len(seen) > 1:  # the first run's time contains the start of the ranks
+                        left = ahead * (seen[-1][0] - seen[0][0]) / (len(seen) - 1)
+                        rest = f", about {duration(left)} of fine-tuning left"
                     logger.info("%s%s is trained (%d of %d)%s", clear, name, len(seen), len(metrics), rest)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -80,11 +82,6 @@ def watched(metrics: Mapping[str, Path], *, steps: int) -> Iterator[None]:
 
 def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _seconds_a_run(ends: list[float]) -> float:
-    """Mean time between the ends of runs; the first run alone contains the ranks' start and stands for itself."""
-    return ends[0] if len(ends) == 1 else (ends[-1] - ends[0]) / (len(ends) - 1)
 
 
 def duration(seconds: float) -> str:

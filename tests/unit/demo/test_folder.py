@@ -110,12 +110,18 @@ def test_what_is_left_follows_the_machines_pace():
 
 
 def test_trained_runs_are_said_as_their_metrics_grow(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    files = {"a": tmp_path / "a.jsonl", "b": tmp_path / "b.jsonl"}
+    files = {name: tmp_path / f"{name}.jsonl" for name in "abc"}
+
+    def said(words: str) -> bool:
+        deadline = time.monotonic() + 20
+        while words not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return words in caplog.text
+
     with caplog.at_level("INFO"), watched(files, steps=2):
         files["a"].write_text("{}\n{}\n")
-        deadline = time.monotonic() + 20
-        while "a is trained" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.05)
-        files["b"].write_text("{}\n")
-    assert "a is trained (1 of 2), about" in caplog.text
-    assert "b is trained" not in caplog.text
+        assert said("a is trained (1 of 3)\n")
+        files["b"].write_text("{}\n{}\n")
+        files["c"].write_text("{}\n")
+        assert said("b is trained (2 of 3), about ")
+    assert "c is trained" not in caplog.text
