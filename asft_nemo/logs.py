@@ -9,6 +9,16 @@ import warnings
 
 UPSTREAM = (
     "lightning",
+    "lightning_fabric",
+    "lightning_utilities",
+    "pytorch_lightning",  # another package of Lightning, which takes over the shared rank-zero logger when imported
+    "megatron",
+    "torch.distributed",
+    "nv_one_logger",
+    "nemo",
+    "root",
+)
+    "lightning",
     "lightning.pytorch",
     "lightning.fabric",
     "megatron",
