@@ -16,16 +16,6 @@ UPSTREAM = (
     "torch.distributed",
     "nv_one_logger",
     "nemo",
-    "root",
-)
-    "lightning",
-    "lightning.pytorch",
-    "lightning.fabric",
-    "megatron",
-    "torch.distributed",
-    "nv_one_logger",
-    "nemo",
-    "root",
 )
 
 
@@ -51,7 +41,7 @@ def quiet_upstream() -> None:
     """Raises the level of upstream loggers to ERROR; to be called again after imports that set their own levels."""
     if verbose():
         return
-    for name in (*UPSTREAM[:-1], *logging.root.manager.loggerDict):
+    for name in (*UPSTREAM, *logging.root.manager.loggerDict):
         if name.split(".")[0] in UPSTREAM or name in UPSTREAM:
             logging.getLogger(name).setLevel(logging.ERROR)
     nemo_utils = sys.modules.get("nemo.utils")
