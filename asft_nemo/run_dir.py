@@ -138,6 +138,16 @@ def open_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
     write_json(record, run_record(run, data_fingerprint=data_fingerprint))
 
 
+def claim_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
+    """Opens the run's folder where no launcher of ours has: ranks started by torchrun or NeMo-Run directly. Global rank 0 does it.
+
+    Raises:
+        UserError: as `open_run_dir`; torchrun then ends the other ranks.
+    """
+    if os.environ.get("ASFT_LAUNCHER_PID") is None and os.environ.get("RANK", "0") == "0":
+        open_run_dir(run, data_fingerprint=data_fingerprint)
+
+
 def lock_run_dir(run: RunConfig) -> FileLock:
     """A lock on the run's folder, held while it is written to; released when the process that holds it ends, however it ends.
 

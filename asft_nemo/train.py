@@ -20,16 +20,18 @@ def train(run: RunConfig) -> None:
     from asft_nemo.logs import quiet_upstream
     from asft_nemo.model import read_model_spec
     from asft_nemo.nemo.build import build
-    from asft_nemo.run_dir import base_checkpoint, resume_from
+    from asft_nemo.run_dir import base_checkpoint, claim_run_dir, hf_dir, resume_from
 
     quiet_upstream()
+    data = prepare(run, tokenizer_dir=hf_dir(run))
+    claim_run_dir(run, data_fingerprint=data.fingerprint)
     base_dir = base_checkpoint(run)
     resume = resume_from(run)
     parts = build(
         run,
         spec=read_model_spec(base_dir / "context" / "hf"),
         base_dir=base_dir,
-        data=prepare(run, tokenizer_dir=base_dir / "context" / "hf"),
+        data=data,
         resuming=resume is not None,
     )
     parts.trainer.fit(parts.model, datamodule=parts.data, ckpt_path=None if resume is None else str(resume))
