@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,8 +85,8 @@ def measure(case: dict[str, Any], names: list[str], *, repeats: int, threads: in
     """Everything about one size: gradient errors, seconds a round, peak bytes."""
     common = {"case": case, "names": names, "repeats": repeats, "threads": threads}
     log.info("%s, objective %s", report.size_label(case), case["objective"])
-    load = os.getloadavg()[0]
-    result: dict[str, Any] = {"case": case, "names": names, "repeats": repeats, "load_before": round(load, 2)}
+    result: dict[str, Any] = {"case": case, "names": names, "repeats": repeats}
+    result["machine_idle_before"] = report.idle_share()
     result |= _ask({"kind": "errors", **common})
     result |= _ask({"kind": "time", **common})
     result["memory"] = {}

@@ -129,9 +129,11 @@ def _peak_bytes(device: str) -> Iterator[dict[str, Any]]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         result.update(bytes=max(peak - before, 0), method="ru_maxrss of the process, minus VmRSS before")
         return
-    before = _status_bytes("VmRSS")
+    before, mapped = _status_bytes("VmRSS"), _status_bytes("RssFile")
     yield result
     result.update(bytes=_status_bytes("VmHWM") - before, method="VmHWM, reset before, minus VmRSS before")
+    # Pages of program files that came or went in between: the error of the mark, of whatever sign.
+    result["file_bytes_change"] = _status_bytes("RssFile") - mapped
 
 
 def peak_memory(case: Case, name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,19 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "commit": _commit(),
     }
+
+
+def idle_share(seconds: float = 1.0) -> float:
+    """Share of all cores' time that nothing used while this waits: 1 where the machine is left alone."""
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split()[1:9]]
+        return fields[3] + fields[4], sum(fields)
+
+    idle, total = ticks()
+    time.sleep(seconds)
+    idle_after, total_after = ticks()
+    return round((idle_after - idle) / max(total_after - total, 1), 2)
 
 
 def size_label(case: dict[str, Any]) -> str:
