@@ -61,14 +61,15 @@ def _built(case: Case, names: list[str]) -> tuple[dict[str, Loss], dict[str, str
     return losses, skipped
 
 
-def _seconds(loss: Loss, tensors: Tensors, device: str) -> float:
+def _seconds(loss: Loss, tensors: Tensors, device: str) -> tuple[float, float]:
+    """By the clock, and of all this process's threads together."""
     if device == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     _forward_backward(loss, tensors)
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - started_cpu
 
 
 def time_rounds(case: Case, names: list[str], repeats: int) -> dict[str, Any]:
@@ -77,19 +78,22 @@ def time_rounds(case: Case, names: list[str], repeats: int) -> dict[str, Any]:
     The order rotates by one from round to round, so that none always follows the same neighbour.
 
     Returns:
-        `seconds`: name -> one number a round; `skipped`: name -> reason.
+        `seconds`: name -> one number a round; `cpu_seconds`: the same, of all threads together, which on a CPU
+        falls short of seconds times threads where other processes took the cores; `skipped`: name -> reason.
     """
     losses, skipped = _built(case, names)
     tensors = make_tensors(case)
     order = list(losses)
     seconds: dict[str, list[float]] = {name: [] for name in order}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in order}
     for number in range(repeats + 1):
         for name in order:
-            elapsed = _seconds(losses[name], tensors, case.device)
+            elapsed, elapsed_cpu = _seconds(losses[name], tensors, case.device)
             if number:
                 seconds[name].append(elapsed)
+                cpu_seconds[name].append(elapsed_cpu)
         order = order[1:] + order[:1]
-    return {"seconds": seconds, "skipped": skipped}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "skipped": skipped}
 
 
 def _status_bytes(field: str) -> int:

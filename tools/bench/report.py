@@ -150,15 +150,17 @@ def _row(result: dict[str, Any], name: str, title: str) -> str:
     baseline = result["memory"].get("authors", {}).get("bytes")
     skipped = result["skipped"].get(name)
     if skipped:
-        return f"| {title} | skipped: {skipped} | | | | |"
+        return f"| {title} | skipped: {skipped} | | | | | |"
     cells = [title]
     if name in result["seconds"]:
         took = spread(result["seconds"][name])
         cells.append(f"{took['median']:.3f} ({took['min']:.3f} to {took['max']:.3f})")
         ratio = ratios(result["seconds"], "authors").get(name)
         cells.append(f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "")
+        cpu = result.get("cpu_seconds", {}).get(name)
+        cells.append(f"{sum(cpu) / sum(result['seconds'][name]):.2f}" if cpu else "")
     else:
-        cells += ["", ""]
+        cells += ["", "", ""]
     extra = memory.get("bytes")
     cells.append("" if extra is None else f"{extra / MIB:.0f}")
     cells.append("" if extra is None or not baseline else f"{extra / baseline:.3f}")
@@ -175,9 +177,9 @@ def table(results: list[dict[str, Any]]) -> str:
         lines += [
             f"### {size_label(case)}, objective {case['objective']}, chunk {result['chunk_tokens']} tokens",
             "",
-            "| contender | seconds, median (min to max) | over (a), per round | extra MiB | over (a) | "
+            "| contender | seconds, median (min to max) | over (a), per round | cores busy | extra MiB | over (a) | "
             "gradient error: dHidden, dHead |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
             *(_row(result, name, TITLES[name]) for name in result["names"]),
             "",
         ]
