@@ -71,13 +71,12 @@ def _prepare(run: RunConfig, held: ExitStack) -> bool:
     """
     from asft_nemo.data import prepare
     from asft_nemo.model import read_model_spec
-    from asft_nemo.run_dir import base_checkpoint, hf_dir, lock_run_dir, open_run_dir, resume_from
+    from asft_nemo.run_dir import base_checkpoint, hf_dir, open_run_dir, resume_from
 
     read_model_spec(hf_dir(run))
     prepared = prepare(run, tokenizer_dir=hf_dir(run))
     logger.info("%s", prepared.summary)
-    open_run_dir(run, data_fingerprint=prepared.fingerprint)
-    held.enter_context(lock_run_dir(run))
+    held.callback(open_run_dir(run, data_fingerprint=prepared.fingerprint).release)
     latest = resume_from(run)
     if latest is not None and latest.name == f"step_{prepared.max_steps}":
         logger.info("%s is finished: step %d of %d", run.run.dir, prepared.max_steps, prepared.max_steps)

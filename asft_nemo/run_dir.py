@@ -60,6 +60,11 @@ def resume_from(run: RunConfig) -> Path | None:
     if latest.exists():
         check_fits(latest.resolve(), hf_dir(run))
         return latest.resolve()
+    if latest.is_symlink():
+        raise CheckpointError(
+            f"{latest} points to {os.readlink(latest)}, which is not there: point it at one of "
+            f"{[f'step_{step}' for step in checkpoint_steps(latest.parent)]}, or remove it to start from the base"
+        )
     if run.trainer.resume == "must":
         raise CheckpointError(
             f"trainer.resume=must, but {run.run.dir} holds no complete checkpoint to resume from: check run.dir, "
@@ -111,8 +116,8 @@ def base_checkpoint(run: RunConfig) -> Path:
     return target
 
 
-def open_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
-    """Checks that `run.dir` may be used and writes run.json. Called once, before any rank starts.
+def check_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
+    """Checks that `run.dir` may be used for this run; changes nothing.
 
     Raises:
         ConfigError: the folder holds another run.
@@ -122,20 +127,38 @@ def open_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
     record = folder / "run.json"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir={folder} is a file: choose another run.dir")
-    resuming = resume_from(run) is not None
+    resume_from(run)
     if record.exists():
         if run.trainer.resume == "never":
             raise ConfigError(
                 f"run.dir={folder} holds another run: choose another run.dir, or set trainer.resume=if_exists to continue it"
             )
-        if resuming:
-            _same_run(run, json.loads(record.read_text()), data_fingerprint)
+        # also without a checkpoint yet: base/ was made from that run's model.path
+        _same_run(run, json.loads(record.read_text()), data_fingerprint)
     elif folder.exists() and any(
         entry.name != "base" and not entry.name.startswith(".") for entry in folder.iterdir()
     ):
         raise ConfigError(f"run.dir={folder} is not empty and holds no run: choose another run.dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(record, run_record(run, data_fingerprint=data_fingerprint))
+
+
+def open_run_dir(run: RunConfig, *, data_fingerprint: str) -> FileLock:
+    """Checks `run.dir`, locks it and writes run.json. Called once a run.
+
+    Returns:
+        The lock, held until it is released or the process ends.
+
+    Raises:
+        ConfigError: the folder holds another run, or another process trains in it.
+        CheckpointError: nothing to resume from.
+    """
+    check_run_dir(run, data_fingerprint=data_fingerprint)
+    Path(run.run.dir).mkdir(parents=True, exist_ok=True)
+    lock = _lock(run)
+    write_json(Path(run.run.dir) / "run.json", run_record(run, data_fingerprint=data_fingerprint))
+    return lock
+
+
+_held: list[FileLock] = []  # until this process ends
 
 
 def claim_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
@@ -145,10 +168,10 @@ def claim_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
         UserError: as `open_run_dir`; torchrun then ends the other ranks.
     """
     if os.environ.get("ASFT_LAUNCHER_PID") is None and os.environ.get("RANK", "0") == "0":
-        open_run_dir(run, data_fingerprint=data_fingerprint)
+        _held.append(open_run_dir(run, data_fingerprint=data_fingerprint))
 
 
-def lock_run_dir(run: RunConfig) -> FileLock:
+def _lock(run: RunConfig) -> FileLock:
     """A lock on the run's folder, held while it is written to; released when the process that holds it ends, however it ends.
 
     Raises:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from asft_nemo.config.schema import RunConfig
+import os
+
+from asft_nemo.config import rules
+from asft_nemo.config.schema import RunConfig, from_dict, to_dict
+from asft_nemo.errors import ConfigError, UserError
 
 
 def train(run: RunConfig) -> None:
@@ -13,6 +17,9 @@ def train(run: RunConfig) -> None:
     Raises:
         asft_nemo.errors.UserError: settings, data or checkpoints that do not fit; the sentence names the cure.
     """
+    run = from_dict(to_dict(run))  # NeMo-Run hands over a copy that may have been changed and is not frozen
+    rules.check(run)
+    _check_world(run)
     from asft_nemo.cpu import backend
 
     backend.install()
@@ -34,4 +41,27 @@ def train(run: RunConfig) -> None:
         data=data,
         resuming=resume is not None,
     )
-    parts.trainer.fit(parts.model, datamodule=parts.data, ckpt_path=None if resume is None else str(resume))
+    try:
+        parts.trainer.fit(
+            parts.model, datamodule=parts.data, ckpt_path=None if resume is None else str(resume)
+        )
+    except RuntimeError as error:
+        if "in local grad norm" in str(error):  # megatron's check, before the optimizer
+            raise UserError(
+                "a gradient is not finite, the optimizer step was not taken: lower optim.lr, check the data around the last step of "
+                f"metrics.jsonl, or resume from {run.run.dir}/checkpoints/latest"
+            ) from error
+        raise
+
+
+def _check_world(run: RunConfig) -> None:
+    """The ranks that were started are the ranks that the batch sizes and run.json speak of.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    started = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    if started != run.run.world_size:
+        raise ConfigError(
+            f"{started} ranks were started, but run.world_size={run.run.world_size}: start as many as that, or set run.world_size={started}"
+        )

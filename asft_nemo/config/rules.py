@@ -8,6 +8,7 @@ are checked.
 from __future__ import annotations
 
 import enum
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -323,6 +324,15 @@ def _machine(facts: Facts) -> Iterator[str]:
         )
 
 
+def _distributed_optimizer(facts: Facts) -> Iterator[str]:
+    fused = any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex"))
+    if facts.run.optim.distributed and not fused:
+        yield (
+            "optim.distributed=true needs the fused Adam of Transformer Engine or apex, and neither is installed here (Megatron cannot "
+            "resume it with torch's): set optim.distributed=false"
+        )
+
+
 def _run_dir(facts: Facts) -> Iterator[str]:
     folder, resume = Path(facts.run.run.dir), facts.run.trainer.resume
     if folder.exists() and not folder.is_dir():
@@ -357,4 +367,4 @@ SETTINGS: tuple[Rule, ...] = (
     _validation,
     _not_yet,
 )
-INPUTS: tuple[Rule, ...] = (_data_files, _machine, _run_dir)
+INPUTS: tuple[Rule, ...] = (_data_files, _machine, _distributed_optimizer, _run_dir)

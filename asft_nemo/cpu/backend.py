@@ -19,10 +19,13 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from asft_nemo.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -259,12 +262,19 @@ def install() -> bool:
 
     Raises:
         UpstreamMovedError: when a patched symbol is gone, or megatron was imported before the patches could be.
+        UserError: the machine has NVIDIA devices that torch cannot use, and nobody asked for the CPU.
     """
     global _active
     if _active:
         return True
     if not wanted():
         return False
+    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    if devices and os.environ.get("ASFT_DEVICE", "").lower() != "cpu":
+        raise UserError(
+            f"this machine has {devices[0]} but torch sees no CUDA device (driver, container or a CPU build of torch): mend that, or set "
+            "ASFT_DEVICE=cpu to run on CPU on purpose"
+        )
     if "megatron.core.tensor_parallel" in sys.modules:
         raise UpstreamMovedError(
             "megatron was imported before the CPU backend: call asft_nemo.cpu.backend.install() first, "

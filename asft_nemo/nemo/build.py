@@ -128,6 +128,7 @@ def strategy(run: RunConfig, base_dir: Path, *, resuming: bool) -> AnchoredStrat
         ),
         ckpt_async_save=False,
         ckpt_optim_fully_reshardable=True,
+        distrib_optim_fully_reshardable_mem_efficient=True,
         process_group_backend="gloo" if backend.active() else "nccl",
         restore_config=None
         if resuming
@@ -135,13 +136,14 @@ def strategy(run: RunConfig, base_dir: Path, *, resuming: bool) -> AnchoredStrat
     )
 
 
-def reference_builder(run: RunConfig, config: AnchoredGPTConfig, base_dir: Path) -> Any:
+def reference_builder(run: RunConfig, model: ASFTModel, base_dir: Path) -> Any:
     """A function that makes this run's reference, or None when the objective reads nothing of it."""
-    if not config.objective.needs_reference:
+    if not model.config.objective.needs_reference:  # type: ignore[attr-defined]
         return None
-    frozen = frozen_config(config)
 
     def build() -> ReferenceSource:
+        # when it is called, the precision plugin has changed the policy's config: the reference's kernels must be the same
+        frozen = frozen_config(model.config)
         return ResidentReference(
             lambda stage: frozen.build_chunk(vp_stage=stage, returns_hidden=True),
             vp_size=run.parallel.vpp_size,
@@ -174,7 +176,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         global_batch_size=run.trainer.global_batch_size,
         seed=run.run.seed,
     )
-    prepass = PrepassCallback(reference_builder(run, config, base_dir))
+    prepass = PrepassCallback(reference_builder(run, model, base_dir))
     metrics = MetricsCallback(
         run_dir,
         prepass,

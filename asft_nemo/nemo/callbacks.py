@@ -251,6 +251,6 @@ class CheckpointCallback(Callback):
             shutil.copy(self.dir.parent / "run.json", partial / "context" / "run.json")
             partial.rename(final)
             point_latest_at(self.dir, final.name)
-            for old in checkpoint_steps(self.dir)[: -self.keep]:
+            for old in [done for done in checkpoint_steps(self.dir) if done <= step][: -self.keep]:
                 shutil.rmtree(self.dir / f"step_{old}")
         trainer.strategy.barrier()

@@ -88,7 +88,7 @@ def fit(
     base_dir = base_checkpoint(run)
     resume = resume_from(run)
     if is_first_rank():
-        open_run_dir(run, data_fingerprint="random tokens")
+        open_run_dir(run, data_fingerprint="random tokens").release()
     length = run.data.sequence_length
     data = SimpleNamespace(
         train=RandomTokens(size=size, sequence_length=length, valid=valid),
@@ -276,3 +276,13 @@ def has_reference(settings: dict[str, Any], *, valid: list[int]) -> bool:
 
     parts = fit(settings, valid=valid)
     return next(c for c in parts.trainer.callbacks if isinstance(c, PrepassCallback)).reference is not None
+
+
+def train_itself(settings: dict[str, Any]) -> None:
+    """`asft_nemo.train.train`, as torchrun or NeMo-Run call it: no launcher of ours has prepared anything."""
+    import os
+
+    from asft_nemo.train import train
+
+    os.environ.pop("ASFT_LAUNCHER_PID", None)
+    train(run_config(settings))

@@ -15,6 +15,7 @@ from ranks import RankError, RankGroup
 from asft_nemo.checkpoint.convert import export_hf
 from asft_nemo.checkpoint.dist_read import DistReader
 from asft_nemo.checkpoint.verify import verify
+from asft_nemo.config.paths import project_dir
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
@@ -101,6 +102,7 @@ def test_reference_is_frozen_apart_and_exact(
     assert first["kl"] == 0.0
     assert second["kl"] > 0.0
     keys = all_tensors(tmp_path / "run" / "checkpoints" / "latest")
+    assert {key.split(".")[0] for key in keys} == {"module", "optimizer"}
     assert not [key for key in keys if "ref" in key]
     model_bytes = sum(value.numel() for key, value in keys.items() if key.startswith("module."))
     assert (
@@ -244,3 +246,46 @@ def test_run_folder_and_record(ranks4: RankGroup, model: Path, tmp_path: Path) -
         "tokens",
     }
     assert set(metrics(folder)[0]) == expected | set(NOT_TIMES)
+
+
+def own_data(folder: Path, **more: Any) -> dict[str, Any]:
+    """Settings of a run on the shipped base and a file of a few examples."""
+    file = folder / "train.jsonl"
+    file.write_text(
+        "".join(json.dumps({"instruction": f"copy {n}:", "response": str(n)}) + "\n" for n in range(40))
+    )
+    settings = settings_of(
+        project_dir() / "assets" / "tiny-base", folder / "run", trainer__max_steps=2, **more
+    )
+    return {**settings, "data.train": [str(file)], "data.template": "raw", "data.sequence_length": 32}
+
+
+def test_train_without_our_launcher_opens_the_folder(ranks4: RankGroup, tmp_path: Path) -> None:
+    """Ranks that torchrun or NeMo-Run started: run.json, rules and the lock are there all the same."""
+    settings = own_data(tmp_path)
+    ranks4.run("jobs:train_itself", settings=settings)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["config"]["data"]["template"] == "raw"
+    assert (tmp_path / "run" / "checkpoints" / "latest" / "context" / "run.json").is_file()
+    assert metrics(tmp_path / "run")[0]["kl"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"peft.name": "lora"}, "peft=lora is not available yet"),
+        ({"run.world_size": 8}, "4 ranks were started, but run.world_size=8"),
+    ],
+)
+def test_train_without_our_launcher_checks_the_rules(
+    ranks4: RankGroup, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RankError, match=said):
+        ranks4.run("jobs:train_itself", settings={**own_data(tmp_path), **change})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_with_a_sentence(ranks4: RankGroup, tmp_path: Path) -> None:
+    settings = own_data(tmp_path, optim__lr=1e30, optim__warmup_ratio=0.0)
+    with pytest.raises(RankError, match=r"UserError: .* not finite"):
+        ranks4.run("jobs:train_itself", settings=settings)

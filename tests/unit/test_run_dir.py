@@ -56,7 +56,7 @@ def test_a_new_run_writes_its_record(run: RunConfig) -> None:
 
 
 def test_a_folder_of_another_run_is_refused(run: RunConfig) -> None:
-    open_run_dir(run, data_fingerprint="f")
+    open_run_dir(run, data_fingerprint="f").release()
     with pytest.raises(ConfigError, match=r"holds another run: choose another run\.dir"):
         open_run_dir(run, data_fingerprint="f")
 
@@ -79,11 +79,35 @@ def test_must_without_a_checkpoint_says_so(run: RunConfig) -> None:
 
 def test_if_exists_starts_or_continues(run: RunConfig) -> None:
     maybe = replace(run, {"trainer.resume": "if_exists"})
-    open_run_dir(maybe, data_fingerprint="f")
+    open_run_dir(maybe, data_fingerprint="f").release()
     assert resume_from(maybe) is None
     folder = with_checkpoint(run)
     assert resume_from(maybe) == (folder / "step_2").resolve()
-    open_run_dir(maybe, data_fingerprint="f")
+    open_run_dir(maybe, data_fingerprint="f").release()
+
+
+def test_another_model_is_another_run_before_the_first_checkpoint_too(run: RunConfig, tmp_path: Path) -> None:
+    """base/ was imported from the first model: going on with another would train and anchor to the wrong one."""
+    open_run_dir(run, data_fingerprint="f").release()
+    other = replace(run, {"trainer.resume": "if_exists", "model.path": str(tmp_path / "elsewhere")})
+    with pytest.raises(ConfigError, match=r"another run \(different: model\)"):
+        open_run_dir(other, data_fingerprint="f")
+
+
+def test_one_process_at_a_time(run: RunConfig) -> None:
+    lock = open_run_dir(run, data_fingerprint="f")
+    before = (Path(run.run.dir) / "run.json").stat().st_mtime_ns
+    with pytest.raises(ConfigError, match="is being trained in by another process"):
+        open_run_dir(replace(run, {"trainer.resume": "if_exists"}), data_fingerprint="f")
+    assert (Path(run.run.dir) / "run.json").stat().st_mtime_ns == before
+    lock.release()
+
+
+def test_a_link_to_nowhere_is_said(run: RunConfig) -> None:
+    folder = with_checkpoint(run)
+    point_latest_at(folder, "step_9")
+    with pytest.raises(CheckpointError, match=r"step_9, which is not there: point it at one of \['step_2'\]"):
+        resume_from(replace(run, {"trainer.resume": "if_exists"}))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +120,7 @@ def test_if_exists_starts_or_continues(run: RunConfig) -> None:
     ],
 )
 def test_a_run_continues_only_as_itself(run: RunConfig, change: dict[str, object], named: str) -> None:
-    open_run_dir(run, data_fingerprint="f")
+    open_run_dir(run, data_fingerprint="f").release()
     with_checkpoint(run)
     before = (Path(run.run.dir) / "run.json").read_bytes()
     other = replace(run, {"trainer.resume": "must", **change})
@@ -106,14 +130,14 @@ def test_a_run_continues_only_as_itself(run: RunConfig, change: dict[str, object
 
 
 def test_changed_data_are_another_run(run: RunConfig) -> None:
-    open_run_dir(run, data_fingerprint="f")
+    open_run_dir(run, data_fingerprint="f").release()
     with_checkpoint(run)
     with pytest.raises(ConfigError, match="the contents of the data files"):
         open_run_dir(replace(run, {"trainer.resume": "must"}), data_fingerprint="g")
 
 
 def test_the_layout_may_change(run: RunConfig) -> None:
-    open_run_dir(run, data_fingerprint="f")
+    open_run_dir(run, data_fingerprint="f").release()
     with_checkpoint(run)
     open_run_dir(replace(run, {"trainer.resume": "must", "parallel.tp_size": 2}), data_fingerprint="f")
 

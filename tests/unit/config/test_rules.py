@@ -157,7 +157,7 @@ GOOD = [
     ["objective=sft_kl", "objective.kl_direction=reverse"],
     ["objective=asft", "reference=resident"],
     ["objective=asft", "objective.kl_weight=0", "reference=none"],
-    ["objective=asft", "precision=bf16", "optim.distributed=true", "run.world_size=2"],
+    ["objective=asft", "precision=bf16", "run.world_size=2"],
     ["objective=asft", "parallel.tp_size=2", "parallel.pp_size=2", "parallel.vpp_size=2", "parallel.sequence_parallel=true"],
     ["objective=asft", "trainer.resume=if_exists", "trainer.checkpoint_every=2", "trainer.keep=last:3"],
     ["objective=asft", "loss.implementation=dense", "loss.normalize_by=micro_batch"],
@@ -280,3 +280,15 @@ def test_objective_facts_are_the_objective_tables() -> None:
         if facts.without:
             assert OBJECTIVES[facts.without].reads == row.reads - {"ref_hidden"}
             assert OBJECTIVES[facts.without].weight is row.weight
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_distributed_optimizer_needs_a_fused_adam(
+    violations: Violations, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    from asft_nemo.config import rules
+
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: object() if installed else None)
+    found = violations("objective=asft", "optim.distributed=true")
+    assert len(found) == (0 if installed else 1)
+    assert all("needs the fused Adam of Transformer Engine or apex" in sentence for sentence in found)
