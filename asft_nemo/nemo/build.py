@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,10 +193,11 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         max_steps=max_steps,
         keep=int(run.trainer.keep.removeprefix("last:")),
     )
+    ranks_here, machines = _machines(run)
     trainer = nl.Trainer(
         accelerator="cpu" if backend.active() else "gpu",
-        devices=_devices(run),
-        num_nodes=_nodes(run),
+        devices=ranks_here,
+        num_nodes=machines,
         max_steps=max_steps,
         max_epochs=-1,
         strategy=strategy(run, base_dir, resuming=resuming),
@@ -212,17 +214,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
     return Parts(trainer=trainer, model=model, data=module, prepass=prepass)
 
 
-def _local_world_size(run: RunConfig) -> int:
-    import os
-
-    return int(os.environ.get("LOCAL_WORLD_SIZE", run.run.world_size))
-
-
-def _devices(run: RunConfig) -> int:
-    return _local_world_size(run)
-
-
-def _nodes(run: RunConfig) -> int:
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", run.run.world_size)) // _local_world_size(run)
+def _machines(run: RunConfig) -> tuple[int, int]:
+    """Ranks on this machine and number of machines, from torchrun's environment (one machine without it)."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", run.run.world_size))
+    return local, int(os.environ.get("WORLD_SIZE", run.run.world_size)) // local
