@@ -48,9 +48,9 @@ Rule = Callable[[Facts], Iterator[str]]
 
 
 def reads_reference(objective: str, kl_weight: float) -> bool:
-    """Whether a run reads the reference's hidden states; an unknown objective is taken to read them."""
+    """Whether a run reads anything of the reference; an unknown objective is taken to."""
     facts = tables.OBJECTIVES.get(objective)
-    return facts is None or (facts.has_divergence and kl_weight != 0)
+    return facts is None or facts.reads_ref_labels or (facts.has_divergence and kl_weight != 0)
 
 
 def check(
@@ -141,7 +141,9 @@ def _reference(facts: Facts) -> Iterator[str]:
     objective, form = facts.run.objective, facts.run.reference.form
     known = tables.OBJECTIVES.get(objective.name)
     reads = reads_reference(objective.name, objective.kl_weight)
-    if known is not None and reads and form == "none":
+    if known is not None and known.reads_ref_labels and form == "none":
+        yield f"objective={objective.name} needs a reference, got reference=none: set reference=resident"
+    elif known is not None and reads and form == "none":
         yield (
             f"kl_weight={objective.kl_weight:g} needs a reference, got reference=none: "
             f"set reference=resident, or objective={known.without} if you want no anchor"
@@ -213,6 +215,15 @@ def _batches(facts: Facts) -> Iterator[str]:
             f"parallel.vpp_size needs a multiple of pp_size={run.parallel.pp_size} micro batches a step, got "
             f"{num_microbatches(run)}: set trainer.global_batch_size={nearest} "
             "or change trainer.micro_batch_size"
+        )
+
+
+def _whole_sequences(facts: Facts) -> Iterator[str]:
+    known, cp_size = tables.OBJECTIVES.get(facts.run.objective.name), facts.run.parallel.cp_size
+    if known is not None and known.whole_sequences and cp_size > 1:
+        yield (
+            f"objective={facts.run.objective.name} weighs whole sequences, and parallel.cp_size={cp_size} splits them: set "
+            "parallel.cp_size=1"
         )
 
 
@@ -359,6 +370,7 @@ SETTINGS: tuple[Rule, ...] = (
     _ignored,
     _world,
     _batches,
+    _whole_sequences,
     _virtual_stages,
     _sequence_parallel,
     _model_heads,

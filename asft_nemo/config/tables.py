@@ -71,14 +71,16 @@ class ObjectiveFacts:
     Attributes:
         has_divergence: it has a KL term, so `kl_weight` and `kl_direction` mean something.
         without: the same objective without its KL term.
+        reads_ref_labels: it reads the reference's log probabilities of the labels, whatever its KL term.
+        whole_sequences: a token's weight depends on its whole sequence.
         options: the options it owns.
-        trains: the training loop can feed it.
     """
 
     has_divergence: bool = False
     without: str = ""
+    reads_ref_labels: bool = False
+    whole_sequences: bool = False
     options: tuple[str, ...] = ()
-    trains: bool = True
 
 
 OBJECTIVES: dict[str, ObjectiveFacts] = {
@@ -86,10 +88,10 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
     "dft": ObjectiveFacts(),
     "sft_kl": ObjectiveFacts(has_divergence=True, without="sft"),
     "asft": ObjectiveFacts(has_divergence=True, without="dft"),
-    "asft_sft": ObjectiveFacts(options=("alpha",), trains=False),
-    "iw_sft": ObjectiveFacts(options=("temperature",), trains=False),
-    "eaft": ObjectiveFacts(options=("exponent",), trains=False),
-    "psft": ObjectiveFacts(options=("clip_low", "clip_high", "refresh_every"), trains=False),
+    "asft_sft": ObjectiveFacts(options=("alpha",)),
+    "iw_sft": ObjectiveFacts(reads_ref_labels=True, whole_sequences=True, options=("temperature",)),
+    "eaft": ObjectiveFacts(options=("exponent",)),
+    "psft": ObjectiveFacts(options=("clip_low", "clip_high", "refresh_every")),
 }
 OPTIONS = tuple(option for facts in OBJECTIVES.values() for option in facts.options)
 
@@ -103,11 +105,6 @@ class NotYet(NamedTuple):
 
 
 NOT_YET = (
-    NotYet(
-        "this objective",
-        lambda run: run.objective.name in OBJECTIVES and not OBJECTIVES[run.objective.name].trains,
-        f"set objective={', '.join(name for name, facts in OBJECTIVES.items() if facts.trains)}",
-    ),
     NotYet(
         "a reference with adapters disabled",
         lambda run: run.reference.form == "adapter_disabled",

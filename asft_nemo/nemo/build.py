@@ -25,8 +25,8 @@ from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, ASFTModel
 from asft_nemo.nemo.optim import WarmupSchedule
 from asft_nemo.nemo.precision import precision_plugin, precision_row
 from asft_nemo.nemo.schedule import PrepassCallback
-from asft_nemo.reference import ReferenceSource, ResidentReference
-from asft_nemo.reference.resident import frozen_config
+from asft_nemo.reference import PolicySnapshot, ReferenceSource, ResidentReference
+from asft_nemo.reference.frozen import frozen_config
 
 # Kernels that only exist on a GPU; Megatron's own defaults serve there.
 _CPU_ONLY: dict[str, Any] = {
@@ -155,6 +155,22 @@ def reference_builder(run: RunConfig, model: ASFTModel, base_dir: Path) -> Any:
     return build
 
 
+def snapshot_builder(run: RunConfig, model: ASFTModel) -> Any:
+    """A function that makes the policy's snapshot, or None when the objective reads none."""
+    if not model.config.objective.needs_old_policy:  # type: ignore[attr-defined]
+        return None
+
+    def build() -> PolicySnapshot:
+        frozen = frozen_config(model.config)
+        return PolicySnapshot(
+            lambda stage: frozen.build_chunk(vp_stage=stage, returns_hidden=True),
+            vp_size=run.parallel.vpp_size,
+            dtype=precision_row(run.precision).compute_dtype,
+        )
+
+    return build
+
+
 def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, resuming: bool) -> Parts:
     """Everything one fit needs.
 
@@ -177,7 +193,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         global_batch_size=run.trainer.global_batch_size,
         seed=run.run.seed,
     )
-    prepass = PrepassCallback(reference_builder(run, model, base_dir))
+    prepass = PrepassCallback(config, reference_builder(run, model, base_dir), snapshot_builder(run, model))
     metrics = MetricsCallback(
         run_dir,
         prepass,
@@ -189,6 +205,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
     checkpoints = CheckpointCallback(
         run_dir,
         base_dir,
+        prepass,
         every=run.trainer.checkpoint_every,
         max_steps=max_steps,
         keep=int(run.trainer.keep.removeprefix("last:")),

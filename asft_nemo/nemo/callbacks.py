@@ -218,14 +218,25 @@ class CheckpointCallback(Callback):
     Args:
         run_dir: folder of the run.
         base_dir: the base checkpoint; its `context/` goes along, so that a checkpoint exports on its own.
+        prepass: holds the snapshot of the policy, where there is one.
         every: steps between checkpoints, None for only the last.
         max_steps: last step of the run.
         keep: how many of the latest checkpoints stay.
     """
 
-    def __init__(self, run_dir: Path, base_dir: Path, *, every: int | None, max_steps: int, keep: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        base_dir: Path,
+        prepass: PrepassCallback,
+        *,
+        every: int | None,
+        max_steps: int,
+        keep: int,
+    ):
         self.dir = run_dir / "checkpoints"
         self.base_dir = base_dir
+        self.prepass = prepass
         self.every, self.max_steps, self.keep = every, max_steps, keep
 
     def on_train_batch_end(
@@ -245,6 +256,7 @@ class CheckpointCallback(Callback):
             partial.mkdir(parents=True)
         trainer.strategy.barrier()
         trainer.save_checkpoint(str(partial))
+        self.prepass.save_snapshot(partial)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             shutil.copytree(self.base_dir / "context", partial / "context")

@@ -6,7 +6,7 @@ No schedule, pipeline exchange or layer is changed. `labels` of Megatron's forwa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel as MegatronGPTModel
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from torch import Tensor
 
+from asft_nemo.losses import VocabShard
 from asft_nemo.nemo.head import LossHead, LossInputs, LossSpec
 from asft_nemo.nemo.layer_spec import layer_spec
 from asft_nemo.nemo.loss_reduction import TokenLossReduction
@@ -91,6 +92,18 @@ class AnchoredGPTConfig(GPTConfig):
             **self.objective_options,
         )
 
+    def vocab_shard(self) -> VocabShard:
+        """This rank's rows of the vocabulary. The model-parallel groups must exist."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        return VocabShard.of_rank(
+            group.rank(),
+            group.size(),
+            self.vocab_size,  # type: ignore[arg-type]
+            self.hf_vocab_size,
+            group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
     def configure_model(  # type: ignore[override]
         self,
         tokenizer: Any,
@@ -136,6 +149,16 @@ class AnchoredGPTConfig(GPTConfig):
             ),
             returns_hidden=returns_hidden,
         )
+
+
+def core_chunks(wrapped: Iterable[Any]) -> list[AnchoredGPTModel]:
+    """The Megatron models inside this rank's chunks, without the wrappers of Lightning, DDP and mixed precision."""
+    chunks = []
+    for chunk in wrapped:
+        while not isinstance(chunk, AnchoredGPTModel):
+            chunk = chunk.module
+        chunks.append(chunk)
+    return chunks
 
 
 class ASFTModel(GPTModel):

@@ -30,12 +30,32 @@ class LossInputs:
         loss_mask_BS: bool [B, S]; True counts.
         ref_hidden_SBH: the reference's final hidden states, [S, B, H] (this rank's S/TP rows under sequence parallelism), or None.
         ref_head_VH: the reference's head, this rank's vocabulary rows, or None.
+        ref_logprob_BS: the reference's log probability of each label, [B, S], or None.
+        old_logprob_BS: the same of the snapshot of the policy.
+        segment_ids_BS: int64 [B, S], the sequence each token belongs to; None where every example is one sequence.
     """
 
     labels_BS: Tensor
     loss_mask_BS: Tensor
     ref_hidden_SBH: Tensor | None = None
     ref_head_VH: Tensor | None = None
+    ref_logprob_BS: Tensor | None = None
+    old_logprob_BS: Tensor | None = None
+    segment_ids_BS: Tensor | None = None
+
+    def per_token(self) -> dict[str, Tensor | None]:
+        """The losses' per-token arguments, each [T] in the order of the hidden states' leading dimensions."""
+        segment_ids_BS = self.segment_ids_BS
+        if segment_ids_BS is None:
+            examples = torch.arange(self.labels_BS.shape[0], device=self.labels_BS.device)
+            segment_ids_BS = examples.unsqueeze(1).expand_as(self.labels_BS)
+        return {
+            "labels_T": _by_token(self.labels_BS),
+            "loss_mask_T": _by_token(self.loss_mask_BS),
+            "ref_logprob_T": _by_token(self.ref_logprob_BS),
+            "old_logprob_T": _by_token(self.old_logprob_BS),
+            "segment_ids_T": _by_token(segment_ids_BS),
+        }
 
 
 @dataclass(frozen=True)
@@ -111,9 +131,8 @@ class LossHead(tensor_parallel.ColumnParallelLinear):
             return torch.matmul(hidden.flatten(0, 1), head.t()).unflatten(0, hidden.shape[:2])
 
 
-def _tokens(inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """Labels and mask as [T] in the order of the hidden states' leading dimensions."""
-    return inputs.labels_BS.transpose(0, 1).reshape(-1), inputs.loss_mask_BS.transpose(0, 1).reshape(-1)
+def _by_token(tensor_BS: Tensor | None) -> Any:
+    return None if tensor_BS is None else tensor_BS.transpose(0, 1).reshape(-1)
 
 
 def _flat(tensor_SBX: Tensor | None) -> Tensor | None:
@@ -124,14 +143,12 @@ def _fused(
     head: LossHead, hidden: Tensor, weight: Tensor | None, inputs: LossInputs, spec: LossSpec
 ) -> LossOutput:
     """Straight from hidden states, in chunks: neither model's logits are ever whole."""
-    labels_T, mask_T = _tokens(inputs)
     head_VH = head.weight if weight is None else weight
     assert head_VH is not None
     return fused_linear_loss(
         hidden.flatten(0, 1),
         head_VH,
-        labels_T,
-        mask_T,
+        **inputs.per_token(),
         objective=spec.objective,
         shard=shard_of(head, spec.vocab_size),
         ref_hidden_TH=_flat(inputs.ref_hidden_SBH),
@@ -144,11 +161,9 @@ def _vocab_parallel(
     head: LossHead, hidden: Tensor, weight: Tensor | None, inputs: LossInputs, spec: LossSpec
 ) -> LossOutput:
     """From Megatron's own sharded logits of both models."""
-    labels_T, mask_T = _tokens(inputs)
     return vocab_parallel_loss(
         head.policy_logits(hidden, weight).flatten(0, 1),
-        labels_T,
-        mask_T,
+        **inputs.per_token(),
         objective=spec.objective,
         shard=shard_of(head, spec.vocab_size),
         ref_logits_TV=_flat(head.reference_logits(inputs)),
@@ -159,7 +174,6 @@ def _dense(
     head: LossHead, hidden: Tensor, weight: Tensor | None, inputs: LossInputs, spec: LossSpec
 ) -> LossOutput:
     """Gathers the whole vocabulary on every rank and calls the definition: for comparison, not for large vocabularies."""
-    labels_T, mask_T = _tokens(inputs)
 
     def whole(logits_SBV: Tensor) -> Tensor:
         full = tensor_parallel.gather_from_tensor_model_parallel_region(logits_SBV, group=head.tp_group)
@@ -168,8 +182,7 @@ def _dense(
     reference_SBV = head.reference_logits(inputs)
     return dense_loss(
         whole(head.policy_logits(hidden, weight)),
-        labels_T,
-        mask_T,
+        **inputs.per_token(),
         objective=spec.objective,
         ref_logits_TV=None if reference_SBV is None else whole(reference_SBV),
     )

@@ -1,34 +1,42 @@
-"""Runs the frozen reference ahead of each step, through NeMo's own hook; no schedule is patched.
+"""Runs the prepass ahead of each step, through NeMo's own hook; no schedule is patched.
 
-`on_megatron_step_start` returns an `AnchoredStep`: it takes the step's micro batches from the iterator, runs the reference over them
-with Megatron's forward-only schedule, hands each micro batch its reference hidden states, and then runs NeMo's step unchanged.
+`on_megatron_step_start` returns an `AnchoredStep`: it takes the step's micro batches from the iterator, lets the prepass run the
+frozen reference (and the policy's snapshot) over them with Megatron's forward-only schedule, and then runs NeMo's step unchanged.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from nemo.lightning.megatron_parallel import MegatronStep
 
+from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, core_chunks
+from asft_nemo.nemo.prepass import Prepass
 from asft_nemo.nemo.steps import data_step
-from asft_nemo.reference import ReferenceSource
+from asft_nemo.reference import PolicySnapshot, ReferenceSource
+
+logger = logging.getLogger(__name__)
+
+SNAPSHOT_FOLDER = "old_policy"
 
 
 @dataclasses.dataclass
 class AnchoredStep(MegatronStep):
-    """NeMo's step, preceded by the reference's prepass.
+    """NeMo's step, preceded by the prepass.
 
     Attributes:
-        reference: where hidden states come from; None when the objective reads nothing of it.
+        prepass: what the micro batches get first; None when the objective reads nothing but the policy.
         report: told the seconds the prepass took.
     """
 
-    reference: ReferenceSource | None = None
+    prepass: Prepass | None = None
     report: Callable[[float], None] | None = None
 
     def __call__(self) -> list[Any]:
@@ -39,14 +47,10 @@ class AnchoredStep(MegatronStep):
         for index, batch in enumerate(micro_batches):
             batch["micro_batch_index"] = index
         started = time.perf_counter()
-        if self.reference is not None:
-            hidden = self.reference.hidden(
+        if self.prepass is not None:
+            self.prepass.feed(
                 micro_batches, sequence_length=self.seq_length, micro_batch_size=self.micro_batch_size
             )
-            head = self.reference.head()
-            for batch, ref_hidden in zip(micro_batches, hidden, strict=False):  # empty before the last stage
-                batch["ref_hidden"] = ref_hidden
-                batch["ref_head"] = head
             torch.cuda.synchronize()
         if self.report is not None:
             self.report(time.perf_counter() - started)
@@ -55,26 +59,65 @@ class AnchoredStep(MegatronStep):
 
 
 class PrepassCallback(Callback):
-    """Builds the reference once, after the policy is set up, and puts the prepass before every step.
+    """Builds the frozen models once, after the policy is set up, and puts the prepass before every step.
 
     Args:
+        config: the policy's.
         build_reference: makes the reference, or None when nothing reads it.
+        build_snapshot: makes the snapshot of the policy, or None when nothing reads it.
     """
 
-    def __init__(self, build_reference: Callable[[], ReferenceSource] | None):
-        self._build = build_reference
+    def __init__(
+        self,
+        config: AnchoredGPTConfig,
+        build_reference: Callable[[], ReferenceSource] | None,
+        build_snapshot: Callable[[], PolicySnapshot] | None = None,
+    ):
+        self._config = config
+        self._build_reference, self._build_snapshot = build_reference, build_snapshot
         self.reference: ReferenceSource | None = None
+        self.snapshot: PolicySnapshot | None = None
         self.reference_seconds = 0.0
+        self._prepass: Prepass | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Builds the reference before a resumed checkpoint is read: it is the base in every case."""
-        if self._build is not None and self.reference is None:
-            self.reference = self._build()
+        """Builds what is read. The reference is the base in every case; a resumed snapshot is that of its checkpoint."""
+        sources: dict[str, ReferenceSource] = {}
+        if self._build_reference is not None:
+            self.reference = sources["ref"] = self._build_reference()
+        if self._build_snapshot is not None:
+            self.snapshot = sources["old"] = self._build_snapshot()
+            if trainer.ckpt_path:
+                self.snapshot.load_weights(Path(trainer.ckpt_path) / SNAPSHOT_FOLDER)
+        if sources:
+            config = self._config
+            self._prepass = Prepass(config.objective, config.vocab_shard(), config.loss_chunk_tokens, sources)
 
     def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
         """NeMo's hook: the same step with the prepass in front."""
+        if self.snapshot is not None and not step.forward_only:
+            self._refresh_when_due(self.snapshot, step)
         fields = {item.name: getattr(step, item.name) for item in dataclasses.fields(MegatronStep)}
-        return AnchoredStep(**fields, reference=self.reference, report=self._record)
+        return AnchoredStep(**fields, prepass=self._prepass, report=self._record)
+
+    def _refresh_when_due(self, snapshot: PolicySnapshot, step: MegatronStep) -> None:
+        assert step.step_i is not None
+        if step.step_i % int(self._config.objective.options["refresh_every"]):
+            return
+        for chunk in step.pipeline:
+            wrapper = chunk.module
+            if wrapper.ddp_config.overlap_param_gather:  # parameters may still be on their way to this rank
+                wrapper.start_param_sync(force_sync=True)
+        snapshot.refresh(core_chunks(step.pipeline))
+        logger.info("step %d: snapshot of the policy refreshed", step.step_i + 1)
+
+    def save_snapshot(self, checkpoint: Path) -> None:
+        """Writes the snapshot beside a checkpoint's weights; nothing where there is none. Collective over all ranks."""
+        if self.snapshot is not None:
+            if torch.distributed.get_rank() == 0:
+                (checkpoint / SNAPSHOT_FOLDER).mkdir()
+            torch.distributed.barrier()
+            self.snapshot.save(checkpoint / SNAPSHOT_FOLDER)
 
     def _record(self, seconds: float) -> None:
         self.reference_seconds = seconds

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from asft_nemo.nemo.head import LossInputs
 
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "segment_ids")
 
 
 def unwrap_batch(item: Any) -> dict[str, Any]:
@@ -22,8 +22,8 @@ def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
     """Takes the next micro batch and moves its tensors to this rank's device. Keys it does not know are kept.
 
     Returns:
-        ``tokens``, ``labels``, ``position_ids`` int64 [B, S], ``loss_mask`` bool [B, S], and, when the prepass ran,
-        ``ref_hidden`` and ``ref_head`` (last stage only).
+        ``tokens``, ``labels``, ``position_ids`` int64 [B, S], ``loss_mask`` bool [B, S], ``segment_ids`` int64 [B, S] where examples
+        are packed, and, on the last stage, what the prepass put there (see `asft_nemo.nemo.prepass`).
     """
     batch = unwrap_batch(next(dataloader_iter))
     device = torch.cuda.current_device()
@@ -50,5 +50,8 @@ def forward_step(model: Any, batch: dict[str, Any]) -> Any:
             loss_mask_BS=batch["loss_mask"],
             ref_hidden_SBH=batch.get("ref_hidden"),
             ref_head_VH=batch.get("ref_head"),
+            ref_logprob_BS=batch.get("ref_logprob"),
+            old_logprob_BS=batch.get("old_logprob"),
+            segment_ids_BS=batch.get("segment_ids"),
         ),
     )

@@ -48,6 +48,7 @@ def oracle_gradients(
     data: RandomTokens,
     *,
     ref: Path | None = None,
+    old: Path | None = None,
 ) -> tuple[dict[str, Tensor], float]:
     """Gradients of every parameter in fp64 by autograd through `dense_loss`, and the loss.
 
@@ -57,24 +58,35 @@ def oracle_gradients(
         batches: indices of the global batch, in any split: sums and counts are added up and divided once.
         data: where the examples come from.
         ref: Hugging Face directory of the reference.
+        old: of the policy's snapshot.
     """
     model = load64(folder)
-    reference = load64(ref) if ref is not None else None
+    frozen = {name: load64(path) for name, path in (("ref", ref), ("old", old)) if path is not None}
     total, count = torch.zeros((), dtype=torch.float64), 0
     for indices in batches:
         items = [data[index] for index in indices]
         stacked = {key: torch.stack([item[key] for item in items]) for key in items[0]}
         logits = model(input_ids=stacked["tokens"]).logits.flatten(0, 1)
-        ref_logits = None
-        if reference is not None:
-            with torch.no_grad():
-                ref_logits = reference(input_ids=stacked["tokens"]).logits.flatten(0, 1)
+        labels = stacked["labels"].flatten()
+        with torch.no_grad():
+            frozen_logits = {
+                name: other(input_ids=stacked["tokens"]).logits.flatten(0, 1)
+                for name, other in frozen.items()
+            }
+        label_logprobs = {
+            name: logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+            for name, logits in frozen_logits.items()
+        }
+        sequences = torch.arange(len(items))[:, None].expand_as(stacked["labels"]).flatten()
         output = dense_loss(
             logits,
-            stacked["labels"].flatten(),
+            labels,
             stacked["loss_mask"].flatten(),
             objective=objective,
-            ref_logits_TV=ref_logits,
+            ref_logits_TV=frozen_logits.get("ref"),
+            ref_logprob_T=label_logprobs.get("ref"),
+            old_logprob_T=label_logprobs.get("old"),
+            segment_ids_T=sequences,
         )
         total, count = total + output.loss_sum, count + int(output.num_tokens)
     loss = total / count

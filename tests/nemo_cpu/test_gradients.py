@@ -17,6 +17,7 @@ from models import make_model, oracle_gradients, read_hf, worst_error
 from ranks import RankGroup
 
 from asft_nemo.checkpoint.convert import export_hf
+from asft_nemo.config.tables import OPTIONS
 from asft_nemo.data import GlobalBatchSampler
 from asft_nemo.objectives import objective
 
@@ -67,6 +68,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "objective.kl_weight": 0.5,
         "objective.kl_direction": "reverse",
     },
+    "asft_sft": {"objective.name": "asft_sft", "objective.alpha": 0.3},
+    "iw_sft": {"objective.name": "iw_sft", "objective.temperature": 2.0},
+    "eaft": {"objective.name": "eaft", "objective.exponent": 0.5},
+    # the second step still has the first step's snapshot, which is the base
+    "psft": {"objective.name": "psft", "objective.refresh_every": 2},
 }
 # The default implementation at every layout and for every objective; the others at the corners.
 CASES = [
@@ -80,6 +86,12 @@ CASES = [
     ("tp2_pp2", "sft_kl", "tied", "vocab_parallel"),
     ("tp2_pp2", "dft", "untied", "vocab_parallel"),
     ("tp2_pp2", "asft", "untied", "dense"),
+    ("tp2_pp2_vpp2_sp", "iw_sft", "untied", "fused"),
+    ("tp2_pp2_vpp2_sp", "psft", "tied", "fused"),
+    ("tp2_dp2", "iw_sft", "tied", "vocab_parallel"),
+    ("tp2", "psft", "untied", "dense"),
+    ("pp2", "iw_sft", "untied", "dense"),
+    ("tp2_pp2_sp", "eaft", "tied", "vocab_parallel"),
 ]
 
 
@@ -94,6 +106,9 @@ def chosen_objective(settings: dict[str, Any]) -> Any:
         settings["objective.name"],
         kl_weight=settings.get("objective.kl_weight", 0.0),
         kl_direction=settings.get("objective.kl_direction", "forward"),
+        **{
+            option: settings[f"objective.{option}"] for option in OPTIONS if f"objective.{option}" in settings
+        },
     )
 
 
@@ -150,13 +165,14 @@ def test_gradients_equal_the_oracle(
         request.getfixturevalue(f"ranks{world}"), settings, models[weights], tmp_path
     )
     data = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
-    reads_reference = chosen_objective(settings).needs_reference
+    chosen = chosen_objective(settings)
     expected, expected_loss = oracle_gradients(
         policy,
-        chosen_objective(settings),
+        chosen,
         second_batch(42, data),
         data,
-        ref=models[weights] if reads_reference else None,
+        ref=models[weights] if chosen.needs_reference else None,
+        old=models[weights] if chosen.needs_old_policy else None,
     )
     error, where = worst_error(found, expected)
     record_property("worst_relative_error", error)

@@ -276,6 +276,8 @@ def test_objective_facts_are_the_objective_tables() -> None:
     for name, facts in tables.OBJECTIVES.items():
         row = OBJECTIVES[name]
         assert facts.has_divergence == (row.direction is not None) == ("ref_hidden" in row.reads)
+        assert facts.reads_ref_labels == ("ref_label_logprob" in row.reads)
+        assert facts.whole_sequences == (row.scope == "sequence")
         assert facts.options == tuple(row.options)
         if facts.without:
             assert OBJECTIVES[facts.without].reads == row.reads - {"ref_hidden"}
