@@ -33,6 +33,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, or does not fit the model it is loaded into."""
 
 
+class CacheError(UserError):
+    """The reference's hidden-state cache is absent, damaged, of another run, or cannot be written."""
+
+
 class LayoutError(UserError):
     """A parallel layout does not fit the model, the batch or the machine."""
 

@@ -1,8 +1,30 @@
-"""The frozen reference: always the base checkpoint the run started from. And the policy's own snapshot, which is no reference."""
+"""The frozen reference: always the base checkpoint the run started from. And the policy's own snapshot, which is no reference.
 
-from asft_nemo.reference.prepass import forward_hidden
-from asft_nemo.reference.resident import ResidentReference
-from asft_nemo.reference.snapshot import PolicySnapshot
-from asft_nemo.reference.source import ReferenceSource
+The names below are imported when they are first used: all but the cache's files need Megatron, which takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asft_nemo.reference.prepass import forward_hidden
+    from asft_nemo.reference.resident import ResidentReference
+    from asft_nemo.reference.snapshot import PolicySnapshot
+    from asft_nemo.reference.source import ReferenceSource
 
 __all__ = ["PolicySnapshot", "ReferenceSource", "ResidentReference", "forward_hidden"]
+
+_HOMES = {
+    "PolicySnapshot": "snapshot",
+    "ReferenceSource": "source",
+    "ResidentReference": "resident",
+    "forward_hidden": "prepass",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
