@@ -10,6 +10,8 @@ Names inside functions end in the letters of their dims (`logits_TV`), outermost
 | `V` | this rank's vocabulary rows, padded rows included |
 | `R` | ranks of the tensor-parallel group |
 | `K` | statistics exchanged per token |
+| `M` | metrics of the objective |
+| `D` | domains, the files of the training data |
 
 The aliases below carry these shapes where jaxtyping is installed, as it is for the tests, which check them.
 Where it is not they are plain tensors: nothing at run time depends on it.

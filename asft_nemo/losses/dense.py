@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from asft_nemo.losses.per_token import accumulation_dtype, require_reference, valid_tokens
-from asft_nemo.losses.reduce import LossOutput, loss_output, metric_sums
+from asft_nemo.losses.reduce import LossOutput, loss_output, metrics_of_tokens
 from asft_nemo.objectives import TOP_K, Objective, topk_entropy
 from asft_nemo.shapes import LabelsT, LogitsTV, LogProbT, LossMaskT, SegmentIdsT
 
@@ -87,5 +87,11 @@ def dense_loss(
         kl_N = _divergence(objective, logp_NV, logq_NV)
         loss_N = loss_N + objective.kl_weight * kl_N
 
-    sums_M = metric_sums(objective, -label_logprob_N, objective.token_weight(inputs), kl_N)
-    return loss_output(objective, loss_N.sum(), sums_M, tokens.count)
+    metrics_MN = metrics_of_tokens(
+        objective,
+        nll_N=-label_logprob_N,
+        weight_N=objective.token_weight(inputs),
+        kl_N=kl_N,
+        topk_entropy_N=entropy_N,
+    )
+    return loss_output(objective, loss_N.sum(), metrics_MN, tokens)

@@ -132,17 +132,17 @@ class _GradientsInForward(torch.autograd.Function):
         if known_scale is not None and known_scale != 1.0:
             upstream = torch.tensor(known_scale, dtype=spec.dtype, device=hidden_TH.device)
         if spec.objective.scope == "token":
-            loss_sum, sums_M = visit.loss_and_gradients(upstream, into)
+            loss_sum, metrics_MN = visit.loss_and_gradients(upstream, into)
         else:
             statistics = visit.statistics()
-            loss_N, weight_N, sums_M = token_losses(spec.objective, statistics, spec.tokens, slice(None))
+            loss_N, weight_N, metrics_MN = token_losses(spec.objective, statistics, spec.tokens, slice(None))
             visit.gradients(statistics, weight_N, upstream, into)
             loss_sum = loss_N.sum()
         ctx.hidden_gradient_TH = spec.reduce_hidden(into.hidden_NH, hidden_TH.dtype)
         ctx.head_gradient_VH = None if known_scale is not None else into.head_VH
         ctx.head_gradient, ctx.known_scale, ctx.head_dtype = spec.head_gradient, known_scale, head_VH.dtype
-        ctx.mark_non_differentiable(sums_M)
-        return loss_sum, sums_M
+        ctx.mark_non_differentiable(metrics_MN)
+        return loss_sum, metrics_MN
 
     @staticmethod
     @once_differentiable
@@ -171,11 +171,11 @@ class _GradientsInBackward(torch.autograd.Function):
         ctx: Any, hidden_TH: Tensor, head_VH: Tensor, spec: _Spec
     ) -> tuple[Tensor, Tensor]:
         statistics = spec.visit(hidden_TH, head_VH).statistics()
-        loss_N, weight_N, sums_M = token_losses(spec.objective, statistics, spec.tokens, slice(None))
+        loss_N, weight_N, metrics_MN = token_losses(spec.objective, statistics, spec.tokens, slice(None))
         ctx.save_for_backward(hidden_TH, head_VH)
         ctx.spec, ctx.statistics, ctx.weight_N = spec, statistics, weight_N
-        ctx.mark_non_differentiable(sums_M)
-        return loss_N, sums_M
+        ctx.mark_non_differentiable(metrics_MN)
+        return loss_N, metrics_MN
 
     @staticmethod
     @once_differentiable
@@ -250,10 +250,10 @@ def _apply(
 
 
 def _without_gradients(hidden_TH: Tensor, head_VH: Tensor, spec: _Spec) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per valid token, its sum, metric sums; one GEMM a model and nothing kept."""
+    """Loss per valid token, its sum, metrics [M, N]; one GEMM a model and nothing kept."""
     statistics = spec.visit(hidden_TH, head_VH).statistics()
-    loss_N, _, sums_M = token_losses(spec.objective, statistics, spec.tokens, slice(None))
-    return loss_N, loss_N.sum(), sums_M
+    loss_N, _, metrics_MN = token_losses(spec.objective, statistics, spec.tokens, slice(None))
+    return loss_N, loss_N.sum(), metrics_MN
 
 
 def fused_linear_loss(
@@ -334,13 +334,13 @@ def fused_linear_loss(
     if gradients_in not in ("forward", "backward"):
         raise ValueError(f"gradients_in={gradients_in!r}: choose forward or backward")
     if not torch.is_grad_enabled() or not (hidden_TH.requires_grad or head_VH.requires_grad):
-        _, loss_sum, sums_M = _without_gradients(hidden_TH, head_VH, spec)
+        _, loss_sum, metrics_MN = _without_gradients(hidden_TH, head_VH, spec)
     elif gradients_in == "forward":
-        loss_sum, sums_M = _apply(_GradientsInForward, hidden_TH, head_VH, spec)
+        loss_sum, metrics_MN = _apply(_GradientsInForward, hidden_TH, head_VH, spec)
     else:
-        loss_N, sums_M = _apply(_GradientsInBackward, hidden_TH, head_VH, spec)
+        loss_N, metrics_MN = _apply(_GradientsInBackward, hidden_TH, head_VH, spec)
         loss_sum = loss_N.sum()
-    return loss_output(objective, loss_sum, sums_M, spec.tokens.count)
+    return loss_output(objective, loss_sum, metrics_MN, spec.tokens)
 
 
 def fused_linear_token_losses(

@@ -159,12 +159,12 @@ class HeadVisit:
             self._add_gradients(chunk, gradient_NV, into)
 
     def loss_and_gradients(self, upstream: Tensor | None, into: Gradients) -> tuple[Tensor, Tensor]:
-        """Loss sum, metric sums and gradients in one visit. GEMMs: one a model and one a gradient.
+        """Loss sum, metrics [M, N] and gradients in one visit. GEMMs: one a model and one a gradient.
 
         One all-gather a chunk. Only for token scope: a token's weight is known as soon as its statistics are.
         """
         loss_sum = self.operands.hidden_TH.new_zeros((), dtype=self.dtype)
-        sums_M = loss_sum.new_zeros(len(metric_names(self.objective)))
+        metrics_MN = loss_sum.new_empty(len(metric_names(self.objective)), self.tokens.count)
         for chunk in self._chunks():
             packed_NK, exps = local_statistics(
                 self.objective,
@@ -175,12 +175,13 @@ class HeadVisit:
                 chunk.scratch_NV,
             )
             part = exchange(self.objective, packed_NK, self.shard)
-            loss_N, weight_N, chunk_sums_M = token_losses(self.objective, part, self.tokens, chunk.tokens)
+            loss_N, weight_N, metrics_MN[:, chunk.tokens] = token_losses(
+                self.objective, part, self.tokens, chunk.tokens
+            )
             loss_sum += loss_N.sum()
-            sums_M += chunk_sums_M
             if into.wanted:
                 gradient_NV = logit_gradient(
                     self.objective, exps, part, weight_N, chunk.own_N, chunk.label_index_N, upstream
                 )
                 self._add_gradients(chunk, gradient_NV, into)
-        return loss_sum, sums_M
+        return loss_sum, metrics_MN

@@ -49,7 +49,7 @@ def _statistics(
 
 
 class _VocabParallelLoss(torch.autograd.Function):
-    """Statistics in forward, the logit gradient in closed form in backward; metric sums have no gradient."""
+    """Statistics in forward, the logit gradient in closed form in backward; metrics have no gradient."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -62,11 +62,11 @@ class _VocabParallelLoss(torch.autograd.Function):
         chunks: list[slice],
     ) -> tuple[Tensor, Tensor]:
         statistics = _statistics(logits_TV, ref_logits_TV, tokens, objective, shard, chunks)
-        loss_N, weight_N, sums_M = token_losses(objective, statistics, tokens, slice(None))
+        loss_N, weight_N, metrics_MN = token_losses(objective, statistics, tokens, slice(None))
         ctx.save_for_backward(logits_TV, ref_logits_TV, weight_N)
         ctx.rest = (statistics, tokens, objective, shard, chunks)
-        ctx.mark_non_differentiable(sums_M)
-        return loss_N.sum(), sums_M
+        ctx.mark_non_differentiable(metrics_MN)
+        return loss_N.sum(), metrics_MN
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -147,8 +147,8 @@ def vocab_parallel_loss(
         device=logits_TV.device,
     )
     chunks = list(token_chunks(tokens.count, chunk_tokens))
-    loss_sum, sums_M = cast(
+    loss_sum, metrics_MN = cast(
         tuple[Tensor, Tensor],
         _VocabParallelLoss.apply(logits_TV, ref_logits, tokens, objective, shard, chunks),  # pyright: ignore
     )
-    return loss_output(objective, loss_sum, sums_M, tokens.count)
+    return loss_output(objective, loss_sum, metrics_MN, tokens)

@@ -57,6 +57,7 @@ def test_one_token_by_hand(direction):
         "nll": pytest.approx((log2, 1), abs=1e-15),
         "weighted_nll": pytest.approx((0.5 * log2, 1), abs=1e-15),
         "token_weight": pytest.approx((0.5, 1), abs=1e-15),
+        "high_weight_share": (0.0, 1),
         kl_name: pytest.approx((kl, 1), abs=1e-15),
     }
     output.loss_sum.backward()

@@ -113,7 +113,7 @@ def test_kl_weight_zero_is_dft_exactly():
     plain, plain_gradient = sharded(case, objective("dft"))
     assert torch.equal(ours.loss_sum, plain.loss_sum)
     assert torch.equal(gradient, plain_gradient)
-    assert list(ours.metrics) == ["nll", "weighted_nll", "token_weight"]
+    assert list(ours.metrics) == ["nll", "weighted_nll", "token_weight", "high_weight_share"]
     definition, _, _, _ = case.dense(objective("asft", kl_weight=0.0))
     assert torch.equal(definition.loss_sum, case.dense(objective("dft"))[0].loss_sum)
 
