@@ -81,14 +81,12 @@ class PrepassCallback(Callback):
         self._prepass: Prepass | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Builds what is read. The reference is the base in every case; a resumed snapshot is that of its checkpoint."""
+        """Builds what is read. The reference is the base in every case."""
         sources: dict[str, ReferenceSource] = {}
         if self._build_reference is not None:
             self.reference = sources["ref"] = self._build_reference()
         if self._build_snapshot is not None:
             self.snapshot = sources["old"] = self._build_snapshot()
-            if trainer.ckpt_path:
-                self.snapshot.load_weights(Path(trainer.ckpt_path) / SNAPSHOT_FOLDER)
         if sources:
             config = self._config
             self._prepass = Prepass(config.objective, config.vocab_shard(), config.loss_chunk_tokens, sources)

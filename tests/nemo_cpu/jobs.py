@@ -100,7 +100,7 @@ def fit(
         spec=read_model_spec(base_dir / "context" / "hf"),
         base_dir=base_dir,
         data=data,
-        resuming=resume is not None,
+        resume=resume,
     )
     parts.trainer.callbacks.extend(callbacks)
     parts.trainer.fit(parts.model, datamodule=parts.data, ckpt_path=None if resume is None else str(resume))

@@ -134,6 +134,47 @@ def test_resume_is_bit_exact_and_keeps_the_base_as_reference(
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
 
+def test_psft_resumes_between_snapshots(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    """A stop at step 3 of 5 with a snapshot every second step: the snapshot of step 3's start comes back with the checkpoint."""
+    common = {
+        "objective__name": "psft",
+        "objective__refresh_every": 2,
+        "reference__form": "none",
+        "parallel__vpp_size": 2,
+        "trainer__max_steps": 5,
+        "trainer__checkpoint_every": 3,
+        "trainer__keep": "last:2",
+    }
+    straight = settings_of(model, tmp_path / "straight", **common)
+    ranks4.run("jobs:train_steps", settings=straight, valid=VALID)
+    stopped = settings_of(model, tmp_path / "stopped", **common)
+    with pytest.raises(RankError, match="stopped by the test"):
+        ranks4.run("jobs:train_and_die", settings=stopped, valid=VALID, after_step=3)
+    ranks4.run("jobs:train_steps", settings={**stopped, "trainer.resume": "must"}, valid=VALID)
+    expected, found = metrics(tmp_path / "straight"), metrics(tmp_path / "stopped")
+    assert without_times(found) == without_times(expected)
+    # refreshed at steps 1, 3 and 5: the ratio, and so the weight, is 1 there and moves in between
+    assert [line["token_weight"] == pytest.approx(1.0, abs=1e-6) for line in found] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    one, other = (all_tensors(tmp_path / name / "checkpoints" / "step_5") for name in ("straight", "stopped"))
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def test_iw_sft_starts_at_weight_one(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    """Policy and reference are the same model at first, so every sequence counts alike; then the weights part."""
+    settings = settings_of(model, tmp_path / "run", objective__name="iw_sft", trainer__max_steps=3)
+    ranks4.run("jobs:train_steps", settings=settings, valid=VALID)
+    weights = [line["token_weight"] for line in metrics(tmp_path / "run")]
+    assert weights[0] == 1.0
+    assert weights[1] > 1.0
+    assert weights[2] > weights[1]
+
+
 def test_resume_at_another_layout_goes_on(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
     """A checkpoint of TP2 x PP2 continues at TP1 x PP2 x DP2: the next step's loss agrees to rounding."""
     common = {"trainer__max_steps": 3, "trainer__checkpoint_every": 2, "trainer__keep": "last:2"}
@@ -273,7 +314,7 @@ def test_train_without_our_launcher_opens_the_folder(ranks4: RankGroup, tmp_path
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"peft.name": "lora"}, "peft=lora is not available yet"),
+        ({"reference.form": "adapter_disabled"}, "peft=none has none: set peft=lora"),
         ({"run.world_size": 8}, "4 ranks were started, but run.world_size=8"),
     ],
 )

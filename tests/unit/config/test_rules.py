@@ -117,19 +117,41 @@ ONE_RULE = [
     (["objective=asft", "data.train=[missing.jsonl]"], "data file missing.jsonl does not exist"),
     (["objective=asft", "model.path=missing"], "model.path=missing is not a directory"),
     (["objective=asft", "trainer.resume=must"], "has no checkpoint: correct run.dir"),
-    (["objective.name=eaft"], "this objective is not available yet: set objective=sft, dft, sft_kl, asft"),
+    (
+        ["objective=iw_sft", "reference=none"],
+        "objective=iw_sft needs a reference, got reference=none: set reference=resident",
+    ),
     (["objective=asft", "reference=cached"], "reference=cached is not available yet: set reference=resident"),
     (["objective=asft", "reference=offloaded"], "reference=offloaded is not available yet"),
-    (["objective=asft", "reference=adapter_disabled"], "adapters disabled is not available yet"),
+    (
+        ["objective=asft", "reference=adapter_disabled"],
+        "peft=none has none: set peft=lora, or reference=resident",
+    ),
     (["objective=asft", "reference.precision=fp8"], "another precision is not available yet"),
     (["objective=asft", "reference.micro_batch_size=4"], "reference.micro_batch_size is not available yet"),
-    (["objective=asft", "peft=lora"], "peft=lora is not available yet"),
+    (["objective=psft", "peft=lora"], "objective=psft with peft=lora is not available yet"),
+    (
+        ["objective=asft", "peft=lora", "peft.targets=[linear_q]"],
+        "peft.targets=[linear_q] does not name linear layers, each once: choose from linear_qkv, linear_proj",
+    ),
+    (["objective=asft", "peft=lora", "peft.targets=[]"], "peft.targets=[] does not name linear layers"),
+    (
+        ["objective=asft", "peft=lora", "peft.rank=3", "parallel.tp_size=2"],
+        "peft.rank=3 is not a multiple of parallel.tp_size=2, which divides the adapters: set peft.rank=4",
+    ),
     (["objective=asft", "data.template=chat"], "data.template=chat is not available yet"),
     (["objective=asft", "data.packing=true"], "data.packing=true is not available yet"),
     (["objective=asft", "data.weights=[1]"], "data.weights is not available yet"),
     (["objective=asft", "data.loss_on=last_assistant"], "loss on chosen turns is not available yet"),
     (["objective=asft", "trainer.keep=best:validation_nll"], "trainer.keep=best:... is not available yet"),
-    (["objective=asft", "trainer.on_nonfinite=skip"], "trainer.on_nonfinite=skip is not available yet"),
+    (
+        ["objective=asft", "trainer.max_skips=3"],
+        "trainer.max_skips does nothing with trainer.on_nonfinite=stop",
+    ),
+    (
+        ["objective=asft", "trainer.on_nonfinite=skip", "trainer.max_skips=0"],
+        "trainer.max_skips=0 is out of range",
+    ),
     (["objective=asft", "precision=fp8_current"], "FP8 training is not available yet: set precision=bf16"),
     (["objective=asft", "parallel.cp_size=2"], "context parallelism is not available yet"),
 ]
@@ -159,8 +181,11 @@ GOOD = [
     ["objective=asft", "objective.kl_weight=0", "reference=none"],
     ["objective=asft", "precision=bf16", "run.world_size=2"],
     ["objective=asft", "parallel.tp_size=2", "parallel.pp_size=2", "parallel.vpp_size=2", "parallel.sequence_parallel=true"],
+    ["objective=asft", "trainer.on_nonfinite=skip", "trainer.max_skips=3"],
     ["objective=asft", "trainer.resume=if_exists", "trainer.checkpoint_every=2", "trainer.keep=last:3"],
     ["objective=asft", "loss.implementation=dense", "loss.normalize_by=micro_batch"],
+    ["objective=asft", "peft=lora", "reference=adapter_disabled", "parallel.tp_size=2", "parallel.pp_size=2"],
+    ["objective=asft", "peft=lora", "peft.rank=4", "peft.targets=[linear_qkv]", "reference=resident"],
     ["objective=asft", "data.template=raw", "data.on_too_long=truncate", "data.loss_on=all", "data.on_bad_row=skip"],
 ]  # fmt: skip
 
