@@ -6,7 +6,7 @@ import os
 
 from asft_nemo.config import rules
 from asft_nemo.config.schema import RunConfig, from_dict, to_dict
-from asft_nemo.errors import ConfigError, UserError
+from asft_nemo.errors import ConfigError
 
 
 def train(run: RunConfig) -> None:
@@ -41,17 +41,7 @@ def train(run: RunConfig) -> None:
         data=data,
         resuming=resume is not None,
     )
-    try:
-        parts.trainer.fit(
-            parts.model, datamodule=parts.data, ckpt_path=None if resume is None else str(resume)
-        )
-    except RuntimeError as error:
-        if "in local grad norm" in str(error):  # megatron's check, before the optimizer
-            raise UserError(
-                "a gradient is not finite, the optimizer step was not taken: lower optim.lr, check the data around the last step of "
-                f"metrics.jsonl, or resume from {run.run.dir}/checkpoints/latest"
-            ) from error
-        raise
+    parts.trainer.fit(parts.model, datamodule=parts.data, ckpt_path=None if resume is None else str(resume))
 
 
 def _check_world(run: RunConfig) -> None:

@@ -171,6 +171,7 @@ class TrainerConfig(Section):
     keep: str = "last:1"  # last:N | best:metric
     resume: str = "never"  # never | if_exists | must
     on_nonfinite: str = "stop"  # stop | skip
+    max_skips: int = 10  # steps of the whole run that on_nonfinite=skip may skip
 
 
 @dataclass(unsafe_hash=True)

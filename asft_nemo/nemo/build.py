@@ -22,6 +22,7 @@ from asft_nemo.nemo.callbacks import CheckpointCallback, MetricsCallback
 from asft_nemo.nemo.compat import AnchoredStrategy
 from asft_nemo.nemo.datamodule import AnchoredDataModule
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, ASFTModel
+from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.optim import WarmupSchedule
 from asft_nemo.nemo.precision import precision_plugin, precision_row
 from asft_nemo.nemo.schedule import PrepassCallback
@@ -125,7 +126,7 @@ def strategy(run: RunConfig, base_dir: Path, *, resuming: bool) -> AnchoredStrat
             grad_reduce_in_fp32=True,
             # per-token averaging divides once, by the global token count: no averaging in the collective
             average_in_collective=False,
-            check_for_nan_in_grad=True,
+            check_for_nan_in_grad=False,  # NonfiniteGuard looks, on all ranks, and waits for the device once a step
         ),
         ckpt_async_save=False,
         ckpt_optim_fully_reshardable=True,
@@ -194,9 +195,11 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         seed=run.run.seed,
     )
     prepass = PrepassCallback(config, reference_builder(run, model, base_dir), snapshot_builder(run, model))
+    guard = NonfiniteGuard(on_nonfinite=run.trainer.on_nonfinite, max_skips=run.trainer.max_skips)
     metrics = MetricsCallback(
         run_dir,
         prepass,
+        guard,
         max_steps=max_steps,
         max_initial_kl=run.reference.max_initial_kl if config.objective.needs_reference else None,
         validate_every=run.trainer.validate_every,
@@ -219,7 +222,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         max_epochs=-1,
         strategy=strategy(run, base_dir, resuming=resuming),
         plugins=precision_plugin(run.precision),
-        callbacks=[prepass, metrics, checkpoints],
+        callbacks=[prepass, guard, metrics, checkpoints],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

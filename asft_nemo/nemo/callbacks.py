@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from asft_nemo.errors import UserError
+from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.run_dir import checkpoint_steps, drop_steps_after, point_latest_at
 
@@ -42,6 +43,11 @@ def any_rank(flag: bool) -> bool:
     return bool(value.item())
 
 
+def _finite(value: Any) -> bool:
+    """Whether strict JSON has a number for it."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 class MetricsCallback(Callback):
     """Writes one JSON object a step to metrics.jsonl and the same values as TensorBoard events; shows progress.
 
@@ -50,6 +56,7 @@ class MetricsCallback(Callback):
     Args:
         run_dir: folder of the run.
         prepass: tells the prepass's seconds.
+        guard: tells which steps were skipped; comes before this callback.
         max_steps: of the whole run, for the progress bar.
         max_initial_kl: bound on the KL of the run's very first step, nats per token; None when no KL is measured.
         validate_every: steps between validations, None for none.
@@ -60,6 +67,7 @@ class MetricsCallback(Callback):
         self,
         run_dir: Path,
         prepass: PrepassCallback,
+        guard: NonfiniteGuard,
         *,
         max_steps: int,
         max_initial_kl: float | None,
@@ -68,6 +76,7 @@ class MetricsCallback(Callback):
     ):
         self.path = run_dir / "metrics.jsonl"
         self.prepass = prepass
+        self.guard = guard
         self.max_steps = max_steps
         self.max_initial_kl = max_initial_kl
         self.validate_every = validate_every
@@ -102,18 +111,13 @@ class MetricsCallback(Callback):
         self._started = time.perf_counter()
 
     def on_megatron_step_end(self, step: Any) -> None:
-        """After forward and backward, before the optimizer: refuses a loss that is not finite and a reference that is not the base.
+        """After forward and backward, before the first update: refuses a reference that is not the base.
 
-        Collective: one all-reduce of one value a step.
+        Collective: one all-reduce of one value.
         """
-        if step.forward_only:
-            return
-        values = step.pl_module.training_loss_reduction.last if is_writer() else {}
-        if any_rank(not math.isfinite(values.get("loss", 0.0))):
-            raise UserError(
-                f"the loss of step {step.step_i + 1} is not finite: look at metrics.jsonl before it, then lower optim.lr or check the data"
-            )
-        if step.step_i == 0 and self.max_initial_kl is not None:
+        first = step.step_i == self.guard.skipped_steps and not self.guard.skipped
+        if first and not step.forward_only and self.max_initial_kl is not None:
+            values = step.pl_module.training_loss_reduction.last if is_writer() else {}
             kl = values.get("kl", values.get("kl_reverse", 0.0))
             if any_rank(abs(kl) > self.max_initial_kl):
                 raise UserError(
@@ -133,7 +137,7 @@ class MetricsCallback(Callback):
             validation = validate(trainer, pl_module)
         if not self._writes:
             return
-        grad_norm = trainer.callback_metrics.get("grad_norm")
+        grad_norm = None if self.guard.skipped else trainer.callback_metrics.get("grad_norm")
         tokens = int(last["tokens"])
         line = {
             "step": step,
@@ -144,10 +148,12 @@ class MetricsCallback(Callback):
             "seconds": seconds,
             "reference_seconds": self.prepass.reference_seconds,
             "tokens_per_second": tokens / seconds,
+            "skipped": self.guard.skipped,
             **{f"validation_{key}": validation.get(key) for key in METRIC_KEYS if validation},
         }
+        line = {key: value if _finite(value) else None for key, value in line.items()}
         with self.path.open("a") as out:
-            out.write(json.dumps(line) + "\n")
+            out.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in line.items():
             if value is not None and name != "step":
                 self._events.add_scalar(name, value, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,3 +32,68 @@ class AnchoredStrategy(MegatronStrategy):
         super().setup_distributed()
         if again:
             init_model_parallel(self.model)
+
+
+def before_grad_sync(chunk: Any, see: Callable[[torch.Tensor], None]) -> None:
+    """Calls `see` with each bucket's gradient, summed over this rank's micro batches, just before its data-parallel reduction.
+
+    `_ParamAndGradBucketGroup.start_grad_sync` (megatron-core 0.15.3) has one place to look at a gradient before other ranks' are added:
+    `check_for_nan_in_grad`. It waits for the device at every bucket and raises on one rank alone, in the middle of the schedule, while
+    the others wait in the reduction until they are killed. `see` runs in its place, with the overlapped reduction and without.
+
+    Args:
+        chunk: a chunk of MegatronParallel.
+        see: gets a bucket's gradient, flat, in the dtype of the reduction; must not change it.
+
+    Raises:
+        RuntimeError: Megatron's classes are not those this was written for.
+    """
+    wrapper = _data_parallel(chunk)
+    for group in (*wrapper.bucket_groups, *wrapper.expert_parallel_bucket_groups):
+        start = getattr(group, "start_grad_sync", None)
+        if start is None or not all(hasattr(bucket, "grad_data") for bucket in group.buckets):
+            raise RuntimeError(
+                f"{type(group).__name__} of this megatron-core has no start_grad_sync or grad_data"
+            )
+
+        def watched(group: Any = group, start: Any = start) -> None:
+            for bucket in group.buckets:
+                see(bucket.grad_data)
+            start()
+
+        group.start_grad_sync = watched
+
+
+def grad_buffers(chunk: Any) -> list[torch.Tensor]:
+    """The flat gradient buffers of a chunk; with the distributed optimizer, other ranks' parts of them are this rank's own sums."""
+    wrapper = _data_parallel(chunk)
+    return [buffer.grad_data for buffer in (*wrapper.buffers, *wrapper.expert_parallel_buffers)]
+
+
+def _data_parallel(chunk: Any) -> Any:
+    """Megatron's data-parallel wrapper inside a chunk of MegatronParallel."""
+    while not (hasattr(chunk, "bucket_groups") and hasattr(chunk, "expert_parallel_buffers")):
+        if "module" not in getattr(chunk, "_modules", {}):
+            raise RuntimeError(
+                "no DistributedDataParallel of megatron-core 0.15 in this model: its gradients cannot be watched"
+            )
+        chunk = chunk.module
+    return chunk
+
+
+def make_skippable(optimizer: Any, skip: Callable[[], bool]) -> None:
+    """Lets `skip` turn an optimizer step into nothing: neither parameters nor state change.
+
+    NeMo's `McoreDistributedOptimizer.step` (nemo 2.7.3) runs forward and backward and then `mcore_optimizer.step()` in one call, so no
+    hook of Lightning's lies between; what a step without an update returns is Megatron's own answer after an overflow.
+
+    Raises:
+        RuntimeError: the optimizer is not NeMo's wrapper around Megatron's.
+    """
+    inner = getattr(optimizer, "mcore_optimizer", None)
+    if inner is None or not hasattr(inner, "step_with_ready_grads"):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} is not NeMo's wrapper around a Megatron optimizer: its steps cannot be skipped"
+        )
+    take = inner.step
+    inner.step = lambda: (False, None, None) if skip() else take()

@@ -285,6 +285,7 @@ def test_run_folder_and_record(ranks4: RankGroup, model: Path, tmp_path: Path) -
         "grad_norm",
         "lr",
         "tokens",
+        "skipped",
     }
     assert set(metrics(folder)[0]) == expected | set(NOT_TIMES)
 
