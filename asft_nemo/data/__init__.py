@@ -4,7 +4,7 @@ from asft_nemo.data.dataset import FILLER, LoadReport, SupervisedDataset, inspec
 from asft_nemo.data.fingerprint import fingerprint
 from asft_nemo.data.prepare import Prepared, prepare
 from asft_nemo.data.sampler import GlobalBatchSampler, SequentialBatchSampler, num_steps
-from asft_nemo.data.sources import BadRow, Record, read_records
+from asft_nemo.data.sources import BadRow, Record, domain_names, read_records
 from asft_nemo.data.templates import PROMPTS, Rendered, render
 from asft_nemo.data.tokenization import TextTokenizer, Tokenized
 
@@ -21,6 +21,7 @@ __all__ = [
     "SupervisedDataset",
     "TextTokenizer",
     "Tokenized",
+    "domain_names",
     "fingerprint",
     "inspect_files",
     "num_steps",

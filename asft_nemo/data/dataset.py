@@ -77,15 +77,16 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
     """Prompt-response examples as next-token items of `sequence_length` tokens, padded on the right.
 
     An item is a dict of `tokens`, `labels` (already shifted: the label of position i is token i + 1) and
-    `position_ids`, int64 [S]; `loss_mask`, bool [S], True where the label counts; and `sample_id`, int64
-    scalar, the row's number among the non-blank lines of all files. Index -1 is a filler item: padding
-    only, nothing learned.
+    `position_ids`, int64 [S]; `loss_mask`, bool [S], True where the label counts; `sample_id`, int64
+    scalar, the row's number among the non-blank lines of all files; and `domain_id`, int64 scalar, the place
+    of its file among the files. Index -1 is a filler item: padding only, nothing learned, both ids -1.
     """
 
     def __init__(
         self,
         examples: Sequence[Tokenized],
         sample_ids: Sequence[int],
+        domain_ids: Sequence[int],
         *,
         sequence_length: int,
         pad_id: int,
@@ -107,6 +108,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         )
         self._response_starts = np.asarray([example.response_start for example in examples], dtype=np.int64)
         self._sample_ids = np.asarray(sample_ids, dtype=np.int64)
+        self._domain_ids = np.asarray(domain_ids, dtype=np.int64)
 
     @classmethod
     def from_files(
@@ -135,14 +137,19 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
                 "model's own tokenizer"
             )
         report = LoadReport()
-        examples, sample_ids = _load(files, data, tokenizer, report)
+        examples, sample_ids, domain_ids = _load(files, data, tokenizer, report)
         if report.bad and data.on_bad_row == "fail":
             raise bad_rows_error(report.bad)
         if not examples:
             raise DataError(_nothing_left(report, data))
         _say(report, data)
         return cls(
-            examples, sample_ids, sequence_length=data.sequence_length, pad_id=tokenizer.pad_id, report=report
+            examples,
+            sample_ids,
+            domain_ids,
+            sequence_length=data.sequence_length,
+            pad_id=tokenizer.pad_id,
+            report=report,
         )
 
     def __len__(self) -> int:
@@ -153,7 +160,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         tokens = torch.full((size,), self.pad_id, dtype=torch.int64)
         labels = torch.full((size,), self.pad_id, dtype=torch.int64)
         loss_mask = torch.zeros(size, dtype=torch.bool)
-        sample_id = FILLER
+        sample_id = domain_id = FILLER
         if index != FILLER:
             if not 0 <= index < len(self):
                 raise IndexError(f"item {index} of {len(self)}")
@@ -163,13 +170,14 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
             tokens[:count], labels[:count] = whole[:-1], whole[1:]
             # Label i is token i + 1, so the first learned label stands one place before the response.
             loss_mask[max(0, int(self._response_starts[index]) - 1) : count] = True
-            sample_id = int(self._sample_ids[index])
+            sample_id, domain_id = int(self._sample_ids[index]), int(self._domain_ids[index])
         return {
             "tokens": tokens,
             "labels": labels,
             "loss_mask": loss_mask,
             "position_ids": torch.arange(size),
             "sample_id": torch.tensor(sample_id),
+            "domain_id": torch.tensor(domain_id),
         }
 
 
@@ -188,9 +196,10 @@ def inspect_files(files: Iterable[str | Path], data: DataConfig, *, tokenizer: T
 
 def _load(
     files: Iterable[str | Path], data: DataConfig, tokenizer: TextTokenizer, report: LoadReport
-) -> tuple[list[Tokenized], list[int]]:
+) -> tuple[list[Tokenized], list[int], list[int]]:
     examples: list[Tokenized] = []
     sample_ids: list[int] = []
+    domain_ids: list[int] = []
     records = read_records(files, data.fields)
     while chunk := list(islice(records, _CHUNK)):
         usable: list[tuple[int, Record]] = []
@@ -207,10 +216,11 @@ def _load(
             if fitted is not None:
                 examples.append(fitted)
                 sample_ids.append(number)
+                domain_ids.append(record.domain)
                 report.kept += 1
                 report.tokens += len(fitted.tokens) - 1
                 report.learned_tokens += len(fitted.tokens) - max(1, fitted.response_start)
-    return examples, sample_ids
+    return examples, sample_ids, domain_ids
 
 
 def _fit(example: Tokenized, record: Record, data: DataConfig, report: LoadReport) -> Tokenized | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +50,26 @@ class Record:
     response: str
     file: str
     line: int
+    domain: int  # which of the files, counted from 0
+
+
+def domain_names(files: Sequence[str | Path]) -> tuple[str, ...]:
+    """A name for each file: its stem, with as many of its folders in front as set it apart from the others; a
+    number behind where that is not enough.
+    """
+    paths = [(*Path(file).parent.parts, Path(file).stem) for file in files]
+    names: list[str] = []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        depth = 1
+        while depth < len(path) and any(other[-depth:] == path[-depth:] for other in others):
+            depth += 1
+        name, number = "/".join(path[-depth:]), 1
+        while name in names:
+            number += 1
+            name = f"{'/'.join(path[-depth:])}-{number}"
+        names.append(name)
+    return tuple(names)
 
 
 def read_records(files: Iterable[str | Path], fields: FieldsConfig) -> Iterator[Record | BadRow]:
@@ -59,7 +79,7 @@ def read_records(files: Iterable[str | Path], fields: FieldsConfig) -> Iterator[
     Raises:
         DataError: a file is missing, is not text in UTF-8, or has no line.
     """
-    for file in files:
+    for domain, file in enumerate(files):
         empty = True
         for line, raw in _lines(Path(file)):
             empty = False
@@ -68,7 +88,7 @@ def read_records(files: Iterable[str | Path], fields: FieldsConfig) -> Iterator[
             if isinstance(result, str):
                 yield BadRow(str(file), line, result)
             else:
-                yield Record(*result, file=str(file), line=line)
+                yield Record(*result, file=str(file), line=line, domain=domain)
         if empty:
             raise DataError(f"data file {file} is empty: give a file with one JSON object a line")
 

@@ -34,6 +34,7 @@ def test_item_is_the_shifted_padded_example(gpt2: TextTokenizer, jsonl: Writer) 
         "loss_mask": (torch.bool, (64,)),
         "position_ids": (torch.int64, (64,)),
         "sample_id": (torch.int64, ()),
+        "domain_id": (torch.int64, ()),
     }
     assert item["tokens"][:count].tolist() == example.tokens[:-1]
     assert item["labels"][:count].tolist() == example.tokens[1:]
@@ -73,6 +74,12 @@ def test_sample_ids_are_row_numbers_over_all_files(gpt2: TextTokenizer, jsonl: W
     assert [int(dataset[i]["sample_id"]) for i in range(len(dataset))] == [0, 2, 3]
 
 
+def test_domain_ids_are_places_among_the_files(gpt2: TextTokenizer, jsonl: Writer) -> None:
+    one, two = jsonl({"q": "x"}, ROW, ROW, name="one.jsonl"), jsonl(ROW, name="two.jsonl")
+    dataset = SupervisedDataset.from_files([two, one, two], config(on_bad_row="skip"), tokenizer=gpt2)
+    assert [int(dataset[i]["domain_id"]) for i in range(len(dataset))] == [0, 1, 1, 2]
+
+
 def test_sample_ids_do_not_depend_on_the_chunking(
     gpt2: TextTokenizer, jsonl: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +93,7 @@ def test_filler_item_learns_nothing(gpt2: TextTokenizer, jsonl: Writer) -> None:
     dataset = SupervisedDataset.from_files([jsonl(ROW)], config(), tokenizer=gpt2)
     item = dataset[FILLER]
     assert not item["loss_mask"].any()
-    assert int(item["sample_id"]) == FILLER
+    assert int(item["sample_id"]) == int(item["domain_id"]) == FILLER
     assert item["tokens"].shape == dataset[0]["tokens"].shape
     for index in (1, -2):
         with pytest.raises(IndexError):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asft_nemo.config.schema import FieldsConfig
-from asft_nemo.data import BadRow, Record, read_records
+from asft_nemo.data import BadRow, Record, domain_names, read_records
 from asft_nemo.data.sources import _lines, _parse, bad_rows_error
 from asft_nemo.errors import DataError
 
@@ -45,8 +45,8 @@ BAD = [
 def test_bad_row_is_located_and_explained(jsonl: Writer, row: object, reason: str) -> None:
     path = jsonl({"q": "1", "a": "2"}, row, {"q": "3", "a": "4"})
     first, bad, last = read_records([path], FIELDS)
-    assert first == Record("1", "2", str(path), 1)
-    assert last == Record("3", "4", str(path), 3)
+    assert first == Record("1", "2", str(path), 1, 0)
+    assert last == Record("3", "4", str(path), 3, 0)
     assert isinstance(bad, BadRow)
     assert (bad.file, bad.line) == (str(path), 2)
     assert reason in bad.reason
@@ -62,6 +62,22 @@ def test_files_keep_their_order_and_blank_lines_their_numbers(jsonl: Writer) -> 
         ("one.jsonl", 2),
         ("one.jsonl", 4),
     ]
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["data/math.jsonl", "code.v2.jsonl"], ("math", "code.v2")),
+        (["/d/math/train.jsonl", "/d/code/train.jsonl", "x.jsonl"], ("math/train", "code/train", "x")),
+        (["a.jsonl", "a.jsonl", "b/a.jsonl", "a-2.jsonl"], ("a", "a-2", "b/a", "a-2-2")),
+        (["a.jsonl", "a.json"], ("a", "a-2")),
+        (["1/d/a.jsonl", "2/d/a.jsonl", "2/e/a.jsonl"], ("1/d/a", "2/d/a", "e/a")),
+        ([], ()),
+    ],
+)
+def test_domain_names_are_short_and_apart(files: list[str], names: tuple[str, ...]) -> None:
+    assert domain_names(files) == names
+    assert len(set(names)) == len(files)
 
 
 def test_byte_order_mark_carriage_returns_and_missing_last_newline(tmp_path: Path) -> None:
