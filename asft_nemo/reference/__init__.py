@@ -9,14 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from asft_nemo.reference.offloaded import OffloadedReference
     from asft_nemo.reference.prepass import forward_hidden
     from asft_nemo.reference.resident import ResidentReference
     from asft_nemo.reference.snapshot import PolicySnapshot
-    from asft_nemo.reference.source import ReferenceSource
+    from asft_nemo.reference.source import ReferenceBytes, ReferenceSource
 
-__all__ = ["PolicySnapshot", "ReferenceSource", "ResidentReference", "forward_hidden"]
+__all__ = [
+    "OffloadedReference",
+    "PolicySnapshot",
+    "ReferenceBytes",
+    "ReferenceSource",
+    "ResidentReference",
+    "forward_hidden",
+]
 
 _HOMES = {
+    "OffloadedReference": "offloaded",
+    "ReferenceBytes": "source",
     "PolicySnapshot": "snapshot",
     "ReferenceSource": "source",
     "ResidentReference": "resident",

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor, nn
 
 from asft_nemo.reference.prepass import forward_hidden
+from asft_nemo.reference.source import ReferenceBytes
 
 # What the policy's config carries for its own gradients and parameters; the reference has neither.
 _TRAINING_HOOKS = (
@@ -104,6 +105,10 @@ class FrozenChunks:
         return forward_hidden(
             self.chunks, micro_batches, sequence_length=sequence_length, micro_batch_size=micro_batch_size
         )
+
+    def held(self) -> ReferenceBytes:
+        """See `ReferenceSource.held`."""
+        return ReferenceBytes(device=sum(p.nbytes for chunk in self.chunks for p in chunk.parameters()))
 
     def head(self) -> Tensor | None:
         """See `ReferenceSource.head`."""

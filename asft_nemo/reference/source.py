@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ReferenceBytes:
+    """What a reference holds on this rank between steps, in bytes.
+
+    Attributes:
+        device: weights on the device.
+        host: weights in host memory.
+        disk: the whole cache on disk (the same on every rank).
+    """
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
 
 
 class ReferenceSource(Protocol):
@@ -26,4 +42,8 @@ class ReferenceSource(Protocol):
 
     def head(self) -> Tensor | None:
         """This rank's rows of the reference's head [V, H] on the last stage, None on other stages."""
+        ...
+
+    def held(self) -> ReferenceBytes:
+        """What it costs in memory on this rank, between steps."""
         ...

@@ -1,0 +1,142 @@
+"""A frozen model whose weights wait in host memory: on the device only while the prepass runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asft_nemo.reference.frozen import FrozenChunks
+from asft_nemo.reference.source import ReferenceBytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Parked:
+    """One module's own parameters and their copies in host memory."""
+
+    parameters: list[nn.Parameter]
+    host: list[Tensor]
+    arrived: torch.cuda.Event | None = None
+
+    def allocate(self, device: Any) -> None:
+        """Makes room on the device, from the current stream's memory."""
+        for parameter, host in zip(self.parameters, self.host, strict=True):
+            parameter.data = torch.empty_like(host, device=device)
+
+    def send(self, stream: torch.cuda.Stream) -> None:
+        """Starts the copies to the device on `stream`, the current one."""
+        for parameter, host in zip(self.parameters, self.host, strict=True):
+            parameter.data.copy_(host, non_blocking=True)
+        self.arrived = torch.cuda.Event()
+        self.arrived.record(stream)
+
+    def wait(self) -> None:
+        """Makes the current stream wait for the copies; nothing after the first call of a pass."""
+        if self.arrived is not None:
+            self.arrived.wait(torch.cuda.current_stream())
+            self.arrived = None
+
+    def leave(self) -> None:
+        """Frees the device's copies."""
+        for parameter, host in zip(self.parameters, self.host, strict=True):
+            parameter.data = torch.empty(0, dtype=host.dtype, device=parameter.device)
+        self.arrived = None
+
+
+class OffloadedReference(FrozenChunks):
+    """Frozen chunks with the base checkpoint's weights, in pinned host memory between the prepasses.
+
+    A prepass starts all copies in the order of the layers on a stream of their own; each layer waits for its weights alone, so that
+    later copies run beside the first micro batches. After the last micro batch the device's copies are freed, before the policy's
+    activations grow: its peak is that of training without a reference, where activations take as much as the stage's weights. The
+    head stays on the device (last stage only), for the loss reads it during the step.
+
+    Host memory: 2 (bf16) or 4 (fp32) bytes per parameter of this rank. The copies are exact: hidden states equal a resident
+    reference's bit for bit.
+
+    Args:
+        build_chunk, vp_size, dtype: see `FrozenChunks`.
+        weights_dir: torch distributed checkpoint of the base model (`weights/`).
+    """
+
+    def __init__(
+        self,
+        build_chunk: Callable[[int | None], nn.Module],
+        *,
+        vp_size: int | None,
+        weights_dir: Path,
+        dtype: torch.dtype,
+    ):
+        super().__init__(build_chunk, vp_size=vp_size, dtype=dtype)
+        self.load_weights(weights_dir)
+        last: Any = self.chunks[-1]
+        self._head_VH: Tensor | None = last.head_weight() if last.post_process else None
+        self._copies = torch.cuda.Stream()
+        with torch.no_grad():
+            self._parked = [self._park(module) for module in self._modules()]
+            for parked in self._parked:
+                parked.leave()
+        held = self.held()
+        logger.info(
+            "offloaded reference: %d bytes of this rank in host memory, %d on the device, from %s",
+            held.host,
+            held.device,
+            weights_dir,
+        )
+
+    def _modules(self) -> Iterator[nn.Module]:
+        """Modules with parameters that do not stay, in the order of the forward pass."""
+        for chunk in self.chunks:
+            for module in chunk.modules():
+                if self._own(module):
+                    yield module
+
+    def _own(self, module: nn.Module) -> list[nn.Parameter]:
+        """A module's own parameters without the head, which in a tied model is the embedding."""
+        return [p for p in module.parameters(recurse=False) if p is not self._head_VH]
+
+    def _park(self, module: nn.Module) -> _Parked:
+        parameters = self._own(module)
+        host = [
+            torch.empty(p.shape, dtype=p.dtype, device="cpu", pin_memory=True).copy_(p) for p in parameters
+        ]
+        parked = _Parked(parameters, host)
+        module.register_forward_pre_hook(lambda *_: parked.wait())
+        return parked
+
+    def hidden(
+        self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int
+    ) -> list[Tensor]:
+        """See `ReferenceSource.hidden`. The weights come for it and leave after it, also when it fails."""
+        device, compute = torch.cuda.current_device(), torch.cuda.current_stream()
+        try:
+            for parked in self._parked:
+                parked.allocate(device)
+            self._copies.wait_stream(compute)  # what used this memory before has finished
+            with torch.no_grad(), torch.cuda.stream(self._copies):
+                for parked in self._parked:
+                    parked.send(self._copies)
+            return super().hidden(
+                micro_batches, sequence_length=sequence_length, micro_batch_size=micro_batch_size
+            )
+        finally:
+            compute.wait_stream(self._copies)  # a layer that did not run must not be written to after this
+            for parked in self._parked:
+                parked.leave()
+
+    def head(self) -> Tensor | None:
+        """See `ReferenceSource.head`; it never leaves the device."""
+        return None if self._head_VH is None else self._head_VH.detach()
+
+    def held(self) -> ReferenceBytes:
+        """See `ReferenceSource.held`."""
+        head = 0 if self._head_VH is None else self._head_VH.nbytes
+        host = sum(tensor.nbytes for parked in self._parked for tensor in parked.host)
+        return ReferenceBytes(device=head, host=host)
