@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asft_nemo.losses.statistics import Exponentials, TokenStatistics
+from asft_nemo.losses.statistics import Exponentials, RawLogits, TokenStatistics
+from asft_nemo.losses.triton import row_gradient
 from asft_nemo.objectives import Objective
 
 
 def logit_gradient(
     objective: Objective,
-    exps: Exponentials,
+    exps: Exponentials | RawLogits,
     statistics: TokenStatistics,
     weight_N: Tensor,
     own_N: Tensor,
     label_index_N: Tensor,
     upstream_N: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """G = g [(w + c)(p - 1_y) + kl_weight dD],  forward dD = p - q,  reverse dD = p (log p - log q - KL).
 
@@ -24,17 +26,46 @@ def logit_gradient(
     away against the cross entropy's share of p.
 
     Args:
-        exps: this rank's exponentials; consumed, the result lies in `exps.policy_NV`.
+        exps: from `local_statistics` or `probabilities`; consumed, the result lies in `exps.policy_NV`.
         statistics: of the whole vocabulary.
         weight_N: w, without c.
         own_N, label_index_N: from `VocabShard.local_index`.
         upstream_N: g, one factor per token (or a scalar); None for 1.
+        dtype: of the result; None, or the logits' own, for the accumulation dtype. Another one makes the
+            result a tensor of its own.
 
     Returns:
         [N, V] gradient of the sum over tokens of g_t L_t with respect to this rank's logits.
 
     Memory: no [N, V] temporary. Source: DESIGN, "rows, not branches"; arXiv 2509.23753 for the forward case.
     """
+    dtype = dtype or exps.policy_NV.dtype
+    if isinstance(exps, RawLogits):
+        return row_gradient(
+            objective,
+            exps.policy_NV,
+            exps.ref_NV,
+            statistics,
+            weight_N,
+            own_N,
+            label_index_N,
+            upstream_N,
+            dtype,
+        )
+    gradient_NV = _from_exponentials(objective, exps, statistics, weight_N, own_N, label_index_N, upstream_N)
+    return gradient_NV.to(dtype)
+
+
+def _from_exponentials(
+    objective: Objective,
+    exps: Exponentials,
+    statistics: TokenStatistics,
+    weight_N: Tensor,
+    own_N: Tensor,
+    label_index_N: Tensor,
+    upstream_N: Tensor | None,
+) -> Tensor:
+    """`logit_gradient` in PyTorch, in place."""
     gradient_NV = exps.policy_NV
     if gradient_NV.shape[1] == 0:
         return gradient_NV

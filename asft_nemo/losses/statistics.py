@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asft_nemo.losses.triton import row_statistics, use_triton
 from asft_nemo.losses.vocab_shard import VocabShard
 from asft_nemo.objectives import TOP_K, Objective, topk_entropy
 
@@ -93,6 +94,18 @@ class Exponentials:
     difference_NV: Tensor | None = None
 
 
+@dataclass
+class RawLogits:
+    """A chunk of logits as they were: the Triton kernel of the gradient takes the exponentials itself.
+
+    Attributes:
+        policy_NV, ref_NV: z and y, the latter with a divergence only.
+    """
+
+    policy_NV: Tensor
+    ref_NV: Tensor | None
+
+
 def floats_per_token(objective: Objective) -> int:
     """K, the numbers a rank sends per valid token: 3, 6 with a divergence, `TOP_K` more for top-k entropy."""
     return 3 + (3 if objective.divergence else 0) + (TOP_K if "topk_entropy" in objective.reads else 0)
@@ -100,8 +113,10 @@ def floats_per_token(objective: Objective) -> int:
 
 def probabilities(
     objective: Objective, logits_NV: Tensor, ref_logits_NV: Tensor | None, statistics: TokenStatistics
-) -> Exponentials:
+) -> Exponentials | RawLogits:
     """A chunk visited again, its statistics known: the logits are overwritten by what the gradient needs."""
+    if use_triton(logits_NV):
+        return RawLogits(logits_NV, ref_logits_NV)
     difference_NV = None
     if ref_logits_NV is not None and statistics.ref_lse_N is not None:
         if objective.divergence == "reverse":
@@ -131,25 +146,43 @@ def local_statistics(
     own_N: Tensor,
     label_index_N: Tensor,
     scratch_NV: Tensor | None = None,
-) -> tuple[Tensor, Exponentials]:
+) -> tuple[Tensor, Exponentials | RawLogits]:
     """This rank's statistics of a chunk of tokens.
 
     Args:
         objective: says which statistics are needed.
-        logits_NV: [N, V] policy logits of the rows that count, accumulation dtype; overwritten.
-        ref_logits_NV: the reference's, overwritten; None where the objective has no divergence.
+        logits_NV: [N, V] policy logits of the rows that count, accumulation dtype; consumed.
+        ref_logits_NV: the reference's, consumed; None where the objective has no divergence.
         own_N, label_index_N: from `VocabShard.local_index`.
         scratch_NV: overwritten and kept as the difference of the logits where there is a divergence; None
             allocates.
 
     Returns:
-        packed_NK with K = `floats_per_token`, to be gathered over the ranks, and the exponentials.
+        packed_NK with K = `floats_per_token`, to be gathered over the ranks, and what `logit_gradient` needs.
 
     Memory: with a divergence one [N, V] tensor besides the two given; kept for the gradient only in reverse.
+        None, and `scratch_NV` unused, where the Triton kernels run.
     """
     columns: list[Tensor] = []
     if "topk_entropy" in objective.reads:
         columns.append(_top_logits(logits_NV))
+    if use_triton(logits_NV):
+        packed_NK = row_statistics(objective, logits_NV, ref_logits_NV, own_N, label_index_N)
+        left: Exponentials | RawLogits = RawLogits(logits_NV, ref_logits_NV)
+    else:
+        packed_NK, left = _exponentials(objective, logits_NV, ref_logits_NV, own_N, label_index_N, scratch_NV)
+    return torch.cat([packed_NK, *columns], dim=1), left
+
+
+def _exponentials(
+    objective: Objective,
+    logits_NV: Tensor,
+    ref_logits_NV: Tensor | None,
+    own_N: Tensor,
+    label_index_N: Tensor,
+    scratch_NV: Tensor | None,
+) -> tuple[Tensor, Exponentials]:
+    """`local_statistics` without top-k entropy, in PyTorch; both logits are overwritten."""
     if logits_NV.shape[1]:
         label_logit_N = logits_NV.gather(1, label_index_N.unsqueeze(1)).squeeze(1).masked_fill_(~own_N, 0.0)
     else:
@@ -171,7 +204,7 @@ def local_statistics(
             cross_N = ref_logits_NV.sum(dim=1).neg_()
             exps.ref_NV = None
         statistics += [ref_max_N, ref_sum_N, cross_N]
-    return torch.cat([torch.stack(statistics, dim=1), *columns], dim=1), exps
+    return torch.stack(statistics, dim=1), exps
 
 
 def combine(objective: Objective, gathered_RNK: Tensor) -> TokenStatistics:
