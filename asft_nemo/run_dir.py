@@ -14,12 +14,15 @@ import os
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from asft_nemo.config.schema import RunConfig, to_dict
 from asft_nemo.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from asft_nemo.checkpoint.adapters import AdapterDescription
 
 VERSIONED = (
     "asft_nemo",
@@ -39,6 +42,7 @@ IDENTITY = (
     "reference.form",
     "model",
     "data",
+    "peft",
     "optim",
     "run.seed",
     "trainer.global_batch_size",
@@ -58,7 +62,7 @@ def resume_from(run: RunConfig) -> Path | None:
         return None
     latest = Path(run.run.dir) / "checkpoints" / "latest"
     if latest.exists():
-        check_fits(latest.resolve(), hf_dir(run))
+        check_fits(latest.resolve(), hf_dir(run), adapters=adapter_description(run))
         return latest.resolve()
     if latest.is_symlink():
         raise CheckpointError(
@@ -79,17 +83,37 @@ def hf_dir(run: RunConfig) -> Path:
     return source / "context" / "hf" if (source / "weights").is_dir() else source
 
 
-def check_fits(checkpoint: Path, model_dir: Path) -> None:
+def adapter_description(run: RunConfig) -> AdapterDescription | None:
+    """The adapters that this run's checkpoints hold, None where they hold the whole model."""
+    from asft_nemo.checkpoint.adapters import AdapterDescription
+
+    peft = run.peft
+    if peft.name == "none":
+        return None
+    return AdapterDescription(peft.rank, peft.alpha, peft.dropout, peft.targets)
+
+
+def check_fits(checkpoint: Path, model_dir: Path, *, adapters: AdapterDescription | None = None) -> None:
     """Checks that a distributed checkpoint holds exactly the tensors of the model, in its shapes (reads metadata only).
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        model_dir: where the model's config.json is.
+        adapters: it holds these adapters of the model alone.
 
     Raises:
         CheckpointError: tensors are missing, left over, or of another shape.
     """
+    from asft_nemo.checkpoint.adapters import check_adapter_tensors
     from asft_nemo.checkpoint.checks import check_megatron_tensors
     from asft_nemo.checkpoint.dist_read import DistReader
     from asft_nemo.model import read_model_spec
 
-    check_megatron_tensors(DistReader(checkpoint / "weights"), read_model_spec(model_dir))
+    reader, spec = DistReader(checkpoint / "weights"), read_model_spec(model_dir)
+    if adapters is None:
+        check_megatron_tensors(reader, spec)
+    else:
+        check_adapter_tensors(reader, spec, adapters)
 
 
 def base_checkpoint(run: RunConfig) -> Path:

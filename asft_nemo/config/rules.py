@@ -156,6 +156,28 @@ def _reference(facts: Facts) -> Iterator[str]:
         )
 
 
+def _adapters(facts: Facts) -> Iterator[str]:
+    peft, tp_size = facts.run.peft, facts.run.parallel.tp_size
+    if peft.name == "none" and facts.run.reference.form == "adapter_disabled":
+        yield (
+            "reference=adapter_disabled switches adapters off, and peft=none has none: set peft=lora, or "
+            "reference=resident"
+        )
+    if peft.name != "lora":
+        return
+    unknown = [target for target in peft.targets if target not in tables.LORA_TARGETS]
+    if unknown or not peft.targets or len(set(peft.targets)) < len(peft.targets):
+        yield (
+            f"peft.targets=[{', '.join(peft.targets)}] does not name linear layers, each once: choose from "
+            f"{', '.join(tables.LORA_TARGETS)}"
+        )
+    if tp_size > 0 and peft.rank % tp_size:
+        yield (
+            f"peft.rank={peft.rank} is not a multiple of parallel.tp_size={tp_size}, which divides the adapters: set "
+            f"peft.rank={math.ceil(peft.rank / tp_size) * tp_size} or lower parallel.tp_size"
+        )
+
+
 def _ignored(facts: Facts) -> Iterator[str]:
     """Settings given on purpose that the rest of the run makes meaningless."""
     run = facts.run
@@ -368,6 +390,7 @@ SETTINGS: tuple[Rule, ...] = (
     _chunk_tokens,
     _objective_options,
     _reference,
+    _adapters,
     _ignored,
     _world,
     _batches,

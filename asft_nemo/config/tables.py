@@ -105,12 +105,9 @@ class NotYet(NamedTuple):
     instead: str
 
 
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
 NOT_YET = (
-    NotYet(
-        "a reference with adapters disabled",
-        lambda run: run.reference.form == "adapter_disabled",
-        "set reference=resident",
-    ),
     NotYet("reference=offloaded", lambda run: run.reference.form == "offloaded", "set reference=resident"),
     NotYet("reference=cached", lambda run: run.reference.form == "cached", "set reference=resident"),
     NotYet(
@@ -123,7 +120,11 @@ NOT_YET = (
         lambda run: run.reference.micro_batch_size is not None,
         "leave it null: the reference then uses trainer.micro_batch_size",
     ),
-    NotYet("peft=lora", lambda run: run.peft.name == "lora", "set peft=none"),
+    NotYet(
+        "objective=psft with peft=lora",
+        lambda run: run.objective.name == "psft" and run.peft.name == "lora",
+        "set peft=none",
+    ),
     NotYet("data.template=chat", lambda run: run.data.template == "chat", "set data.template=alpaca or raw"),
     NotYet("data.packing=true", lambda run: run.data.packing, "set data.packing=false"),
     NotYet(

@@ -21,13 +21,16 @@ from asft_nemo.model import ModelSpec, megatron_config_kwargs, padded_vocab_size
 from asft_nemo.nemo.callbacks import CheckpointCallback, MetricsCallback
 from asft_nemo.nemo.compat import AnchoredStrategy
 from asft_nemo.nemo.datamodule import AnchoredDataModule
-from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, ASFTModel
+from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, AnchoredGPTModel, ASFTModel, core_chunks
+from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback, adapters_off
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.optim import WarmupSchedule
 from asft_nemo.nemo.precision import precision_plugin, precision_row
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.reference import PolicySnapshot, ReferenceSource, ResidentReference
+from asft_nemo.reference.adapter_disabled import AdapterDisabledReference
 from asft_nemo.reference.frozen import frozen_config
+from asft_nemo.run_dir import adapter_description
 
 # Kernels that only exist on a GPU; Megatron's own defaults serve there.
 _CPU_ONLY: dict[str, Any] = {
@@ -83,6 +86,17 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
         loss_implementation=run.loss.implementation,
         loss_chunk_tokens=run.loss.chunk_tokens,
         normalize_by=run.loss.normalize_by,
+        adapters=adapter_spec(run),
+    )
+
+
+def adapter_spec(run: RunConfig) -> AdapterSpec | None:
+    """The policy's adapters, or None for full fine-tuning."""
+    peft = run.peft
+    if peft.name == "none":
+        return None
+    return AdapterSpec(
+        rank=peft.rank, alpha=peft.alpha, dropout=peft.dropout, targets=peft.targets, seed=run.run.seed
     )
 
 
@@ -112,9 +126,9 @@ def optimizer(run: RunConfig, max_steps: int) -> MegatronOptimizerModule:
 
 
 def strategy(run: RunConfig, base_dir: Path, *, resuming: bool) -> AnchoredStrategy:
-    """NeMo's Megatron strategy for this layout; the base weights are read unless a checkpoint will be."""
-    layout = run.parallel
-    return AnchoredStrategy(
+    """NeMo's Megatron strategy for this layout; the base weights are read unless a checkpoint will be (or `LoraCallback` reads them)."""
+    layout, adapted = run.parallel, run.peft.name == "lora"
+    return (AdapterStrategy if adapted else AnchoredStrategy)(
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
         virtual_pipeline_model_parallel_size=layout.vpp_size,
@@ -133,9 +147,15 @@ def strategy(run: RunConfig, base_dir: Path, *, resuming: bool) -> AnchoredStrat
         distrib_optim_fully_reshardable_mem_efficient=True,
         process_group_backend="gloo" if backend.active() else "nccl",
         restore_config=None
-        if resuming
+        if resuming or adapted
         else RestoreConfig(path=str(base_dir), load_model_state=True, load_optim_state=False),
     )
+
+
+def _alike(chunk: AnchoredGPTModel, run: RunConfig) -> AnchoredGPTModel:
+    """A second model's chunk whose weights ask for a gradient where the policy's do: torch and Megatron choose their kernels by that
+    (measured: 4e-6 in the hidden states)."""
+    return chunk.requires_grad_(run.peft.name == "none")
 
 
 def reference_builder(run: RunConfig, model: ASFTModel, base_dir: Path) -> Any:
@@ -143,17 +163,20 @@ def reference_builder(run: RunConfig, model: ASFTModel, base_dir: Path) -> Any:
     if not model.config.objective.needs_reference:  # type: ignore[attr-defined]
         return None
 
-    def build() -> ReferenceSource:
+    def adapter_disabled() -> ReferenceSource:
+        return AdapterDisabledReference(core_chunks(model.trainer.strategy.megatron_parallel), adapters_off)  # type: ignore[attr-defined]
+
+    def resident() -> ReferenceSource:
         # when it is called, the precision plugin has changed the policy's config: the reference's kernels must be the same
         frozen = frozen_config(model.config)
         return ResidentReference(
-            lambda stage: frozen.build_chunk(vp_stage=stage, returns_hidden=True),
+            lambda stage: _alike(frozen.build_chunk(vp_stage=stage, returns_hidden=True), run),
             vp_size=run.parallel.vpp_size,
             weights_dir=base_dir / "weights",
             dtype=precision_row(run.precision).compute_dtype,
         )
 
-    return build
+    return {"adapter_disabled": adapter_disabled, "resident": resident}[run.reference.form]
 
 
 def snapshot_builder(run: RunConfig, model: ASFTModel) -> Any:
@@ -209,11 +232,13 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         run_dir,
         base_dir,
         prepass,
+        adapters=adapter_description(run),
         every=run.trainer.checkpoint_every,
         max_steps=max_steps,
         keep=int(run.trainer.keep.removeprefix("last:")),
     )
     ranks_here, machines = _machines(run)
+    adapters = [] if config.adapters is None else [LoraCallback(base_dir, seed=run.run.seed)]
     trainer = nl.Trainer(
         accelerator="cpu" if backend.active() else "gpu",
         devices=ranks_here,
@@ -222,7 +247,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         max_epochs=-1,
         strategy=strategy(run, base_dir, resuming=resuming),
         plugins=precision_plugin(run.precision),
-        callbacks=[prepass, guard, metrics, checkpoints],
+        callbacks=[*adapters, prepass, guard, metrics, checkpoints],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback
 from megatron.core import parallel_state
 from tqdm import tqdm
 
+from asft_nemo.checkpoint.adapters import ADAPTER_FILE, AdapterDescription
 from asft_nemo.errors import UserError
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.schedule import PrepassCallback
@@ -225,6 +226,7 @@ class CheckpointCallback(Callback):
         run_dir: folder of the run.
         base_dir: the base checkpoint; its `context/` goes along, so that a checkpoint exports on its own.
         prepass: holds the snapshot of the policy, where there is one.
+        adapters: what the checkpoint's `context/` says of them; None where it holds the whole model.
         every: steps between checkpoints, None for only the last.
         max_steps: last step of the run.
         keep: how many of the latest checkpoints stay.
@@ -236,6 +238,7 @@ class CheckpointCallback(Callback):
         base_dir: Path,
         prepass: PrepassCallback,
         *,
+        adapters: AdapterDescription | None,
         every: int | None,
         max_steps: int,
         keep: int,
@@ -243,6 +246,7 @@ class CheckpointCallback(Callback):
         self.dir = run_dir / "checkpoints"
         self.base_dir = base_dir
         self.prepass = prepass
+        self.adapters = adapters
         self.every, self.max_steps, self.keep = every, max_steps, keep
 
     def on_train_batch_end(
@@ -267,6 +271,8 @@ class CheckpointCallback(Callback):
         if trainer.is_global_zero:
             shutil.copytree(self.base_dir / "context", partial / "context")
             shutil.copy(self.dir.parent / "run.json", partial / "context" / "run.json")
+            if self.adapters is not None:
+                (partial / "context" / ADAPTER_FILE).write_text(self.adapters.to_json())
             partial.rename(final)
             point_latest_at(self.dir, final.name)
             for old in [done for done in checkpoint_steps(self.dir) if done <= step][: -self.keep]:

@@ -10,6 +10,31 @@ from nemo.lightning import MegatronStrategy
 from nemo.lightning._strategy_lib import init_model_parallel
 
 
+def lora_without_transformer_engine() -> None:
+    """Lets `nemo.collections.llm.peft` adapt Megatron's own layers where Transformer Engine is not installed (nemo 2.7.3).
+
+    * `lora.te` is a placeholder that raises on `te.Linear`, which `LoRA.transform` compares classes with: a class that matches nothing.
+    * `utils.HAVE_TE` is True, for megatron exports None under the names it asks for, and isinstance(layer, None) raises: False.
+
+    Raises:
+        RuntimeError: upstream has moved.
+    """
+    import importlib.util
+    from types import SimpleNamespace
+
+    from nemo.collections.llm.peft import lora, utils
+
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return
+    for module, name in ((lora, "te"), (utils, "HAVE_TE"), (utils, "get_adapter_attributes_from_linear")):
+        if not hasattr(module, name):
+            raise RuntimeError(
+                f"{module.__name__}.{name} (nemo 2.7.3) is not there any more: look at asft_nemo/nemo/compat.py"
+            )
+    lora.te = SimpleNamespace(Linear=type("NoTransformerEngineLinear", (), {}))
+    utils.HAVE_TE = False
+
+
 class AnchoredStrategy(MegatronStrategy):
     """NeMo's strategy, usable for several fits in one process.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from asft_nemo.losses import VocabShard
 from asft_nemo.nemo.head import LossHead, LossInputs, LossSpec
 from asft_nemo.nemo.layer_spec import layer_spec
+from asft_nemo.nemo.lora import AdapterSpec, add_adapters, checkpointed
 from asft_nemo.nemo.loss_reduction import TokenLossReduction
 from asft_nemo.nemo.steps import data_step, forward_step
 from asft_nemo.objectives import Objective, objective
@@ -46,6 +47,10 @@ class AnchoredGPTModel(MegatronGPTModel):
         assert weight is not None
         return weight
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a checkpoint holds of this chunk: with adapters these alone, for the frozen base is where it came from."""
+        return checkpointed(super().sharded_state_dict(*args, **kwargs))
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Any = None, **kwargs: Any):
         if not self.post_process:
             return hidden_states
@@ -67,6 +72,7 @@ class AnchoredGPTConfig(GPTConfig):
         loss_chunk_tokens: see `asft_nemo.losses.fused_linear_loss`.
         normalize_by: ``tokens`` (one global mean) or ``micro_batch`` (mean of micro-batch means, as the authors average).
         hf_vocab_size: vocabulary rows of the Hugging Face checkpoint; `vocab_size` is padded for tensor parallelism.
+        adapters: the policy's LoRA adapters, None for full fine-tuning.
     """
 
     objective_name: str = ""
@@ -77,6 +83,7 @@ class AnchoredGPTConfig(GPTConfig):
     loss_chunk_tokens: Any = "auto"
     normalize_by: str = ""
     hf_vocab_size: int = 0
+    adapters: AdapterSpec | None = None
 
     transformer_layer_spec: Callable = layer_spec
     forward_step_fn: Callable = forward_step
@@ -111,8 +118,11 @@ class AnchoredGPTConfig(GPTConfig):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> AnchoredGPTModel:
-        """Builds this rank's chunk for virtual stage `vp_stage` (None without virtual stages). `tokenizer` is not used."""
-        return self.build_chunk(vp_stage=vp_stage, pre_process=pre_process, post_process=post_process)
+        """Builds the policy's chunk for virtual stage `vp_stage` (None without virtual stages). `tokenizer` is not used."""
+        chunk = self.build_chunk(vp_stage=vp_stage, pre_process=pre_process, post_process=post_process)
+        if self.adapters is not None:
+            add_adapters(chunk, self.adapters)
+        return chunk
 
     def build_chunk(
         self,
@@ -122,7 +132,7 @@ class AnchoredGPTConfig(GPTConfig):
         post_process: bool | None = None,
         returns_hidden: bool = False,
     ) -> AnchoredGPTModel:
-        """Builds one model chunk on this rank; `returns_hidden` for the frozen reference."""
+        """Builds one model chunk on this rank, without adapters; `returns_hidden` for the frozen reference."""
         stage = vp_stage or 0
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)

@@ -202,7 +202,7 @@ def test_all_violations_come_together(violations: Violations) -> None:
         "parallel.tp_size=4",
         "optim.lr=-1",
         "data.train=[missing.jsonl]",
-        "peft=lora",
+        "trainer.keep=all",
     )
     assert len(found) == 5
 
