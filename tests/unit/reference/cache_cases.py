@@ -66,7 +66,7 @@ def add(writer: CacheWriter, samples, identity: CacheIdentity = IDENTITY) -> Non
         writer.add(sample, offsets, hidden(np.full(offsets.size, sample), offsets, identity))
 
 
-def make(directory, samples, *, writer_id=0, identity: CacheIdentity = IDENTITY, shard_bytes=400):
+def make(directory, samples, *, writer_id=0, identity: CacheIdentity = IDENTITY, shard_bytes=1200):
     """A cache with these samples, in several shards."""
     open_or_create(directory, identity, written_by=WRITTEN_BY)
     with CacheWriter(directory, writer_id, identity, shard_bytes=shard_bytes) as writer:

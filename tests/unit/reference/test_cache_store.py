@@ -100,7 +100,7 @@ def test_an_empty_cache_lacks_everything(tmp_path):
         assert reader.missing(list(ALL)) == list(ALL)
         assert (reader.num_rows, reader.bytes) == (0, 0)
         with pytest.raises(
-            CacheError, match="lacks 1 of the wanted samples .the first is 0.*asft cache-reference"
+            CacheError, match=r"lacks 1 of the wanted samples .the first is 0.*asft cache-reference"
         ):
             reader.read([0], [0])
 
@@ -266,16 +266,16 @@ def test_another_format_version_is_refused(tmp_path, monkeypatch):
 
 
 def test_folders_that_are_no_cache(tmp_path):
-    with pytest.raises(CacheError, match="holds no cache .*asft cache-reference"):
+    with pytest.raises(CacheError, match=r"holds no cache .*asft cache-reference"):
         CacheReader(tmp_path / "absent", IDENTITY)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match="cannot be written .*another reference.cache_dir"):
+    with pytest.raises(CacheError, match=r"cannot be written .*another reference.cache_dir"):
         open_or_create(tmp_path / "file", IDENTITY, written_by=WRITTEN_BY)
     with pytest.raises(CacheError, match="holds no cache"):
         CacheReader(tmp_path / "file", IDENTITY)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    with pytest.raises(CacheError, match="not empty and holds no cache .found metrics.jsonl"):
+    with pytest.raises(CacheError, match=r"not empty and holds no cache .found metrics.jsonl"):
         open_or_create(tmp_path / "run", IDENTITY, written_by=WRITTEN_BY)
     make(tmp_path / "cache", [1])
     (tmp_path / "cache" / "manifest.json").unlink()
@@ -316,10 +316,14 @@ def test_two_writers_with_one_id_harm_nothing(tmp_path):
 
 def test_what_was_added_before_an_error_elsewhere_is_kept(tmp_path):
     open_or_create(tmp_path, IDENTITY, written_by=WRITTEN_BY)
-    with pytest.raises(KeyboardInterrupt):
+
+    def run():
         with CacheWriter(tmp_path, 0, IDENTITY) as writer:
             add(writer, [1, 2])
             raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert check_prefix(tmp_path) == {1, 2}
 
 
