@@ -78,6 +78,7 @@ class RankGroup:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "ASFT_DEVICE": "cpu",
+            "ASFT_TESTER_PID": str(os.getpid()),
             "GLOO_SOCKET_IFNAME": "lo",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join(
