@@ -43,6 +43,19 @@ def logits_into(out_NV: Tensor, hidden_NH: Tensor, head_VH: Tensor) -> Tensor:
     return out_NV
 
 
+def gradient_dtype(
+    hidden_NH: Tensor, head_VH: Tensor, out_VH: Tensor | None, dtype: torch.dtype
+) -> torch.dtype:
+    """In which dtype both gradient products take the logit gradient without another copy of it.
+
+    Args:
+        out_VH: the head's gradient; None where it is not wanted.
+        dtype: what it is computed in; the answer where a product widens its operands.
+    """
+    low = _mixed_gemm(head_VH, hidden_NH) and (out_VH is None or out_VH.dtype == torch.float32)
+    return head_VH.dtype if low else dtype
+
+
 def hidden_gradient_into(out_NH: Tensor, gradient_NV: Tensor, head_VH: Tensor) -> Tensor:
     """dh = G W, overwriting and returning `out_NH`; a partial sum over this rank's vocabulary rows."""
     if _mixed_gemm(head_VH):

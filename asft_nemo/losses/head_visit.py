@@ -1,7 +1,7 @@
 """Visiting the head chunk by chunk: logits of a few tokens, their statistics, their gradients, the next.
 
-A visit holds at most three [chunk, V] buffers in the accumulation dtype, reused by every chunk, and never
-logits of all tokens.
+A visit holds at most three [chunk, V] buffers in the accumulation dtype (two with the Triton kernels), reused
+by every chunk, and never logits of all tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from asft_nemo.losses.chunks import token_chunks
-from asft_nemo.losses.head_gemm import add_head_gradient, hidden_gradient_into, logits_into
+from asft_nemo.losses.head_gemm import (
+    add_head_gradient,
+    gradient_dtype,
+    hidden_gradient_into,
+    logits_into,
+)
 from asft_nemo.losses.logit_grad import logit_gradient
 from asft_nemo.losses.per_token import ValidTokens
 from asft_nemo.losses.reduce import metric_names, token_losses
 from asft_nemo.losses.statistics import (
+    Exponentials,
+    RawLogits,
     TokenStatistics,
     combine,
     exchange,
@@ -25,6 +32,7 @@ from asft_nemo.losses.statistics import (
     local_statistics,
     probabilities,
 )
+from asft_nemo.losses.triton import use_triton
 from asft_nemo.losses.vocab_shard import VocabShard
 from asft_nemo.objectives import Objective
 
@@ -98,7 +106,8 @@ class HeadVisit:
         valid = self.shard.num_valid
         operands, anchored = self.operands, self.objective.divergence is not None
         shape = (min(self.chunk_tokens, self.tokens.count), valid)
-        buffers = [operands.hidden_TH.new_empty(shape, dtype=self.dtype) for _ in range(3 if anchored else 1)]
+        buffers = [operands.hidden_TH.new_empty(shape, dtype=self.dtype) for _ in range(2 if anchored else 1)]
+        scratch = torch.empty_like(buffers[0]) if anchored and not use_triton(buffers[0]) else None
         for chunk in token_chunks(self.tokens.count, self.chunk_tokens):
             views = [buffer[: chunk.stop - chunk.start] for buffer in buffers]
             hidden_NH = self._rows(operands.hidden_TH, chunk)
@@ -113,10 +122,29 @@ class HeadVisit:
                 views[0],
                 views[1] if anchored else None,
                 *self.shard.local_index(self.tokens.labels_N[chunk]),
-                views[2] if anchored else None,
+                None if scratch is None else scratch[: chunk.stop - chunk.start],
             )
 
-    def _add_gradients(self, chunk: _Chunk, gradient_NV: Tensor, into: Gradients) -> None:
+    def _add_gradients(
+        self,
+        chunk: _Chunk,
+        left: Exponentials | RawLogits,
+        statistics: TokenStatistics,
+        weight_N: Tensor,
+        upstream_N: Tensor | None,
+        into: Gradients,
+    ) -> None:
+        """The chunk's logit gradient, from what its statistics left behind, and both products with it."""
+        gradient_NV = logit_gradient(
+            self.objective,
+            left,
+            statistics,
+            weight_N,
+            chunk.own_N,
+            chunk.label_index_N,
+            upstream_N,
+            gradient_dtype(chunk.hidden_NH, self.operands.head_VH, into.head_VH, self.dtype),
+        )
         if into.hidden_NH is not None:
             head_VH = self.operands.head_VH[: self.shard.num_valid]
             hidden_gradient_into(into.hidden_NH[chunk.tokens], gradient_NV, head_VH)
@@ -151,12 +179,9 @@ class HeadVisit:
         """Gradients, the statistics and weights known. GEMMs: one a model and one a gradient."""
         for chunk in self._chunks() if into.wanted else ():
             part = statistics[chunk.tokens]
-            exps = probabilities(self.objective, chunk.logits_NV, chunk.ref_logits_NV, part)
+            left = probabilities(self.objective, chunk.logits_NV, chunk.ref_logits_NV, part)
             upstream = upstream_N if upstream_N is None or upstream_N.ndim == 0 else upstream_N[chunk.tokens]
-            gradient_NV = logit_gradient(
-                self.objective, exps, part, weight_N[chunk.tokens], chunk.own_N, chunk.label_index_N, upstream
-            )
-            self._add_gradients(chunk, gradient_NV, into)
+            self._add_gradients(chunk, left, part, weight_N[chunk.tokens], upstream, into)
 
     def loss_and_gradients(self, upstream: Tensor | None, into: Gradients) -> tuple[Tensor, Tensor]:
         """Loss sum, metrics [M, N] and gradients in one visit. GEMMs: one a model and one a gradient.
@@ -166,7 +191,7 @@ class HeadVisit:
         loss_sum = self.operands.hidden_TH.new_zeros((), dtype=self.dtype)
         metrics_MN = loss_sum.new_empty(len(metric_names(self.objective)), self.tokens.count)
         for chunk in self._chunks():
-            packed_NK, exps = local_statistics(
+            packed_NK, left = local_statistics(
                 self.objective,
                 chunk.logits_NV,
                 chunk.ref_logits_NV,
@@ -180,8 +205,5 @@ class HeadVisit:
             )
             loss_sum += loss_N.sum()
             if into.wanted:
-                gradient_NV = logit_gradient(
-                    self.objective, exps, part, weight_N, chunk.own_N, chunk.label_index_N, upstream
-                )
-                self._add_gradients(chunk, gradient_NV, into)
+                self._add_gradients(chunk, left, part, weight_N, upstream, into)
         return loss_sum, metrics_MN
