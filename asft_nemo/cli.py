@@ -94,6 +94,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings, for example objective=asft"
     )
+    cache = add("cache-reference", _cache_reference, "store the base's hidden states for reference=cached")
+    cache.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings of the training run that will read them"
+    )
+    cache.add_argument(
+        "--repair", action="store_true", help="check every stored row first and compute again what is damaged"
+    )
     _add_data(commands, common)
     _add_checkpoint_commands(add)
     _add_evaluation_commands(add)
@@ -106,7 +113,6 @@ def parser() -> argparse.ArgumentParser:
 NOT_YET = {
     "launch": ("the same as train through NeMo-Run: local or Slurm", "use asft train on this machine"),
     "plan": ("memory, seconds and layouts that fit", "the recipes state layouts that fit their machines"),
-    "cache-reference": ("write the hidden-state cache as its own job", "use reference=resident"),
 }
 
 
@@ -140,6 +146,23 @@ def _train(arguments: argparse.Namespace) -> int:
         arguments,
         {"run_dir": str(folder), "checkpoint": str(latest.resolve())},
         f"done: metrics in {folder / 'metrics.jsonl'}\nto export: asft export {latest} OUT_HF_DIR",
+    )
+    return DONE
+
+
+def _cache_reference(arguments: argparse.Namespace) -> int:
+    from asft_nemo.config.load import compose
+
+    run = compose([*arguments.overrides, "reference=cached"])
+    from asft_nemo.launch_local import launch_cache
+    from asft_nemo.run_dir import cache_dir
+
+    launch_cache(run, repair=arguments.repair)
+    folder = cache_dir(run)
+    _answer(
+        arguments,
+        {"cache_dir": str(folder)},
+        f"done: hidden states in {folder}\nto train with it: asft train reference=cached reference.cache_dir={folder} and the same settings",
     )
     return DONE
 

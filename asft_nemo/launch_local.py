@@ -28,6 +28,21 @@ def launch(run: RunConfig) -> None:
     launch_many([run])
 
 
+def launch_cache(run: RunConfig, *, repair: bool) -> None:
+    """Writes the hidden-state cache of a training run on `run.run.world_size` ranks of this machine.
+
+    Raises: as `launch`.
+    """
+    from asft_nemo.data import prepare
+    from asft_nemo.model import read_model_spec
+    from asft_nemo.run_dir import base_checkpoint, hf_dir
+
+    read_model_spec(hf_dir(run))
+    logger.info("%s", prepare(run, tokenizer_dir=hf_dir(run)).summary)
+    base_checkpoint(run)
+    _start([{"job": "repair" if repair else "cache", "config": to_dict(run)}], run.run.world_size)
+
+
 def launch_many(runs: Sequence[RunConfig]) -> None:
     """Does several runs, one after another, in one group of ranks (importing NeMo takes 10 s a rank, so it is paid once).
 
@@ -36,19 +51,24 @@ def launch_many(runs: Sequence[RunConfig]) -> None:
     sizes = {run.run.world_size for run in runs}
     if len(sizes) != 1:
         raise ValueError(f"runs of one group need one world_size, got {sorted(sizes)}")
-    with ExitStack() as held, tempfile.TemporaryDirectory(prefix="asft-") as scratch:
+    with ExitStack() as held:
         runs = [run for run in runs if _prepare(run, held)]
-        if not runs:
-            return
+        if runs:
+            _start([{"job": "train", "config": to_dict(run)} for run in runs], sizes.pop())
+
+
+def _start(work: list[dict[str, object]], world_size: int) -> None:
+    """Runs the jobs one after another in one group of ranks and waits."""
+    with tempfile.TemporaryDirectory(prefix="asft-") as scratch:
         jobs, error = Path(scratch) / "runs.json", Path(scratch) / "error.json"
-        jobs.write_text(json.dumps([to_dict(run) for run in runs]))
+        jobs.write_text(json.dumps(work))
         command = [
             *(
                 sys.executable,
                 "-m",
                 "torch.distributed.run",
                 "--standalone",
-                f"--nproc-per-node={sizes.pop()}",
+                f"--nproc-per-node={world_size}",
             ),
             *("-m", "asft_nemo.ranks", str(jobs)),
         ]
@@ -71,7 +91,8 @@ def _prepare(run: RunConfig, held: ExitStack) -> bool:
     """
     from asft_nemo.data import prepare
     from asft_nemo.model import read_model_spec
-    from asft_nemo.run_dir import base_checkpoint, hf_dir, open_run_dir, resume_from
+    from asft_nemo.reference.cache_store import read_manifest
+    from asft_nemo.run_dir import base_checkpoint, cache_dir, hf_dir, open_run_dir, resume_from
 
     read_model_spec(hf_dir(run))
     prepared = prepare(run, tokenizer_dir=hf_dir(run))
@@ -82,6 +103,8 @@ def _prepare(run: RunConfig, held: ExitStack) -> bool:
         logger.info("%s is finished: step %d of %d", run.run.dir, prepared.max_steps, prepared.max_steps)
         return False
     base_checkpoint(run)
+    if run.reference.form == "cached" and run.reference.fill == "job":
+        read_manifest(cache_dir(run))  # the ranks check the rest: a missing cache need not wait for them
     return True
 
 

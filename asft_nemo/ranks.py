@@ -1,4 +1,4 @@
-"""What torchrun starts on every rank: `python -m asft_nemo.ranks RUNS.json` trains each run of the file, one after another."""
+"""What torchrun starts on every rank: `python -m asft_nemo.ranks JOBS.json` does each job of the file, one after another."""
 
 from __future__ import annotations
 
@@ -20,21 +20,26 @@ WATCH_SECONDS = 1.0
 
 
 def main(argv: list[str]) -> int:
-    """Trains the runs; a `UserError` goes to the file named by ``ASFT_ERROR_FILE`` for the launcher to say once."""
+    """Does the jobs; a `UserError` goes to the file named by ``ASFT_ERROR_FILE`` for the launcher to say once."""
     from asft_nemo.config.schema import from_dict
     from asft_nemo.errors import UserError
     from asft_nemo.logs import set_up_logging
-    from asft_nemo.train import train
+    from asft_nemo.train import cache_reference, train
 
+    does = {
+        "train": train,
+        "cache": lambda run: cache_reference(run, repair=False),
+        "repair": lambda run: cache_reference(run, repair=True),
+    }
     signal.signal(signal.SIGTERM, lambda *_: _leave(TERMINATED_EXIT))
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     set_up_logging(rank=int(os.environ.get("RANK", "0")))
     if os.environ.get("ASFT_ERROR_FILE"):
         logging.getLogger("asft_nemo.data").setLevel(logging.ERROR)  # the launcher has said it
-    runs = [from_dict(values) for values in json.loads(Path(argv[0]).read_text())]
-    for run in runs:
+    jobs = [(does[job["job"]], from_dict(job["config"])) for job in json.loads(Path(argv[0]).read_text())]
+    for do, run in jobs:
         try:
-            train(run)
+            do(run)
         except UserError as error:
             _report(error)
             _leave(USER_ERROR_EXIT)

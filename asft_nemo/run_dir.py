@@ -116,6 +116,12 @@ def check_fits(checkpoint: Path, model_dir: Path, *, adapters: AdapterDescriptio
         check_adapter_tensors(reader, spec, adapters)
 
 
+def cache_dir(run: RunConfig) -> Path:
+    """Where the reference's hidden states are cached: reference.cache_dir, or a folder of the run."""
+    given = run.reference.cache_dir
+    return Path(given) if given else Path(run.run.dir) / "reference_cache"
+
+
 def base_checkpoint(run: RunConfig) -> Path:
     """The base model in NeMo form: model.path itself, or its import into `run.dir/base` (made once, by whichever rank comes first).
 

@@ -39,9 +39,40 @@ def train(run: RunConfig) -> None:
         spec=read_model_spec(base_dir / "context" / "hf"),
         base_dir=base_dir,
         data=data,
-        resuming=resume is not None,
+        resume=resume,
     )
     parts.trainer.fit(parts.model, datamodule=parts.data, ckpt_path=None if resume is None else str(resume))
+
+
+def cache_reference(run: RunConfig, *, repair: bool) -> None:
+    """Computes the frozen base's hidden states of all examples of a training run and stores them in its cache.
+
+    Called once on every rank, like `train`, with the settings of the run that will read the cache.
+
+    Args:
+        run: the settings, `reference=cached`.
+        repair: first check what is stored, and compute again what is damaged.
+
+    Raises:
+        asft_nemo.errors.UserError: as `train`.
+    """
+    run = from_dict(to_dict(run))
+    rules.check(run)
+    _check_world(run)
+    from asft_nemo.cpu import backend
+
+    backend.install()
+    from asft_nemo.data import prepare
+    from asft_nemo.logs import quiet_upstream
+    from asft_nemo.model import read_model_spec
+    from asft_nemo.nemo import cache_job
+    from asft_nemo.run_dir import base_checkpoint, hf_dir
+
+    quiet_upstream()
+    data = prepare(run, tokenizer_dir=hf_dir(run))
+    base_dir = base_checkpoint(run)
+    spec = read_model_spec(base_dir / "context" / "hf")
+    cache_job.cache_reference(run, spec=spec, data=data, base_dir=base_dir, repair=repair)
 
 
 def _check_world(run: RunConfig) -> None:

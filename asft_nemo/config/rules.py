@@ -178,6 +178,15 @@ def _adapters(facts: Facts) -> Iterator[str]:
         )
 
 
+def _reference_micro_batches(facts: Facts) -> Iterator[str]:
+    size, policy = facts.run.reference.micro_batch_size, facts.run.trainer.micro_batch_size
+    if size is not None and policy > 0 and size % policy:
+        yield (
+            f"reference.micro_batch_size={size} is not a multiple of trainer.micro_batch_size={policy}: "
+            f"set reference.micro_batch_size={max(1, round(size / policy)) * policy}"
+        )
+
+
 def _ignored(facts: Facts) -> Iterator[str]:
     """Settings given on purpose that the rest of the run makes meaningless."""
     run = facts.run
@@ -390,6 +399,7 @@ SETTINGS: tuple[Rule, ...] = (
     _chunk_tokens,
     _objective_options,
     _reference,
+    _reference_micro_batches,
     _adapters,
     _ignored,
     _world,

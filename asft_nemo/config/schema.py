@@ -74,7 +74,7 @@ class ReferenceConfig(Section):
 
     form: str = REQUIRED  # none | adapter_disabled | resident | offloaded | cached
     precision: str = "policy"  # policy = the policy's own compute dtype
-    cache_dir: str | None = None
+    cache_dir: str | None = None  # cached only; None = reference_cache in run.dir
     fill: str = "job"  # cached only: when the cache is written
     micro_batch_size: int | None = None  # None = the policy's
     max_initial_kl: float = 0.01  # nats per token at step 0, where the kernels differ

@@ -108,17 +108,15 @@ class NotYet(NamedTuple):
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 NOT_YET = (
-    NotYet("reference=offloaded", lambda run: run.reference.form == "offloaded", "set reference=resident"),
-    NotYet("reference=cached", lambda run: run.reference.form == "cached", "set reference=resident"),
     NotYet(
-        "a reference in another precision",
-        lambda run: run.reference.precision != "policy",
-        "set reference.precision=policy",
+        "a reference in FP8",
+        lambda run: run.reference.precision == "fp8",
+        "set reference.precision=policy or bf16",
     ),
     NotYet(
-        "reference.micro_batch_size",
-        lambda run: run.reference.micro_batch_size is not None,
-        "leave it null: the reference then uses trainer.micro_batch_size",
+        "objective=psft with adapters",
+        lambda run: run.objective.name == "psft" and run.peft.name != "none",
+        "set peft=none",
     ),
     NotYet(
         "objective=psft with peft=lora",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
@@ -154,6 +155,23 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._sample_ids)
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """The id of every item, int64 [items]."""
+        return self._sample_ids
+
+    def learned_tokens(self, sample_ids: Iterable[int]) -> int:
+        """Labels that count in the examples of these ids, as far as they are here."""
+        chosen = np.isin(self._sample_ids, np.fromiter(sample_ids, dtype=np.int64))
+        first_label = np.maximum(self._response_starts - 1, 0)
+        return int((np.diff(self._starts) - 1 - first_label)[chosen].sum())
+
+    def numbered_from(self, first: int) -> SupervisedDataset:
+        """The same items with ids that begin at `first`, so that two sets of a run share none."""
+        other = copy.copy(self)
+        other._sample_ids = self._sample_ids + first
+        return other
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         size = self.sequence_length

@@ -44,6 +44,24 @@ def fingerprint(files: Iterable[str | Path], data: DataConfig, *, tokenizer_dir:
     return total.hexdigest()
 
 
+def files_fingerprint(files: Iterable[str | Path]) -> str:
+    """SHA-256 (hex) over the files' bytes in order: which example has which number."""
+    return hashlib.sha256(b"".join(_digest(Path(file)) for file in files)).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer_dir: str | Path) -> str:
+    """SHA-256 (hex) over the tokenizer's files."""
+    paths = ((name, Path(tokenizer_dir) / name) for name in _TOKENIZER_FILES)
+    return hashlib.sha256(
+        b"".join(name.encode() + _digest(path) for name, path in paths if path.is_file())
+    ).hexdigest()
+
+
+def template_fingerprint(data: DataConfig) -> str:
+    """The settings that turn a record into tokens and say which are learned, readable."""
+    return f"{data.template}, prompt={data.fields.prompt}, response={data.fields.response}, loss_on={data.loss_on}"
+
+
 def _digest(path: Path) -> bytes:
     digest = hashlib.sha256()
     with path.open("rb") as stream:

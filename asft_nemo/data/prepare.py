@@ -20,7 +20,7 @@ class Prepared:
 
     Attributes:
         train: the training items.
-        validation: held-out items, or None where `data.validation` is empty.
+        validation: held-out items, or None where `data.validation` is empty; their ids go on after the training rows.
         max_steps: optimizer steps of the whole run.
         fingerprint: SHA-256 over all files, the settings that shape items, and the tokenizer.
         summary: one line that says what there is and how it will be used.
@@ -53,7 +53,7 @@ def prepare(run: RunConfig, *, tokenizer_dir: str | Path) -> Prepared:
     if data.validation:
         validation = SupervisedDataset.from_files(
             data.validation, data, tokenizer=tokenizer, vocab_size=vocab_size
-        )
+        ).numbered_from(train.report.rows)
     max_steps = num_steps(len(train), run.trainer)
     return Prepared(
         train=train,

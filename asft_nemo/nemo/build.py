@@ -16,20 +16,19 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.cpu import backend
-from asft_nemo.data import Prepared
+from asft_nemo.data import Prepared, domain_names
 from asft_nemo.model import ModelSpec, megatron_config_kwargs, padded_vocab_size
 from asft_nemo.nemo.callbacks import CheckpointCallback, MetricsCallback
 from asft_nemo.nemo.compat import AnchoredStrategy
 from asft_nemo.nemo.datamodule import AnchoredDataModule
-from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, AnchoredGPTModel, ASFTModel, core_chunks
-from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback, adapters_off
+from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, ASFTModel
+from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.optim import WarmupSchedule
 from asft_nemo.nemo.precision import precision_plugin, precision_row
+from asft_nemo.nemo.references import Frozen, reference_builder, snapshot_builder
 from asft_nemo.nemo.schedule import PrepassCallback
-from asft_nemo.reference import PolicySnapshot, ReferenceSource, ResidentReference
-from asft_nemo.reference.adapter_disabled import AdapterDisabledReference
-from asft_nemo.reference.frozen import frozen_config
+from asft_nemo.nemo.summary import SummaryCallback
 from asft_nemo.run_dir import adapter_description
 
 # Kernels that only exist on a GPU; Megatron's own defaults serve there.
@@ -86,6 +85,7 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
         loss_implementation=run.loss.implementation,
         loss_chunk_tokens=run.loss.chunk_tokens,
         normalize_by=run.loss.normalize_by,
+        domains=list(domain_names(run.data.train)) if len(run.data.train) > 1 else [],
         adapters=adapter_spec(run),
     )
 
@@ -152,50 +152,7 @@ def strategy(run: RunConfig, base_dir: Path, *, resuming: bool) -> AnchoredStrat
     )
 
 
-def _alike(chunk: AnchoredGPTModel, run: RunConfig) -> AnchoredGPTModel:
-    """A second model's chunk whose weights ask for a gradient where the policy's do: torch and Megatron choose their kernels by that
-    (measured: 4e-6 in the hidden states)."""
-    return chunk.requires_grad_(run.peft.name == "none")
-
-
-def reference_builder(run: RunConfig, model: ASFTModel, base_dir: Path) -> Any:
-    """A function that makes this run's reference, or None when the objective reads nothing of it."""
-    if not model.config.objective.needs_reference:  # type: ignore[attr-defined]
-        return None
-
-    def adapter_disabled() -> ReferenceSource:
-        return AdapterDisabledReference(core_chunks(model.trainer.strategy.megatron_parallel), adapters_off)  # type: ignore[attr-defined]
-
-    def resident() -> ReferenceSource:
-        # when it is called, the precision plugin has changed the policy's config: the reference's kernels must be the same
-        frozen = frozen_config(model.config)
-        return ResidentReference(
-            lambda stage: _alike(frozen.build_chunk(vp_stage=stage, returns_hidden=True), run),
-            vp_size=run.parallel.vpp_size,
-            weights_dir=base_dir / "weights",
-            dtype=precision_row(run.precision).compute_dtype,
-        )
-
-    return {"adapter_disabled": adapter_disabled, "resident": resident}[run.reference.form]
-
-
-def snapshot_builder(run: RunConfig, model: ASFTModel) -> Any:
-    """A function that makes the policy's snapshot, or None when the objective reads none."""
-    if not model.config.objective.needs_old_policy:  # type: ignore[attr-defined]
-        return None
-
-    def build() -> PolicySnapshot:
-        frozen = frozen_config(model.config)
-        return PolicySnapshot(
-            lambda stage: frozen.build_chunk(vp_stage=stage, returns_hidden=True),
-            vp_size=run.parallel.vpp_size,
-            dtype=precision_row(run.precision).compute_dtype,
-        )
-
-    return build
-
-
-def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, resuming: bool) -> Parts:
+def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, resume: Path | None) -> Parts:
     """Everything one fit needs.
 
     Args:
@@ -203,7 +160,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         spec: architecture of the base model.
         base_dir: the base checkpoint in NeMo form (`weights/`, `context/`).
         data: tokenised training and validation sets and the number of steps.
-        resuming: a checkpoint of this run will be read, so the base weights need not be.
+        resume: the checkpoint of this run that will be read, None for a fresh start from the base weights.
     """
     run_dir = Path(run.run.dir)
     config = model_config(run, spec)
@@ -217,7 +174,12 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         global_batch_size=run.trainer.global_batch_size,
         seed=run.run.seed,
     )
-    prepass = PrepassCallback(config, reference_builder(run, model, base_dir), snapshot_builder(run, model))
+    prepass = PrepassCallback(
+        config,
+        reference_builder(Frozen(run, model, spec, data, base_dir)),
+        snapshot_builder(run, model, resume),
+        reference_micro_batch_size=run.reference.micro_batch_size,
+    )
     guard = NonfiniteGuard(on_nonfinite=run.trainer.on_nonfinite, max_skips=run.trainer.max_skips)
     metrics = MetricsCallback(
         run_dir,
@@ -245,9 +207,9 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         num_nodes=machines,
         max_steps=max_steps,
         max_epochs=-1,
-        strategy=strategy(run, base_dir, resuming=resuming),
+        strategy=strategy(run, base_dir, resuming=resume is not None),
         plugins=precision_plugin(run.precision),
-        callbacks=[*adapters, prepass, guard, metrics, checkpoints],
+        callbacks=[*adapters, prepass, guard, metrics, checkpoints, SummaryCallback(run_dir, prepass)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,16 @@ from asft_nemo.run_dir import checkpoint_steps, drop_steps_after, point_latest_a
 
 logger = logging.getLogger(__name__)
 
-METRIC_KEYS = ("loss", "nll", "weighted_nll", "kl", "kl_reverse", "token_weight")
+METRIC_KEYS = (
+    "loss",
+    "nll",
+    "weighted_nll",
+    "kl",
+    "kl_reverse",
+    "token_weight",
+    "high_weight_share",
+    "topk_entropy",
+)
 
 
 def is_writer() -> bool:
@@ -44,15 +54,32 @@ def any_rank(flag: bool) -> bool:
     return bool(value.item())
 
 
-def _finite(value: Any) -> bool:
-    """Whether strict JSON has a number for it."""
-    return not isinstance(value, float) or math.isfinite(value)
+def _strict(value: Any) -> Any:
+    """The value as strict JSON can hold it: null for a number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a step's object under their names in TensorBoard: ``nll``, and ``nll/<domain>`` of a domain."""
+    apart = {
+        f"{metric}/{domain}": value
+        for domain, values in line.get("domains", {}).items()
+        for metric, value in values.items()
+    }
+    return (
+        (name, value)
+        for name, value in {**line, **apart}.items()
+        if value is not None and name not in ("step", "domains")
+    )
 
 
 class MetricsCallback(Callback):
     """Writes one JSON object a step to metrics.jsonl and the same values as TensorBoard events; shows progress.
 
-    `tokens` counts valid (learned) tokens of the global batch; `seconds` is the whole step, `reference_seconds` its prepass.
+    `tokens` counts valid (learned) tokens of the global batch; `seconds` is the whole step, `reference_seconds` its prepass. Where the
+    training data are several files, `domains` holds the metrics of each that had tokens in the step, under its name.
 
     Args:
         run_dir: folder of the run.
@@ -133,7 +160,8 @@ class MetricsCallback(Callback):
         seconds = time.perf_counter() - self._started
         step = trainer.global_step
         validation = {}
-        last = dict(pl_module.training_loss_reduction.last)
+        reduction = pl_module.training_loss_reduction
+        last = reduction.last
         if self.validate_every and step % self.validate_every == 0:
             validation = validate(trainer, pl_module)
         if not self._writes:
@@ -148,16 +176,17 @@ class MetricsCallback(Callback):
             "tokens": tokens,
             "seconds": seconds,
             "reference_seconds": self.prepass.reference_seconds,
+            "cache_hit_rate": None if self.prepass.reference is None else self.prepass.reference.hit_rate,
             "tokens_per_second": tokens / seconds,
             "skipped": self.guard.skipped,
+            **({"domains": reduction.last_of_domains} if reduction.domains else {}),
             **{f"validation_{key}": validation.get(key) for key in METRIC_KEYS if validation},
         }
-        line = {key: value if _finite(value) else None for key, value in line.items()}
+        line = _strict(line)
         with self.path.open("a") as out:
             out.write(json.dumps(line, allow_nan=False) + "\n")
-        for name, value in line.items():
-            if value is not None and name != "step":
-                self._events.add_scalar(name, value, step)
+        for name, value in _scalars(line):
+            self._events.add_scalar(name, value, step)
         self._show(line)
 
     def _show(self, line: dict[str, Any]) -> None:
@@ -199,7 +228,6 @@ def validate(trainer: Any, pl_module: Any) -> dict[str, float]:
     reduction = pl_module.validation_loss_reduction
     totals: dict[str, float] = {}
     tokens = 0.0
-    kept = reduction.last
     for chunk in parallel:
         chunk.eval()
     with torch.no_grad():
@@ -212,7 +240,6 @@ def validate(trainer: Any, pl_module: Any) -> dict[str, float]:
                 totals[name] = totals.get(name, 0.0) + value * weight
     for chunk in parallel:
         chunk.train()
-    reduction.last = kept
     return {name: total / tokens for name, total in totals.items()} if tokens else {}
 
 
@@ -266,6 +293,7 @@ class CheckpointCallback(Callback):
             partial.mkdir(parents=True)
         trainer.strategy.barrier()
         trainer.save_checkpoint(str(partial))
+        self.prepass.finish_writing()
         self.prepass.save_snapshot(partial)
         trainer.strategy.barrier()
         if trainer.is_global_zero:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 
+from asft_nemo.config.schema import RunConfig
 from asft_nemo.errors import ConfigError
 
 
@@ -45,3 +46,9 @@ def precision_plugin(name: str) -> MegatronMixedPrecision | None:
     """NeMo's plugin for this precision, or None for plain fp32."""
     arguments = precision_row(name).plugin
     return None if arguments is None else MegatronMixedPrecision(**arguments)
+
+
+def reference_precision(run: RunConfig) -> str:
+    """The precision the reference runs in: its own, or the policy's."""
+    asked = run.reference.precision
+    return run.precision if asked == "policy" else asked

@@ -7,15 +7,20 @@ one number per token.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from asft_nemo.losses import VocabShard, fused_label_logprob
 from asft_nemo.objectives import Objective
 from asft_nemo.reference import ReferenceSource
+
+logger = logging.getLogger(__name__)
 
 MicroBatch = dict[str, Any]
 
@@ -60,6 +65,22 @@ FEEDS: dict[str, tuple[str, Callable[[MicroBatch, Tensor, LastStage, str], None]
 }
 
 
+@functools.cache
+def _say_once(text: str) -> None:
+    logger.warning("%s", text)
+
+
+def _joined(micro_batches: Sequence[MicroBatch], together: int) -> Sequence[MicroBatch]:
+    """Every `together` micro batches as one, for what the reference reads of them."""
+    if together == 1:
+        return micro_batches
+    keys = [key for key in ("tokens", "loss_mask", "position_ids", "sample_id") if key in micro_batches[0]]
+    return [
+        {key: torch.cat([batch[key] for batch in micro_batches[start : start + together]]) for key in keys}
+        for start in range(0, len(micro_batches), together)
+    ]
+
+
 @dataclass(frozen=True)
 class Prepass:
     """The forward-only passes of one run.
@@ -69,12 +90,36 @@ class Prepass:
         shard: this rank's vocabulary rows.
         chunk_tokens: of the fused loss.
         sources: ``ref`` and ``old`` where the objective reads something of them.
+        ref_micro_batch_size: examples of one of the reference's micro batches; None for the policy's.
+        vp_size: virtual stages, None for none.
+        pp_size: pipeline stages.
+        kept_bytes: of the last step's hidden states, by source; on the last stage.
     """
 
     objective: Objective
     shard: VocabShard
     chunk_tokens: int | str
     sources: dict[str, ReferenceSource]
+    ref_micro_batch_size: int | None
+    vp_size: int | None
+    pp_size: int
+    kept_bytes: dict[str, int] = field(default_factory=dict)
+
+    def _together(self, num_micro_batches: int, micro_batch_size: int) -> int:
+        """How many of the policy's micro batches make one of the reference's; 1 where the asked size does not suit, which is said."""
+        size = self.ref_micro_batch_size
+        if size is None or size == micro_batch_size:
+            return 1
+        together = size // micro_batch_size
+        number, rest = divmod(num_micro_batches, together)
+        if rest or (self.vp_size is not None and number % self.pp_size):
+            unit = f"a multiple of pp_size={self.pp_size}, which virtual stages need" if not rest else "whole"
+            _say_once(
+                f"reference.micro_batch_size={size} would make {num_micro_batches / together:g} reference micro batches a step, not {unit}: "
+                f"the policy's size {micro_batch_size} is used"
+            )
+            return 1
+        return together
 
     def feed(
         self, micro_batches: Sequence[MicroBatch], *, sequence_length: int, micro_batch_size: int
@@ -87,9 +132,16 @@ class Prepass:
         under sequence parallelism one of the hidden states.
         """
         for name, source in self.sources.items():
-            hidden = source.hidden(
-                micro_batches, sequence_length=sequence_length, micro_batch_size=micro_batch_size
-            )
+            together = self._together(len(micro_batches), micro_batch_size)
+            joined = _joined(micro_batches, together)
+            hidden = [
+                part_SBH
+                for hidden_SBH in source.hidden(
+                    joined, sequence_length=sequence_length, micro_batch_size=together * micro_batch_size
+                )
+                for part_SBH in hidden_SBH.split(micro_batch_size, dim=1)
+            ]
+            self.kept_bytes[name] = sum(hidden_SBH.nbytes for hidden_SBH in hidden)
             head_VH = source.head()
             if head_VH is None:  # before the last stage
                 continue

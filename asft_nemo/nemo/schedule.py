@@ -21,6 +21,7 @@ from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, core_chunks
 from asft_nemo.nemo.prepass import Prepass
 from asft_nemo.nemo.steps import data_step
 from asft_nemo.reference import PolicySnapshot, ReferenceSource
+from asft_nemo.reference.cached import FillingReference
 
 logger = logging.getLogger(__name__)
 
@@ -65,20 +66,24 @@ class PrepassCallback(Callback):
         config: the policy's.
         build_reference: makes the reference, or None when nothing reads it.
         build_snapshot: makes the snapshot of the policy, or None when nothing reads it.
+        reference_micro_batch_size: examples of one of the reference's micro batches, None for the policy's.
     """
 
     def __init__(
         self,
         config: AnchoredGPTConfig,
         build_reference: Callable[[], ReferenceSource] | None,
-        build_snapshot: Callable[[], PolicySnapshot] | None = None,
+        build_snapshot: Callable[[], PolicySnapshot] | None,
+        *,
+        reference_micro_batch_size: int | None,
     ):
+        self._ref_micro_batch_size = reference_micro_batch_size
         self._config = config
         self._build_reference, self._build_snapshot = build_reference, build_snapshot
         self.reference: ReferenceSource | None = None
         self.snapshot: PolicySnapshot | None = None
         self.reference_seconds = 0.0
-        self._prepass: Prepass | None = None
+        self.prepass: Prepass | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Builds what is read. The reference is the base in every case."""
@@ -89,14 +94,26 @@ class PrepassCallback(Callback):
             self.snapshot = sources["old"] = self._build_snapshot()
         if sources:
             config = self._config
-            self._prepass = Prepass(config.objective, config.vocab_shard(), config.loss_chunk_tokens, sources)
+            self.prepass = Prepass(
+                objective=config.objective,
+                shard=config.vocab_shard(),
+                chunk_tokens=config.loss_chunk_tokens,
+                sources=sources,
+                ref_micro_batch_size=self._ref_micro_batch_size,
+                vp_size=config.virtual_pipeline_model_parallel_size,
+                pp_size=config.pipeline_model_parallel_size,
+            )
 
     def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
         """NeMo's hook: the same step with the prepass in front."""
-        if self.snapshot is not None and not step.forward_only:
-            self._refresh_when_due(self.snapshot, step)
+        if not step.forward_only:
+            assert step.step_i is not None
+            if self.reference is not None:
+                self.reference.start_step(step.step_i)
+            if self.snapshot is not None:
+                self._refresh_when_due(self.snapshot, step)
         fields = {item.name: getattr(step, item.name) for item in dataclasses.fields(MegatronStep)}
-        return AnchoredStep(**fields, prepass=self._prepass, report=self._record)
+        return AnchoredStep(**fields, prepass=self.prepass, report=self._record)
 
     def _refresh_when_due(self, snapshot: PolicySnapshot, step: MegatronStep) -> None:
         assert step.step_i is not None
@@ -116,6 +133,11 @@ class PrepassCallback(Callback):
                 (checkpoint / SNAPSHOT_FOLDER).mkdir()
             torch.distributed.barrier()
             self.snapshot.save(checkpoint / SNAPSHOT_FOLDER)
+
+    def finish_writing(self) -> None:
+        """Makes durable what the reference has written so far."""
+        if isinstance(self.reference, FillingReference):
+            self.reference.finish()
 
     def _record(self, seconds: float) -> None:
         self.reference_seconds = seconds

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from asft_nemo.reference.frozen import frozen_config
 from asft_nemo.reference.prepass import forward_hidden
+from asft_nemo.reference.source import ReferenceBytes
 
 
 @contextlib.contextmanager
@@ -54,6 +55,11 @@ class AdapterDisabledReference:
         self.chunks = list(chunks)
         self._adapters_off = adapters_off
 
+    hit_rate: float | None = None
+
+    def start_step(self, step: int) -> None:
+        """See `ReferenceSource.start_step`: nothing to do."""
+
     def hidden(
         self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int
     ) -> list[Tensor]:
@@ -70,3 +76,7 @@ class AdapterDisabledReference:
         """See `ReferenceSource.head`: the policy's own head, which is frozen."""
         last: Any = self.chunks[-1]
         return last.head_weight().detach() if last.post_process else None
+
+    def held(self) -> ReferenceBytes:
+        """See `ReferenceSource.held`: nothing."""
+        return ReferenceBytes()

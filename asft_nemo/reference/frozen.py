@@ -98,6 +98,11 @@ class FrozenChunks:
                     f"weights in {weights_dir} do not fit the model: missing {missing}, unexpected {unexpected}"
                 )
 
+    hit_rate: float | None = None
+
+    def start_step(self, step: int) -> None:
+        """See `ReferenceSource.start_step`: nothing to do."""
+
     def hidden(
         self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int
     ) -> list[Tensor]:

@@ -29,7 +29,16 @@ class ReferenceSource(Protocol):
 
     Implementations never change, are outside the policy's module tree (no optimizer, no DDP bucket, no checkpoint sees them), run
     without gradients and without dropout.
+
+    Attributes:
+        hit_rate: share of the last step's micro batches whose hidden states came from a cache; None where there is none.
     """
+
+    hit_rate: float | None
+
+    def start_step(self, step: int) -> None:
+        """Told before each training step, counted from 0 over the whole run. Every rank calls it."""
+        ...
 
     def hidden(
         self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int

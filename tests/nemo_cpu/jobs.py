@@ -286,3 +286,33 @@ def train_itself(settings: dict[str, Any]) -> None:
 
     os.environ.pop("ASFT_LAUNCHER_PID", None)
     train(run_config(settings))
+
+
+def means_of_steps(settings: dict[str, Any]) -> list[Any]:
+    """What this rank's training reduction holds after each step: means and means of domains; None where it knows no loss."""
+    from asft_nemo.nemo.callbacks import MetricsCallback
+
+    found: list[Any] = []
+    original = MetricsCallback.on_train_batch_end
+
+    def kept(self: Any, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        reduction = pl_module.training_loss_reduction
+        found.append([reduction.last, reduction.last_of_domains] if reduction.last else None)
+        original(self, trainer, pl_module, *rest)
+
+    MetricsCallback.on_train_batch_end = kept  # type: ignore[method-assign]
+    try:
+        train_itself(settings)
+    finally:
+        MetricsCallback.on_train_batch_end = original  # type: ignore[method-assign]
+    return found
+
+
+def cache_itself(settings: dict[str, Any], *, repair: bool) -> None:
+    """`asft_nemo.train.cache_reference`, as the launcher calls it on every rank."""
+    import os
+
+    from asft_nemo.train import cache_reference
+
+    os.environ.pop("ASFT_LAUNCHER_PID", None)
+    cache_reference(run_config(settings), repair=repair)

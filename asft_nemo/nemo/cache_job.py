@@ -1,0 +1,201 @@
+"""`asft cache-reference`: the frozen base over all examples, forward only, into the hidden-state cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from asft_nemo.config.schema import RunConfig
+from asft_nemo.cpu import backend
+from asft_nemo.data import FILLER, Prepared, SupervisedDataset
+from asft_nemo.model import ModelSpec
+from asft_nemo.nemo.build import model_config
+from asft_nemo.nemo.cache import all_sample_ids, cache_identity, layout_of, on_first_rank, this_place, writes
+from asft_nemo.nemo.gpt_model import AnchoredGPTConfig
+from asft_nemo.nemo.precision import precision_plugin, precision_row, reference_precision
+from asft_nemo.nemo.references import alike, reference_config
+from asft_nemo.nemo.steps import data_step
+from asft_nemo.reference.cache_store import (
+    CacheIdentity,
+    CacheReader,
+    CacheWriter,
+    open_or_create,
+    repair_cache,
+    require_space,
+)
+from asft_nemo.reference.cached import store, whole_sequence
+from asft_nemo.reference.resident import ResidentReference
+from asft_nemo.run_dir import cache_dir
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+def start_ranks(run: RunConfig) -> None:
+    """torch.distributed and Megatron's groups of this layout, from torchrun's environment."""
+    if not torch.distributed.is_initialized():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.distributed.init_process_group("gloo" if backend.active() else "nccl")
+    parallel_state.destroy_model_parallel()
+    layout = run.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=layout.vpp_size,
+        context_parallel_size=layout.cp_size,
+    )
+    model_parallel_cuda_manual_seed(run.run.seed)
+
+
+def frozen_model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
+    """The config a training run's reference is built with: the policy's with the precision's dtypes, without training hooks."""
+    config, plugin = model_config(run, spec), precision_plugin(run.precision)
+    if plugin is not None:
+        config = update_config_with_dtype_overrides(plugin.dtype_config, config)
+    return reference_config(run, config)
+
+
+def reference_micro_batch_size(run: RunConfig) -> int:
+    """Examples of one of the reference's micro batches."""
+    return run.reference.micro_batch_size or run.trainer.micro_batch_size
+
+
+def micro_batches(
+    data: Prepared, items: list[tuple[SupervisedDataset, int]], run: RunConfig
+) -> Iterator[list[dict[str, Any]]]:
+    """This rank's items as passes of micro batches of a training run's shape; the last pass is filled up with filler items."""
+    size = reference_micro_batch_size(run)
+    # enough to keep a pipeline busy, and a multiple of it, which interleaved stages need
+    per_pass = 4 * run.parallel.pp_size
+    filler = (data.train, FILLER)
+    for start in range(0, len(items), size * per_pass):
+        part = items[start : start + size * per_pass]
+        part += [filler] * (size * per_pass - len(part))
+        loaded = (
+            default_collate([dataset[index] for dataset, index in part[first : first + size]])
+            for first in range(0, len(part), size)
+        )
+        yield [data_step(iter([batch])) for batch in loaded]
+
+
+def missing_items(
+    data: Prepared, reader: CacheReader, *, dp_rank: int, dp_size: int
+) -> list[tuple[SupervisedDataset, int]]:
+    """(dataset, index) of the examples this data-parallel rank computes: every dp_size-th of those that are not stored."""
+    missing = set(reader.missing(all_sample_ids(data)))
+    found = [
+        (dataset, index)
+        for dataset in (data.train, data.validation)
+        if dataset is not None
+        for index, sample in enumerate(dataset.sample_ids.tolist())
+        if sample in missing
+    ]
+    return found[dp_rank::dp_size]
+
+
+def _open(directory: Path, identity: CacheIdentity, run: RunConfig, data: Prepared, *, repair: bool) -> None:
+    """On one rank: makes or checks the folder, repairs it where asked, and looks whether the rest fits on the disk."""
+    if repair:
+        report = repair_cache(directory, identity, written_by=layout_of(run))
+        logger.info("repair of %s: %s", directory, report)
+    open_or_create(directory, identity, written_by=layout_of(run))
+    with CacheReader(directory, identity) as reader:
+        missing = reader.missing(all_sample_ids(data))
+    rows = [
+        dataset.learned_tokens(missing) for dataset in (data.train, data.validation) if dataset is not None
+    ]
+    require_space(directory, identity, rows=sum(rows))
+
+
+def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir: Path, repair: bool) -> None:
+    """Computes and stores what is missing. Called on every rank; safe to kill anywhere and to start again.
+
+    Args:
+        run: the settings of the training run that will read the cache.
+        spec: architecture of the base model.
+        base_dir: the base checkpoint in NeMo form.
+        data: the run's examples.
+        repair: first check every stored row, and set damaged files aside so that only what they held is computed again.
+
+    Raises:
+        CacheError: the folder holds another cache or a damaged one, cannot be written, or is too small.
+    """
+    start_ranks(run)
+    directory = cache_dir(run)
+    identity = cache_identity(run, spec=spec, data=data, base_dir=base_dir)
+    on_first_rank(lambda: _open(directory, identity, run, data, repair=repair))
+    place, dp_rank = this_place(run), parallel_state.get_data_parallel_rank()
+    with CacheReader(directory, identity) as reader:
+        items = missing_items(
+            data, reader, dp_rank=dp_rank, dp_size=parallel_state.get_data_parallel_world_size()
+        )
+    torch.distributed.barrier()  # every rank has read what was there before any writes
+    config = frozen_model_config(run, spec)
+    reference = ResidentReference(
+        lambda stage: alike(config.build_chunk(vp_stage=stage, returns_hidden=True), run),
+        vp_size=run.parallel.vpp_size,
+        weights_dir=base_dir / "weights",
+        dtype=precision_row(reference_precision(run)).compute_dtype,
+    )
+    writer = CacheWriter(directory, dp_rank, identity) if writes(place) else None
+    progress = _Progress(len(items), shown=writer is not None and dp_rank == 0)
+    for batches in micro_batches(data, items, run):
+        hidden = reference.hidden(
+            batches,
+            sequence_length=run.data.sequence_length,
+            micro_batch_size=reference_micro_batch_size(run),
+        )
+        for batch, hidden_SBH in zip(batches, hidden, strict=False):  # empty before the last stage
+            whole_SBH = whole_sequence(hidden_SBH, place)
+            if writer is not None:
+                progress.add(store(writer, batch, whole_SBH))
+    if writer is not None:
+        writer.close()
+    progress.close()
+    torch.distributed.barrier()
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then elsewhere; silent where another rank shows it."""
+
+    def __init__(self, total: int, *, shown: bool):
+        self._shown, self._total, self._done = shown, total, 0
+        self._bar = tqdm(
+            total=total,
+            desc="cache-reference",
+            unit="example",
+            disable=not shown or not (sys.stderr.isatty() or os.environ.get("ASFT_PROGRESS")),
+        )
+        self._started = self._said = time.monotonic()
+
+    def add(self, examples: int) -> None:
+        """Counts examples that were stored."""
+        self._done += examples
+        self._bar.update(examples)
+        now = time.monotonic()
+        if self._shown and self._bar.disable and now - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = now
+            left = (now - self._started) / max(self._done, 1) * (self._total - self._done)
+            logger.info(
+                "cache-reference: %d of this rank's %d examples, about %.0f s left",
+                self._done,
+                self._total,
+                left,
+            )
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()

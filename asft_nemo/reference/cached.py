@@ -1,0 +1,269 @@
+"""A reference whose hidden states were computed before: read from disk, only its head is held."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from asft_nemo.checkpoint.dist_read import DistReader
+from asft_nemo.reference.cache_store import CacheIdentity, CacheReader, CacheWriter
+from asft_nemo.reference.resident import ResidentReference
+from asft_nemo.reference.source import ReferenceBytes
+
+logger = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Where this rank stands in its pipeline, as far as a cache must know.
+
+    Attributes:
+        last_stage: it holds the last pipeline stage; the others read nothing.
+        tp_rank, tp_size: in its tensor-parallel group.
+        sequence_parallel: hidden states hold this rank's S / TP rows.
+    """
+
+    last_stage: bool
+    tp_rank: int
+    tp_size: int
+    sequence_parallel: bool
+
+    def rows(self, sequence_length: int) -> tuple[int, int]:
+        """First and one past the last position of the sequence that this rank's hidden states hold."""
+        if not self.sequence_parallel:
+            return 0, sequence_length
+        size = sequence_length // self.tp_size
+        return self.tp_rank * size, (self.tp_rank + 1) * size
+
+
+def sample_ids(batch: dict[str, Any]) -> Tensor:
+    """The example of each token, int64 [B, S] on the host; a micro batch gives it per token (packed) or per row."""
+    ids: Tensor = batch["sample_id"].cpu()
+    return ids if ids.ndim == 2 else ids.unsqueeze(1).expand_as(batch["tokens"])
+
+
+def read_head(weights_dir: Path, *, tied: bool, first_row: int, rows: int, dtype: torch.dtype) -> Tensor:
+    """Rows of the base's head [rows, H] from a torch distributed checkpoint, without a model; rows past its end are zeros.
+
+    Args:
+        weights_dir: `weights/` of the base.
+        tied: the head is the embedding.
+        first_row, rows: this rank's part of the padded vocabulary.
+        dtype: of the result.
+    """
+    key = "module.embedding.word_embeddings.weight" if tied else "module.output_layer.weight"
+    with DistReader(weights_dir) as reader:
+        total, hidden = reader.tensors[key].size
+        stored = torch.empty(max(min(total - first_row, rows), 0), hidden, dtype=reader.dtype(key))
+        reader.read_rows(key, None, first_row, stored)
+    head_VH = torch.zeros(rows, hidden, dtype=dtype)
+    head_VH[: len(stored)] = stored.to(dtype)
+    return head_VH.to(torch.cuda.current_device())
+
+
+class CachedReference:
+    """Hidden states from a cache that holds every example.
+
+    Each rank of the last stage maps the files and reads the rows it needs: under sequence parallelism its own part of the sequence.
+    Positions that do not count are zeros; no loss looks at them. While one micro batch is put together, the next ones are read ahead.
+
+    Args:
+        directory, identity: the cache, see `asft_nemo.reference.cache_store`.
+        head_VH: this rank's rows of the frozen head; None before the last stage.
+        place: this rank's.
+    """
+
+    def __init__(self, directory: Path, identity: CacheIdentity, *, head_VH: Tensor | None, place: Place):
+        self.directory, self.identity, self.place = directory, identity, place
+        self._head_VH = head_VH
+        self._reader: CacheReader | None = None
+        self.reopen()
+        self.hit_rate: float | None = 1.0
+
+    def reopen(self) -> None:
+        """Looks again at what is stored (last stage only)."""
+        if self.place.last_stage:
+            if self._reader is not None:
+                self._reader.close()
+            self._reader = CacheReader(self.directory, self.identity)
+
+    def missing(self, ids: Iterable[int]) -> list[int]:
+        """Those of the examples that are not stored; known on the last stage, empty elsewhere."""
+        return [] if self._reader is None else self._reader.missing(list(ids))
+
+    def start_step(self, step: int) -> None:
+        """Nothing to do."""
+
+    def hidden(
+        self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int
+    ) -> list[Tensor]:
+        """See `ReferenceSource.hidden`. No collectives."""
+        if self._reader is None:
+            return []
+        wanted = [self._wanted(batch, sequence_length) for batch in micro_batches]
+        for ids_N, offsets_N, _, _ in wanted[1:]:
+            self._reader.prefetch(ids_N, offsets_N)
+        start, stop = self.place.rows(sequence_length)
+        return [
+            self._filled(one, (stop - start, len(batch["tokens"]), self.identity.hidden_size))
+            for one, batch in zip(wanted, micro_batches, strict=True)
+        ]
+
+    def _wanted(self, batch: dict[str, Any], sequence_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Example and offset of each token that counts in this rank's rows, and its place there: [N] each, examples together."""
+        start, stop = self.place.rows(sequence_length)
+        row_N, position_N = batch["loss_mask"][:, start:stop].cpu().nonzero(as_tuple=True)
+        ids_BS, offsets_BS = sample_ids(batch), batch["position_ids"].cpu()
+        return ids_BS[row_N, position_N + start], offsets_BS[row_N, position_N + start], position_N, row_N
+
+    def _filled(self, wanted: tuple[Tensor, Tensor, Tensor, Tensor], shape: tuple[int, int, int]) -> Tensor:
+        assert self._reader is not None
+        ids_N, offsets_N, position_N, row_N = wanted
+        device = torch.cuda.current_device()
+        hidden_SBH = torch.zeros(shape, dtype=self.identity.torch_dtype, device=device)
+        rows_NH = self._reader.read(ids_N, offsets_N).to(device, non_blocking=True)
+        hidden_SBH[position_N.to(device), row_N.to(device)] = rows_NH
+        return hidden_SBH
+
+    def head(self) -> Tensor | None:
+        """See `ReferenceSource.head`."""
+        return self._head_VH
+
+    def held(self) -> ReferenceBytes:
+        """See `ReferenceSource.held`."""
+        device = 0 if self._head_VH is None else self._head_VH.nbytes
+        return ReferenceBytes(device=device, disk=0 if self._reader is None else self._reader.bytes)
+
+
+def store(
+    writer: CacheWriter, batch: dict[str, Any], hidden_SBH: Tensor, *, wanted: set[int] | None = None
+) -> int:
+    """Writes a micro batch's hidden states of tokens that count, example by example.
+
+    Args:
+        writer: this rank's.
+        batch: tokens, loss_mask, position_ids [B, S] and sample_id.
+        hidden_SBH: of the whole sequence, [S, B, H].
+        wanted: the examples to write; None for all. Filler items (negative ids) never are.
+
+    Returns:
+        Examples written.
+    """
+    ids_BS, mask_BS = sample_ids(batch), batch["loss_mask"].cpu()
+    offsets_BS, written = batch["position_ids"].cpu(), 0
+    for row, ids_S in enumerate(ids_BS):
+        for sample in torch.unique(ids_S).tolist():
+            if sample < 0 or (wanted is not None and sample not in wanted):
+                continue
+            position_N = (mask_BS[row] & (ids_S == sample)).nonzero().squeeze(1)
+            rows_NH = hidden_SBH[position_N.to(hidden_SBH.device), row]
+            writer.add(sample, offsets_BS[row, position_N], rows_NH)
+            written += 1
+    return written
+
+
+class FillingReference:
+    """A resident reference that writes what it computes, and leaves when everything is written.
+
+    A step whose examples are all stored is read, any other is computed by the resident chunks and stored. At the end of an epoch what
+    was written becomes readable for all data-parallel ranks, and once nothing is missing the chunks are freed.
+
+    Args:
+        resident: computes what is missing.
+        cached: reads what is there.
+        writer: of the ranks that write (last stage, tensor rank 0), None on others.
+        ids: all examples.
+        steps_per_epoch: whole steps of one epoch, rounded up.
+        model_parallel_group: ranks of this pipeline, which must agree on each step.
+    """
+
+    def __init__(
+        self,
+        resident: ResidentReference,
+        cached: CachedReference,
+        writer: CacheWriter | None,
+        *,
+        ids: Sequence[int],
+        steps_per_epoch: int,
+        model_parallel_group: Any,
+    ):
+        self.resident: ResidentReference | None = resident
+        self.cached, self.writer, self.ids = cached, writer, ids
+        self.steps_per_epoch, self.group = steps_per_epoch, model_parallel_group
+        self._stored: set[int] = set()
+        self.hit_rate: float | None = 0.0
+        self._collect()
+
+    def start_step(self, step: int) -> None:
+        """At the first step of an epoch: makes the rows written so far readable. Collective over all ranks there."""
+        if step and step % self.steps_per_epoch == 0 and self.resident is not None:
+            if self.writer is not None:
+                self.writer.flush()
+            torch.distributed.barrier()
+            self.cached.reopen()
+            self._stored.clear()
+            self._collect()
+
+    def _collect(self) -> None:
+        missing = torch.tensor([len(self.cached.missing(self.ids))], device=torch.cuda.current_device())
+        torch.distributed.all_reduce(missing, op=torch.distributed.ReduceOp.MAX)
+        logger.info("reference cache: %d of %d examples are still missing", int(missing), len(self.ids))
+        if not int(missing):
+            self.resident = None
+
+    def _all_stored(self, micro_batches: Sequence[dict[str, Any]]) -> bool:
+        ids = torch.cat([sample_ids(batch).unique() for batch in micro_batches]).tolist()
+        complete = torch.tensor([int(not self.cached.missing(ids))], device=torch.cuda.current_device())
+        torch.distributed.all_reduce(complete, op=torch.distributed.ReduceOp.MIN, group=self.group)
+        return bool(complete)
+
+    def hidden(
+        self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int
+    ) -> list[Tensor]:
+        """See `ReferenceSource.hidden`. Collectives: the resident chunks' where it is computed; before, one all-reduce of one value."""
+        shape = {"sequence_length": sequence_length, "micro_batch_size": micro_batch_size}
+        if self.resident is None or self._all_stored(micro_batches):
+            self.hit_rate = 1.0
+            return self.cached.hidden(micro_batches, **shape)
+        self.hit_rate = 0.0
+        hidden = self.resident.hidden(micro_batches, **shape)
+        for batch, hidden_SBH in zip(micro_batches, hidden, strict=False):  # empty before the last stage
+            whole_SBH = self._whole(hidden_SBH)
+            if self.writer is not None:
+                ids = set(sample_ids(batch).unique().tolist())
+                new = set(self.cached.missing(ids)) - self._stored
+                store(self.writer, batch, whole_SBH, wanted=new)
+                self._stored |= new
+        return hidden
+
+    def _whole(self, hidden_SBH: Tensor) -> Tensor:
+        return whole_sequence(hidden_SBH, self.cached.place)
+
+    def finish(self) -> None:
+        """Makes durable what was written; called when training ends or a checkpoint is written."""
+        if self.writer is not None:
+            self.writer.flush()
+
+    def head(self) -> Tensor | None:
+        """See `ReferenceSource.head`."""
+        return self.cached.head()
+
+    def held(self) -> ReferenceBytes:
+        """See `ReferenceSource.held`."""
+        resident = 0 if self.resident is None else self.resident.held().device
+        cached = self.cached.held()
+        return ReferenceBytes(device=resident + cached.device, disk=cached.disk)
+
+
+def whole_sequence(hidden_SBH: Tensor, place: Place) -> Tensor:
+    """Hidden states of all S positions; under sequence parallelism one all-gather over the tensor-parallel group, else as they are."""
+    if not place.sequence_parallel:
+        return hidden_SBH
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    with torch.no_grad():
+        return gather_from_sequence_parallel_region(hidden_SBH)
