@@ -71,6 +71,7 @@ class AnchoredGPTConfig(GPTConfig):
         loss_implementation: a key of `asft_nemo.nemo.head.IMPLEMENTATIONS`.
         loss_chunk_tokens: see `asft_nemo.losses.fused_linear_loss`.
         normalize_by: ``tokens`` (one global mean) or ``micro_batch`` (mean of micro-batch means, as the authors average).
+        domains: names of the training files, where there are several: their metrics are kept apart.
         hf_vocab_size: vocabulary rows of the Hugging Face checkpoint; `vocab_size` is padded for tensor parallelism.
         adapters: the policy's LoRA adapters, None for full fine-tuning.
     """
@@ -82,6 +83,7 @@ class AnchoredGPTConfig(GPTConfig):
     loss_implementation: str = ""
     loss_chunk_tokens: Any = "auto"
     normalize_by: str = ""
+    domains: list[str] = field(default_factory=list)
     hf_vocab_size: int = 0
     adapters: AdapterSpec | None = None
 
@@ -176,12 +178,18 @@ class ASFTModel(GPTModel):
 
     @property
     def training_loss_reduction(self) -> TokenLossReduction:  # type: ignore[override]
-        """The reduction of training and validation steps."""
+        """The reduction of training steps."""
+        config: Any = self.config
         if self._training_loss_reduction is None:
-            self._training_loss_reduction = TokenLossReduction(normalize_by=self.config.normalize_by)  # type: ignore[attr-defined]
+            self._training_loss_reduction = TokenLossReduction(
+                normalize_by=config.normalize_by, domains=config.domains
+            )
         return self._training_loss_reduction
 
     @property
     def validation_loss_reduction(self) -> TokenLossReduction:  # type: ignore[override]
-        """Validation reduces like training."""
-        return self.training_loss_reduction
+        """Validation reduces like training, all of its files together."""
+        config: Any = self.config
+        if self._validation_loss_reduction is None:
+            self._validation_loss_reduction = TokenLossReduction(normalize_by=config.normalize_by)
+        return self._validation_loss_reduction

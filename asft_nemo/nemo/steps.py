@@ -10,7 +10,7 @@ from torch import Tensor
 
 from asft_nemo.nemo.head import LossInputs
 
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "segment_ids")
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "segment_ids", "domain_id")
 
 
 def unwrap_batch(item: Any) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
 
     Returns:
         ``tokens``, ``labels``, ``position_ids`` int64 [B, S], ``loss_mask`` bool [B, S], ``segment_ids`` int64 [B, S] where examples
-        are packed, and, on the last stage, what the prepass put there (see `asft_nemo.nemo.prepass`).
+        are packed, ``domain_id`` int64 [B], the training file of each, and, on the last stage, what the prepass put there (see
+        `asft_nemo.nemo.prepass`).
     """
     batch = unwrap_batch(next(dataloader_iter))
     device = torch.cuda.current_device()
