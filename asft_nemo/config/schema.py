@@ -156,6 +156,7 @@ class OptimConfig(Section):
     clip_grad: float = 1.0  # global norm; 0 = no clipping
     min_lr_ratio: float = 0.0  # the schedule ends at lr * min_lr_ratio
     distributed: bool = False  # optimizer state sharded over data-parallel ranks
+    overlap_grad_reduce: bool = False  # over data-parallel ranks, while backward still runs
 
 
 @dataclass(unsafe_hash=True)

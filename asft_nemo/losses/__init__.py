@@ -7,6 +7,7 @@ from asft_nemo.losses.fused_linear import (
     fused_linear_loss,
     fused_linear_token_losses,
 )
+from asft_nemo.losses.head_bytes import head_gradient_bytes
 from asft_nemo.losses.reduce import LossOutput
 from asft_nemo.losses.vocab_parallel import vocab_parallel_loss
 from asft_nemo.losses.vocab_shard import VocabShard
@@ -19,5 +20,6 @@ __all__ = [
     "fused_label_logprob",
     "fused_linear_loss",
     "fused_linear_token_losses",
+    "head_gradient_bytes",
     "vocab_parallel_loss",
 ]

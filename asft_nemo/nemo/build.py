@@ -137,6 +137,7 @@ def strategy(run: RunConfig, base_dir: Path, *, resuming: bool) -> AnchoredStrat
         pipeline_dtype=precision_row(run.precision).compute_dtype,
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=run.optim.distributed,
+            overlap_grad_reduce=run.optim.overlap_grad_reduce,
             grad_reduce_in_fp32=True,
             # per-token averaging divides once, by the global token count: no averaging in the collective
             average_in_collective=False,

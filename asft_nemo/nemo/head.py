@@ -18,6 +18,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 
 from asft_nemo.losses import LossOutput, VocabShard, dense_loss, fused_linear_loss, vocab_parallel_loss
+from asft_nemo.nemo.head_gradient import into_main_grad
 from asft_nemo.objectives import Objective
 
 
@@ -154,6 +155,7 @@ def _fused(
         ref_hidden_TH=_flat(inputs.ref_hidden_SBH),
         ref_head_VH=inputs.ref_head_VH,
         chunk_tokens=spec.chunk_tokens,
+        head_gradient=into_main_grad(head_VH, head.config),
     )
 
 

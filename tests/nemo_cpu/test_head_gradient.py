@@ -1,0 +1,198 @@
+"""The head's gradient goes into Megatron's `main_grad` during the forward pass, and nothing else of a step changes.
+
+Gradients of real NeMo steps are compared with fp64 as in test_gradients.py, here where the way into `main_grad` differs: tied weights on
+one stage and on two, the reduction over data-parallel ranks overlapped with backward, virtual stages, averages of micro batches. Memory
+that nobody wrote is NaN there, so a dummy gradient that reached anything would show.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import RandomTokens
+from models import make_model, oracle_gradients, read_hf, worst_error
+from ranks import RankGroup
+
+from asft_nemo.checkpoint.convert import export_hf
+from asft_nemo.data import GlobalBatchSampler
+from asft_nemo.objectives import objective
+
+pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
+
+LENGTH, BATCH = 32, 8
+VALID = [5, 0, 32, 1, 17, 3, 0, 20]
+BOUND = 1e-5  # of the largest gradient entry, fp32 against fp64
+TIMES = ("seconds", "reference_seconds", "tokens_per_second")
+OVERLAP = {"optim.overlap_grad_reduce": True}
+TP2, PP2 = {"parallel.tp_size": 2}, {"parallel.pp_size": 2}
+VPP2 = {**PP2, "parallel.vpp_size": 2}
+
+# name -> (ranks, tied or untied, settings); data-parallel ranks are what the layout leaves over
+CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "tied_tp2": (2, "tied", TP2),
+    "tied_dp2_overlap": (2, "tied", OVERLAP),
+    "untied_dp2_overlap": (2, "untied", OVERLAP),
+    "untied_pp2_vpp2_overlap": (2, "untied", {**VPP2, **OVERLAP}),
+    "tied_pp2_vpp2_overlap": (2, "tied", {**VPP2, **OVERLAP}),
+    "untied_tp2_micro_batch_means": (2, "untied", {**TP2, "loss.normalize_by": "micro_batch"}),
+    "tied_pp2_dp2_overlap": (4, "tied", {**PP2, **OVERLAP}),
+    "untied_tp2_pp2_sp": (4, "untied", {**TP2, **PP2, "parallel.sequence_parallel": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_model(folder / name, tied=name == "tied") for name in ("tied", "untied")}
+
+
+def settings_of(group: RankGroup, model: Path, folder: Path, more: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "objective.name": "asft",
+        "objective.kl_weight": 0.5,
+        "model.path": str(model),
+        "run.dir": str(folder),
+        "run.world_size": group.world_size,
+        "data.sequence_length": LENGTH,
+        "trainer.global_batch_size": BATCH,
+        "optim.lr": 3e-3,
+        "optim.warmup_ratio": 0.0,
+        **more,
+    }
+
+
+def second_batch(data: RandomTokens) -> list[int]:
+    """Indices of the second global batch."""
+    sampler = GlobalBatchSampler(
+        len(data),
+        seed=42,
+        consumed_samples=BATCH,
+        micro_batch_size=1,
+        global_batch_size=BATCH,
+        dp_rank=0,
+        dp_size=1,
+    )
+    batches = iter(sampler)
+    return [index for _ in range(BATCH) for index in next(batches)]
+
+
+def expected_gradients(
+    policy: Path, ref: Path, *, normalize_by: str
+) -> tuple[dict[str, torch.Tensor], float]:
+    """In fp64: the mean over all tokens, or the mean of the micro batches' means (those without a token do not count)."""
+    data = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
+    batch, asft = second_batch(data), objective("asft", kl_weight=0.5)
+    if normalize_by == "tokens":
+        return oracle_gradients(policy, asft, [[index] for index in batch], data, ref=ref)
+    parts = [
+        oracle_gradients(policy, asft, [[index]], data, ref=ref)
+        for index in batch
+        if data[index]["loss_mask"].any()
+    ]
+    mean = {name: torch.stack([part[0][name] for part in parts]).mean(0) for name in parts[0][0]}
+    return mean, sum(part[1] for part in parts) / len(parts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_the_oracle(
+    case: str,
+    models: dict[str, Path],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    record_property: Any,
+) -> None:
+    """Every parameter's gradient, what the head's forward passes used, and what was allocated for it."""
+    world, weights, more = CASES[case]
+    group: RankGroup = request.getfixturevalue(f"ranks{world}")
+    settings = settings_of(group, models[weights], tmp_path / "run", more)
+    seen = group.run(
+        "head_gradient_jobs:gradients", settings=settings, valid=VALID, out=str(tmp_path / "gradients")
+    )
+    export_hf(tmp_path / "gradients", tmp_path / "gradients_hf")
+    export_hf(tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "policy")
+    by = more.get("loss.normalize_by", "tokens")
+    expected, loss = expected_gradients(tmp_path / "policy", models[weights], normalize_by=by)
+    error, where = worst_error(read_hf(tmp_path / "gradients_hf"), expected)
+    record_property("worst_relative_error", error)
+    print(f"{case}: worst gradient error {error:.1e} of max |grad| ({where})")
+    assert error <= BOUND, (error, where)
+    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["loss"] == pytest.approx(loss, rel=1e-5)
+
+    overlap, pp_size = "optim.overlap_grad_reduce" in more, more.get("parallel.pp_size", 1)
+    dp_size = world // (pp_size * more.get("parallel.tp_size", 1))
+    heads = [one for one in seen if one["sinks"]]
+    assert len(heads) == world // pp_size
+    for one in heads:
+        # every forward pass of both steps, with the scale where it is known
+        assert one["sinks"] == [[True, True, 1.0 if by == "tokens" else None]] * (2 * BATCH // dp_size)
+    assert all(one["grads_left"] == 0 for one in seen)
+    if overlap:
+        assert max(max(one["bucket_groups"]) for one in seen) > 1
+    if pp_size > 1:  # no embedding on the head's rank: whatever has the head's shape belongs to the head
+        dummies = ["aten.empty_like.default"] * (BATCH // dp_size if overlap else 0)
+        assert all(one["made"] == dummies for one in heads)
+
+
+def test_validation_between_steps_changes_nothing(
+    ranks2: RankGroup, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Three steps with a validation pass after each: metrics equal, bit for bit, those of three steps without."""
+    lines = {}
+    for name, validation in (("plain", 0), ("validated", BATCH)):
+        settings = settings_of(ranks2, models["tied"], tmp_path / name, {**OVERLAP, "trainer.max_steps": 3})
+        if validation:
+            settings["trainer.validate_every"] = 1
+        seen = ranks2.run("head_gradient_jobs:train", settings=settings, valid=VALID, validation=validation)
+        passes = 3 * BATCH // 2  # of one data-parallel rank
+        for one in seen:
+            assert one["sinks"].count([True, True, 1.0]) == passes
+            assert one["sinks"].count([False, False, None]) == (passes if validation else 0)
+            assert len(one["sinks"]) == passes + (passes if validation else 0)
+            assert one["main_grad_changed"] == ([False] * 3 if validation else [])
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        lines[name] = [json.loads(line) for line in text.splitlines()]
+    assert all(line["validation_loss"] is not None for line in lines["validated"])
+    kept = {
+        name: [
+            {k: v for k, v in line.items() if k not in TIMES and not k.startswith("validation_")}
+            for line in found
+        ]
+        for name, found in lines.items()
+    }
+    assert len(kept["plain"]) == 3
+    assert kept["validated"] == kept["plain"]
+
+
+def test_bf16_head_gradient_is_not_rounded(
+    ranks2: RankGroup, models: dict[str, Path], tmp_path: Path, record_property: Any
+) -> None:
+    """In bf16 `main_grad` is the fp32 sum of the head's gradient; by way of autograd each micro batch's is rounded to bf16."""
+    more = {**PP2, "precision": "bf16", "objective.name": "dft", "trainer.max_steps": 1}
+    settings = settings_of(ranks2, models["untied"], tmp_path / "run", more)
+    found = ranks2.run("head_gradient_jobs:low_precision_errors", settings=settings, valid=VALID)
+    assert found[0] is None
+    errors = found[1]
+    record_property("errors", errors)
+    print(f"bf16 head gradient against fp64: {errors}")
+    assert errors["main_grad"] <= 1e-5
+    assert errors["autograd"] >= 100 * errors["main_grad"]
+
+
+def test_where_main_grad_is_not_used(ranks2: RankGroup) -> None:
+    """Which weights have a sink, when its scale is known, and what autograd gets in its place."""
+    found = ranks2.run("head_gradient_jobs:decisions")[0]
+    assert found["used"]
+    assert all(found["not_used"].values()), found["not_used"]
+    assert found["scale"] == 1.0
+    assert set(found["scale_unknown"].values()) == {None}
+    assert found["returned"] == {
+        "plain": [None, False],
+        "overlap": [[[4, 3], "torch.bfloat16"], True],
+        "tied_on_one_stage": [None, False],
+        "tied_on_one_stage_overlap": [None, False],
+    }
