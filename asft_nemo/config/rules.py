@@ -163,6 +163,11 @@ def _adapters(facts: Facts) -> Iterator[str]:
             "reference=adapter_disabled switches adapters off, and peft=none has none: set peft=lora, or "
             "reference=resident"
         )
+    if facts.run.reference.form == "adapter_disabled" and facts.run.reference.precision != "policy":
+        yield (
+            f"reference.precision={facts.run.reference.precision} needs weights of its own, and "
+            "reference=adapter_disabled runs the policy's: leave it out, or set reference=resident"
+        )
     if peft.name != "lora":
         return
     unknown = [target for target in peft.targets if target not in tables.LORA_TARGETS]
@@ -189,7 +194,7 @@ def _reference_micro_batches(facts: Facts) -> Iterator[str]:
 
 def _ignored(facts: Facts) -> Iterator[str]:
     """Settings given on purpose that the rest of the run makes meaningless."""
-    run = facts.run
+    run, layout = facts.run, facts.run.parallel
     form = run.reference.form
     rows = (
         ("reference.", ("precision", "micro_batch_size", "max_initial_kl"), form == "none", "reference=none"),
@@ -204,6 +209,12 @@ def _ignored(facts: Facts) -> Iterator[str]:
         ("eval.", tuple(EvalConfig.__dataclass_fields__), True, "asft train; asft eval has its own options"),
         ("trainer.", ("max_skips",), run.trainer.on_nonfinite == "stop", "trainer.on_nonfinite=stop"),
         ("optim.", ("min_lr_ratio",), run.optim.schedule == "constant", "optim.schedule=constant"),
+        (
+            "optim.",
+            ("overlap_grad_reduce",),
+            run.optim.overlap_grad_reduce and run.run.world_size == layout.tp_size * layout.pp_size,
+            "one data-parallel rank",
+        ),
     )
     for section, names, idle, because in rows:
         for key in (section + name for name in names):

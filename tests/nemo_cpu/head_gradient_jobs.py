@@ -79,7 +79,7 @@ def watcher(seen: dict[str, Any]) -> Any:
             parallel = trainer.strategy.megatron_parallel
             seen["bucket_groups"] = [len(chunk.module.bucket_groups) for chunk in parallel]
             last = core_chunks(parallel)[-1]
-            self.weight = last.head_weight() if last.post_process else None
+            self.weight: Any = last.head_weight() if last.post_process else None
             self.parameters = [p for chunk in parallel for p in chunk.parameters()]
             self.recorder: Any = None
 
@@ -159,7 +159,7 @@ def low_precision_errors(settings: dict[str, Any], *, valid: list[int]) -> dict[
             last = core_chunks(step.pipeline)[-1]
             if not last.post_process:
                 return
-            weight_VH = last.head_weight()
+            weight_VH: Any = last.head_weight()
             exact_VH = torch.zeros(weight_VH.shape, dtype=torch.float64)
             rounded_VH = torch.zeros(weight_VH.shape, dtype=torch.float32)
             tokens = 0
@@ -187,10 +187,10 @@ def decisions() -> dict[str, Any]:
     """What `into_main_grad` answers for weights and configurations of every kind, without a model."""
     from asft_nemo.nemo.head_gradient import into_main_grad
 
-    def weight(main_grad: Any = torch.float32, frozen: bool = False, **attributes: Any) -> torch.nn.Parameter:
-        made = torch.nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16), requires_grad=not frozen)
+    def weight(main_grad: Any = torch.float32, frozen: bool = False, **attributes: Any) -> Any:
+        made: Any = torch.nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16), requires_grad=not frozen)
         if main_grad is not None:
-            made.main_grad = torch.zeros(4, 3, dtype=main_grad)  # type: ignore[attr-defined]
+            made.main_grad = torch.zeros(4, 3, dtype=main_grad)
         for name, value in {"grad_added_to_main_grad": False, **attributes}.items():
             setattr(made, name, value)
         return made
@@ -209,7 +209,7 @@ def decisions() -> dict[str, Any]:
         assert sink is not None
         return sink.upstream_scale
 
-    def returned(made: torch.nn.Parameter, **changes: Any) -> list[Any]:
+    def returned(made: Any, **changes: Any) -> list[Any]:
         sink = into_main_grad(made, config(**changes))
         assert sink is not None
         dummy = sink.returned()

@@ -106,6 +106,10 @@ ONE_RULE = [
         "loss.chunk_tokens does nothing with loss.implementation=vocab_parallel",
     ),
     (["objective=asft", "peft.rank=4"], "peft.rank does nothing with peft=none"),
+    (
+        ["objective=asft", "parallel.tp_size=2", "optim.overlap_grad_reduce=true"],
+        "optim.overlap_grad_reduce does nothing with one data-parallel rank",
+    ),
     (["objective=asft", "reference.cache_dir=x"], "reference.cache_dir does nothing with reference=resident"),
     (
         ["objective=sft", "reference.max_initial_kl=1"],
@@ -135,6 +139,10 @@ ONE_RULE = [
         "peft.targets=[linear_q] does not name linear layers, each once: choose from linear_qkv, linear_proj",
     ),
     (["objective=asft", "peft=lora", "peft.targets=[]"], "peft.targets=[] does not name linear layers"),
+    (
+        ["objective=asft", "peft=lora", "reference=adapter_disabled", "reference.precision=bf16"],
+        "reference.precision=bf16 needs weights of its own, and reference=adapter_disabled runs the policy's",
+    ),
     (
         ["objective=asft", "peft=lora", "peft.rank=3", "parallel.tp_size=2"],
         "peft.rank=3 is not a multiple of parallel.tp_size=2, which divides the adapters: set peft.rank=4",
