@@ -282,12 +282,17 @@ def test_run_folder_and_record(ranks4: RankGroup, model: Path, tmp_path: Path) -
         "kl",
         "kl_reverse",
         "token_weight",
+        "high_weight_share",
+        "topk_entropy",
         "grad_norm",
         "lr",
         "tokens",
         "skipped",
+        "cache_hit_rate",
     }
     assert set(metrics(folder)[0]) == expected | set(NOT_TIMES)
+    assert 0.0 <= metrics(folder)[0]["high_weight_share"] <= 1.0
+    assert metrics(folder)[0]["topk_entropy"] is None
 
 
 def own_data(folder: Path, **more: Any) -> dict[str, Any]:
@@ -300,6 +305,59 @@ def own_data(folder: Path, **more: Any) -> dict[str, Any]:
         project_dir() / "assets" / "tiny-base", folder / "run", trainer__max_steps=2, **more
     )
     return {**settings, "data.train": [str(file)], "data.template": "raw", "data.sequence_length": 32}
+
+
+def two_files(folder: Path, run: str, **more: Any) -> dict[str, Any]:
+    """Settings of a run on two files of the same name in two folders; the second has no row in the second step."""
+    files = []
+    for name, rows in (("copy", range(30)), ("reverse", range(100, 103))):
+        (folder / name).mkdir(exist_ok=True)
+        files.append(folder / name / "rows.jsonl")
+        files[-1].write_text(
+            "".join(json.dumps({"instruction": f"{name} {n}:", "response": str(n)}) + "\n" for n in rows)
+        )
+    settings = settings_of(project_dir() / "assets" / "tiny-base", folder / run, trainer__max_steps=3, **more)
+    shape = {"data.template": "raw", "data.sequence_length": 32, "trainer.global_batch_size": 8}
+    return {
+        **settings,
+        **shape,
+        "data.train": [str(file) for file in files],
+        "data.validation": [str(files[1]), str(files[0]), str(files[1])],
+        "trainer.validate_every": 2,
+    }
+
+
+def test_metrics_of_domains(ranks4: RankGroup, tmp_path: Path) -> None:
+    """Each file's metrics recombine to the step's; they are the same on all data-parallel ranks and at another layout."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    by_rank = ranks4.run("jobs:means_of_steps", settings=two_files(tmp_path, "tp2"))
+    assert by_rank[0] == by_rank[1] == [None] * len(by_rank[0])  # the first pipeline stage knows no loss
+    assert by_rank[2] == by_rank[3]
+    moved = two_files(tmp_path, "dp2", parallel__tp_size=1, trainer__micro_batch_size=2)
+    by_rank = ranks4.run("jobs:means_of_steps", settings=moved)
+    assert by_rank[2] == by_rank[3]  # two data-parallel ranks
+    lines, moved_lines = metrics(tmp_path / "tp2"), metrics(tmp_path / "dp2")
+    both = {"copy/rows", "reverse/rows"}
+    assert [set(line["domains"]) for line in lines] == [both, {"copy/rows"}, both]
+    for line, other in zip(lines, moved_lines, strict=True):
+        domains = line["domains"].values()
+        assert sum(values["tokens"] for values in domains) == line["tokens"]
+        names = {"nll", "weighted_nll", "kl", "token_weight", "high_weight_share"}
+        assert all(set(values) == {"tokens", *names} for values in domains)
+        for key in names:
+            total = sum(values["tokens"] * values[key] for values in domains)
+            assert total / line["tokens"] == pytest.approx(line[key], rel=1e-6, abs=1e-9), key
+            for domain, values in other["domains"].items():
+                assert values[key] == pytest.approx(line["domains"][domain][key], rel=1e-4, abs=1e-7), key
+        assert {name: values["tokens"] for name, values in other["domains"].items()} == {
+            name: values["tokens"] for name, values in line["domains"].items()
+        }
+    assert lines[1]["validation_nll"] > 0.0
+    events = EventAccumulator(str(tmp_path / "tp2" / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("nll/copy/rows")] == pytest.approx(
+        [line["domains"]["copy/rows"]["nll"] for line in lines]
+    )
 
 
 def test_train_without_our_launcher_opens_the_folder(ranks4: RankGroup, tmp_path: Path) -> None:
