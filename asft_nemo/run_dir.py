@@ -24,6 +24,7 @@ from asft_nemo.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from asft_nemo.checkpoint.adapters import AdapterDescription
 
+CACHE_FOLDER = "reference_cache"  # of the reference, where reference.cache_dir names no other
 VERSIONED = (
     "asft_nemo",
     "torch",
@@ -119,7 +120,7 @@ def check_fits(checkpoint: Path, model_dir: Path, *, adapters: AdapterDescriptio
 def cache_dir(run: RunConfig) -> Path:
     """Where the reference's hidden states are cached: reference.cache_dir, or a folder of the run."""
     given = run.reference.cache_dir
-    return Path(given) if given else Path(run.run.dir) / "reference_cache"
+    return Path(given) if given else Path(run.run.dir) / CACHE_FOLDER
 
 
 def base_checkpoint(run: RunConfig) -> Path:
@@ -141,8 +142,14 @@ def base_checkpoint(run: RunConfig) -> Path:
     target = Path(run.run.dir) / "base"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target.parent / ".base.lock")):
+        origin = target.parent / ".base.origin"
         if not target.is_dir():
+            origin.write_text(str(source.resolve()))
             import_hf(source, target)
+        elif origin.exists() and origin.read_text() != str(source.resolve()):
+            raise ConfigError(
+                f"{target} was made from {origin.read_text()}, and model.path={source}: choose another run.dir, or remove {target}"
+            )
     return target
 
 
@@ -166,7 +173,8 @@ def check_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
         # also without a checkpoint yet: base/ was made from that run's model.path
         _same_run(run, json.loads(record.read_text()), data_fingerprint)
     elif folder.exists() and any(
-        entry.name != "base" and not entry.name.startswith(".") for entry in folder.iterdir()
+        entry.name not in ("base", CACHE_FOLDER) and not entry.name.startswith(".")
+        for entry in folder.iterdir()
     ):
         raise ConfigError(f"run.dir={folder} is not empty and holds no run: choose another run.dir")
 

@@ -186,10 +186,13 @@ class AdapterStrategy(AnchoredStrategy):
 
         assert self.megatron_parallel is not None
         chunks = core_chunks(self.megatron_parallel)
+        nested = (
+            self.virtual_pipeline_model_parallel_size is not None
+        )  # as MegatronParallel names virtual stages
         for index, chunk in enumerate(chunks):
             state = checkpoint["state_dict"]
             try:
-                _copy(state[f"model_{index}"] if len(chunks) > 1 else state, chunk, adapters=True)
+                _copy(state[f"model_{index}"] if nested else state, chunk, adapters=True)
             except RuntimeError as error:
                 raise CheckpointError(f"the checkpoint's adapters are not this run's: {error}") from error
 

@@ -135,7 +135,9 @@ def save_gradients(parallel: Any, out: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    gradients = {p.data_ptr(): p.main_grad for chunk in parallel for p in chunk.parameters()}
+    gradients = {
+        p.data_ptr(): p.main_grad for chunk in parallel for p in chunk.parameters() if p.requires_grad
+    }
     states = {}
     for index, chunk in enumerate(parallel):
         state = parallel._module_sharded_state_dict(chunk)

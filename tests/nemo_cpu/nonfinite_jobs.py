@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,14 +124,18 @@ def _layer(watcher: Any, chunks: list[Any], row: dict[str, Any]) -> None:
     chunks[row.get("chunk", 0)].decoder.layers[0].register_forward_hook(hook)
 
 
-def _unlearned(watcher: Any, chunks: list[Any], row: dict[str, Any]) -> None:
-    """The final hidden states of all tokens without a loss; no gradient passes there."""
+def _tokens(watcher: Any, chunks: list[Any], row: dict[str, Any], *, learned: bool) -> None:
+    """The final hidden states of all tokens with a loss, or of all without (where no gradient passes)."""
 
     def hook(module: Any, inputs: Any, hidden_SBH: Tensor) -> Tensor:
         if not watcher.now(row):
             return hidden_SBH
-        mask_SB1 = watcher.batch["loss_mask"].transpose(0, 1).unsqueeze(-1)
-        return torch.where(mask_SB1, hidden_SBH, torch.nan)
+        mask_SB = watcher.batch["loss_mask"].transpose(0, 1)
+        if mask_SB.shape[0] != hidden_SBH.shape[0]:  # sequence parallelism: this rank's rows
+            from megatron.core import parallel_state
+
+            mask_SB = mask_SB.tensor_split(2)[parallel_state.get_tensor_model_parallel_rank()]
+        return torch.where((mask_SB == learned).unsqueeze(-1), torch.nan, hidden_SBH)
 
     if chunks[-1].post_process:
         chunks[-1].decoder.final_layernorm.register_forward_hook(hook)
@@ -157,7 +162,13 @@ def _gradient(watcher: Any, chunks: list[Any], row: dict[str, Any]) -> None:
     chunks[0].decoder.layers[0].mlp.linear_fc2.weight.register_hook(hook)
 
 
-POISONS = {"layer": _layer, "unlearned": _unlearned, "loss": _loss, "gradient": _gradient}
+POISONS = {
+    "layer": _layer,
+    "learned": partial(_tokens, learned=True),
+    "unlearned": partial(_tokens, learned=False),
+    "loss": _loss,
+    "gradient": _gradient,
+}
 
 
 def digest(trainer: Any) -> str:
@@ -188,3 +199,23 @@ def largest_gradient(trainer: Any) -> float:
     buffers = [buffer for chunk in trainer.strategy.megatron_parallel for buffer in grad_buffers(chunk)]
     largest = max(float(buffer.abs().max()) for buffer in buffers)
     return largest if largest < float("inf") else -1.0
+
+
+def explained(reports: list[dict[str, Any]], *, num_micro_batches: int) -> str:
+    """The sentence about some ranks' reports; ``seen`` as [kind, micro batch, virtual stage], rows by micro batch."""
+    from asft_nemo.nemo.nonfinite import Place, RankReport, Seen, explain
+
+    return explain(
+        [
+            RankReport(
+                rank=report["rank"],
+                dp_rank=report.get("dp_rank", 0),
+                pp_rank=report.get("pp_rank", 0),
+                tp_rank=report.get("tp_rank", 0),
+                seen=frozenset((Seen[kind], Place(micro, stage)) for kind, micro, stage in report["seen"]),
+                rows={int(key): tuple(value) for key, value in report.get("rows", {}).items()},
+            )
+            for report in reports
+        ],
+        num_micro_batches=num_micro_batches,
+    )

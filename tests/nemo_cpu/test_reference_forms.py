@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import RankError, RankGroup
+from ranks import RankGroup
 from test_training import all_tensors, metrics, settings_of, without_times
 
 from asft_nemo.config.paths import project_dir
