@@ -114,11 +114,6 @@ NOT_YET = (
         "set reference.precision=policy or bf16",
     ),
     NotYet(
-        "objective=psft with adapters",
-        lambda run: run.objective.name == "psft" and run.peft.name != "none",
-        "set peft=none",
-    ),
-    NotYet(
         "objective=psft with peft=lora",
         lambda run: run.objective.name == "psft" and run.peft.name == "lora",
         "set peft=none",

@@ -97,7 +97,7 @@ def _cached(run: RunConfig, spec: ModelSpec, identity: CacheIdentity, base_dir: 
         rows = padded_vocab_size(spec.vocab_size, tp_size=place.tp_size) // place.tp_size
         head_VH = read_head(
             base_dir / "weights",
-            tied=spec.tied_embeddings,
+            tied=spec.tie_word_embeddings,
             first_row=place.tp_rank * rows,
             rows=rows,
             dtype=precision_row(reference_precision(run)).compute_dtype,

@@ -176,7 +176,7 @@ class MetricsCallback(Callback):
             "tokens": tokens,
             "seconds": seconds,
             "reference_seconds": self.prepass.reference_seconds,
-            "cache_hit_rate": None if self.prepass.reference is None else self.prepass.reference.hit_rate,
+            "cache_hit_rate": self.prepass.hit_rate,
             "tokens_per_second": tokens / seconds,
             "skipped": self.guard.skipped,
             **({"domains": reduction.last_of_domains} if reduction.domains else {}),

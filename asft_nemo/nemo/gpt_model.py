@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MegatronGPTModel
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from asft_nemo.losses import VocabShard
 from asft_nemo.nemo.head import LossHead, LossInputs, LossSpec
@@ -104,6 +105,7 @@ class AnchoredGPTConfig(GPTConfig):
     def vocab_shard(self) -> VocabShard:
         """This rank's rows of the vocabulary. The model-parallel groups must exist."""
         group = parallel_state.get_tensor_model_parallel_group()
+        assert isinstance(group, ProcessGroup)
         return VocabShard.of_rank(
             group.rank(),
             group.size(),

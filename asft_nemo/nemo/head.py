@@ -44,7 +44,7 @@ class LossInputs:
     old_logprob_BS: Tensor | None = None
     segment_ids_BS: Tensor | None = None
 
-    def per_token(self) -> dict[str, Tensor | None]:
+    def per_token(self) -> dict[str, Any]:
         """The losses' per-token arguments, each [T] in the order of the hidden states' leading dimensions."""
         segment_ids_BS = self.segment_ids_BS
         if segment_ids_BS is None:

@@ -83,6 +83,7 @@ class PrepassCallback(Callback):
         self.reference: ReferenceSource | None = None
         self.snapshot: PolicySnapshot | None = None
         self.reference_seconds = 0.0
+        self.hit_rate: float | None = None
         self.prepass: Prepass | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -113,14 +114,17 @@ class PrepassCallback(Callback):
             if self.snapshot is not None:
                 self._refresh_when_due(self.snapshot, step)
         fields = {item.name: getattr(step, item.name) for item in dataclasses.fields(MegatronStep)}
-        return AnchoredStep(**fields, prepass=self.prepass, report=self._record)
+        report = (
+            None if step.forward_only else self._record
+        )  # a validation says nothing of the step before it
+        return AnchoredStep(**fields, prepass=self.prepass, report=report)
 
     def _refresh_when_due(self, snapshot: PolicySnapshot, step: MegatronStep) -> None:
         assert step.step_i is not None
         if step.step_i % int(self._config.objective.options["refresh_every"]):
             return
         for chunk in step.pipeline:
-            wrapper = chunk.module
+            wrapper: Any = chunk.module
             if wrapper.ddp_config.overlap_param_gather:  # parameters may still be on their way to this rank
                 wrapper.start_param_sync(force_sync=True)
         snapshot.refresh(core_chunks(step.pipeline))
@@ -141,3 +145,4 @@ class PrepassCallback(Callback):
 
     def _record(self, seconds: float) -> None:
         self.reference_seconds = seconds
+        self.hit_rate = None if self.reference is None else self.reference.hit_rate

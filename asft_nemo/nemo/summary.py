@@ -49,9 +49,8 @@ class SummaryCallback(Callback):
         self._reference_seconds += self.prepass.reference_seconds
         if self.prepass.prepass is not None:
             self._hidden_bytes = max(self._hidden_bytes, sum(self.prepass.prepass.kept_bytes.values()))
-        reference = self.prepass.reference
-        if reference is not None and reference.hit_rate is not None:
-            self._hits.append(reference.hit_rate)
+        if self.prepass.hit_rate is not None:
+            self._hits.append(self.prepass.hit_rate)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Collective: one all-reduce of seven values over all ranks; the run's writing rank writes."""

@@ -96,7 +96,7 @@ def test_every_command_of_the_design_answers_help() -> None:
         ),
         (["launch", "experiment=x", "--dry-run"], "asft: asft launch is not available yet: use asft train"),
         (["plan", "--search"], "asft plan is not available yet"),
-        (["cache-reference"], "asft cache-reference is not available yet: use reference=resident"),
+        (["cache-reference"], "asft: no recipe is given: set recipe="),
         (["data", "prepare", "x"], "asft data prepare is not available yet"),
         (["data", "check", "data.template=raw"], "asft data check got no file"),
         (["data", "check", "nowhere.jsonl"], "data file nowhere.jsonl does not exist"),

@@ -44,7 +44,7 @@ def test_experiment_composes(name: str, tmp_path: Path) -> None:
     run = compose([f"experiment={name}", f"model.path={tmp_path}"], check_inputs=False)
     assert run.experiment == name
     assert run.objective.name == "asft"
-    assert run.reference.form == "resident"
+    assert run.reference.form == ("adapter_disabled" if run.peft.name == "lora" else "resident")
 
 
 @pytest.mark.parametrize("name", [name for name in known_options("experiment") if name.endswith("_kl003")])

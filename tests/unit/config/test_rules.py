@@ -125,14 +125,19 @@ ONE_RULE = [
         ["objective=iw_sft", "reference=none"],
         "objective=iw_sft needs a reference, got reference=none: set reference=resident",
     ),
-    (["objective=asft", "reference=cached"], "reference=cached is not available yet: set reference=resident"),
-    (["objective=asft", "reference=offloaded"], "reference=offloaded is not available yet"),
     (
         ["objective=asft", "reference=adapter_disabled"],
         "peft=none has none: set peft=lora, or reference=resident",
     ),
-    (["objective=asft", "reference.precision=fp8"], "another precision is not available yet"),
-    (["objective=asft", "reference.micro_batch_size=4"], "reference.micro_batch_size is not available yet"),
+    (
+        ["objective=asft", "reference.precision=fp8"],
+        "a reference in FP8 is not available yet: set reference.precision=policy or bf16",
+    ),
+    (
+        ["objective=asft", "trainer.micro_batch_size=2", "reference.micro_batch_size=3"],
+        "reference.micro_batch_size=3 is not a multiple of trainer.micro_batch_size=2: set reference.micro_batch_size=4",
+    ),
+    (["objective=asft", "reference.fill=first_epoch"], "reference.fill does nothing with reference=resident"),
     (["objective=psft", "peft=lora"], "objective=psft with peft=lora is not available yet"),
     (
         ["objective=asft", "peft=lora", "peft.targets=[linear_q]"],
@@ -186,6 +191,8 @@ GOOD = [
     ["objective=dft"],
     ["objective=sft_kl", "objective.kl_direction=reverse"],
     ["objective=asft", "reference=resident"],
+    ["objective=asft", "reference=offloaded", "reference.micro_batch_size=4", "reference.precision=bf16"],
+    ["objective=asft", "reference=cached", "reference.fill=first_epoch", "reference.cache_dir=x"],
     ["objective=asft", "objective.kl_weight=0", "reference=none"],
     ["objective=asft", "precision=bf16", "run.world_size=2"],
     ["objective=asft", "parallel.tp_size=2", "parallel.pp_size=2", "parallel.vpp_size=2", "parallel.sequence_parallel=true"],

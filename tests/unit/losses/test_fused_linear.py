@@ -235,7 +235,10 @@ def test_any_shape_mask_and_magnitude(
     ours = fused(case, chosen, padding=padding, chunk_tokens=chunk_tokens)
     assert torch.isfinite(ours.output.loss_sum)
     assert worst((ours.output.loss_sum, expected.loss_sum), (ours.hidden, hidden_gradient)) <= 1e-10
-    assert worst((ours.head[:vocab], head_gradient)) <= 1e-10
+    unit = max(
+        1.0, scale
+    )  # a head gradient is logit gradients times hidden states: its rounding errors grow with them
+    assert worst((ours.head[:vocab] / unit, head_gradient / unit)) <= 1e-10
 
 
 def test_dhidden_and_dhead_keep_the_dtypes_of_their_inputs():
