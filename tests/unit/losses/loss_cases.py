@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -171,11 +172,17 @@ def freeze_weight(objective: Objective, case: LossCase) -> Objective:
 
 
 def worst(*pairs: tuple[Tensor, Tensor]) -> float:
-    """The largest absolute difference over the pairs, relative where the expected entries exceed 1."""
-    return max(
-        ((ours - expected).abs() / expected.abs().clamp(min=1.0)).max().item() if expected.numel() else 0.0
-        for ours, expected in pairs
-    )
+    """The largest absolute difference over the pairs, relative where the expected entries exceed 1.
+
+    NaN where there is a NaN in any pair.
+    """
+    found = [0.0]
+    for ours, expected in pairs:
+        assert ours.shape == expected.shape, f"{tuple(ours.shape)} beside {tuple(expected.shape)}"
+        if expected.numel():
+            found.append(((ours - expected).abs() / expected.abs().clamp(min=1.0)).max().item())
+    # Python's max() drops a NaN that is not its first argument.
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def metric_pairs(ours: LossOutput, expected: LossOutput) -> list[tuple[Tensor, Tensor]]:
