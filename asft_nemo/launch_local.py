@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from asft_nemo.config.fp8 import require_fp8
 from asft_nemo.config.schema import RunConfig, to_dict
 from asft_nemo.errors import UserError
 
@@ -37,6 +38,7 @@ def launch_cache(run: RunConfig, *, repair: bool) -> None:
     from asft_nemo.model import read_model_spec
     from asft_nemo.run_dir import base_checkpoint, hf_dir
 
+    require_fp8(run)
     read_model_spec(hf_dir(run))
     logger.info("%s", prepare(run, tokenizer_dir=hf_dir(run)).summary)
     base_checkpoint(run)

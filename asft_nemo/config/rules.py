@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from asft_nemo.config import tables
+from asft_nemo.config import fp8, tables
 from asft_nemo.config.model_shape import ModelShape, read_model_shape
 from asft_nemo.config.recipes import suggest
 from asft_nemo.config.schema import EvalConfig, RunConfig, data_parallel_size, num_microbatches, walk
@@ -190,6 +190,14 @@ def _reference_micro_batches(facts: Facts) -> Iterator[str]:
             f"reference.micro_batch_size={size} is not a multiple of trainer.micro_batch_size={policy}: "
             f"set reference.micro_batch_size={max(1, round(size / policy)) * policy}"
         )
+
+
+def _fp8_reference(facts: Facts) -> Iterator[str]:
+    yield from fp8.settings_violations(facts.run, facts.shape)
+
+
+def _fp8_machine(facts: Facts) -> Iterator[str]:
+    yield from fp8.machine_violations(facts.run)
 
 
 def _ignored(facts: Facts) -> Iterator[str]:
@@ -412,6 +420,7 @@ SETTINGS: tuple[Rule, ...] = (
     _reference,
     _reference_micro_batches,
     _adapters,
+    _fp8_reference,
     _ignored,
     _world,
     _batches,
@@ -424,4 +433,4 @@ SETTINGS: tuple[Rule, ...] = (
     _validation,
     _not_yet,
 )
-INPUTS: tuple[Rule, ...] = (_data_files, _machine, _distributed_optimizer, _run_dir)
+INPUTS: tuple[Rule, ...] = (_data_files, _machine, _fp8_machine, _distributed_optimizer, _run_dir)

@@ -77,7 +77,7 @@ class ReferenceConfig(Section):
     cache_dir: str | None = None  # cached only; None = reference_cache in run.dir
     fill: str = "job"  # cached only: when the cache is written
     micro_batch_size: int | None = None  # None = the policy's
-    max_initial_kl: float = 0.01  # nats per token at step 0, where the kernels differ
+    max_initial_kl: float = 0.01  # nats per token at step 0, where the kernels differ; fp8 needs its own
 
 
 @dataclass(unsafe_hash=True)

@@ -109,11 +109,6 @@ LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 NOT_YET = (
     NotYet(
-        "a reference in FP8",
-        lambda run: run.reference.precision == "fp8",
-        "set reference.precision=policy or bf16",
-    ),
-    NotYet(
         "objective=psft with peft=lora",
         lambda run: run.objective.name == "psft" and run.peft.name == "lora",
         "set peft=none",

@@ -47,11 +47,11 @@ def is_writer() -> bool:
     )
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether any rank says so. Collective over the whole world: one all-reduce of one value."""
-    value = torch.tensor([float(flag)], device=torch.cuda.current_device())
+def most_of_ranks(number: float) -> float:
+    """The largest of all ranks' numbers. Collective over the whole world: one all-reduce of one fp64 value."""
+    value = torch.tensor([number], dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-    return bool(value.item())
+    return value.item()
 
 
 def _strict(value: Any) -> Any:
@@ -146,11 +146,12 @@ class MetricsCallback(Callback):
         first = step.step_i == self.guard.skipped_steps and not self.guard.skipped
         if first and not step.forward_only and self.max_initial_kl is not None:
             values = step.pl_module.training_loss_reduction.last if is_writer() else {}
-            kl = values.get("kl", values.get("kl_reverse", 0.0))
-            if any_rank(abs(kl) > self.max_initial_kl):
+            kl = most_of_ranks(abs(values.get("kl", values.get("kl_reverse", 0.0))))
+            if kl > self.max_initial_kl:
                 raise UserError(
-                    f"the KL to the reference before the first update exceeds reference.max_initial_kl={self.max_initial_kl}: policy "
-                    "and reference do not start from the same weights or kernels; check model.path and the precision, or raise the bound"
+                    f"the KL to the reference before the first update exceeds reference.max_initial_kl={self.max_initial_kl:g}: it is "
+                    f"{kl:.3g} nats per token, for policy and reference do not start from the same weights or kernels; check model.path "
+                    "and the precision, or raise the bound (reference.precision=fp8 needs one above its own rounding)"
                 )
 
     def on_train_batch_end(

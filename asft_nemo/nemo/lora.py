@@ -164,10 +164,9 @@ def _copy(loaded: Mapping[str, Any], chunk: nn.Module, *, adapters: bool) -> Non
         for name, value in chunk.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor) and "_extra_state" not in name and (_ADAPTER in name) == adapters
     }
-    if loaded.keys() != own.keys():
-        raise RuntimeError(
-            f"weights do not fit the model: {sorted(loaded.keys() ^ own.keys())} on one side only"
-        )
+    tensors = {name for name in loaded if "_extra_state" not in name}  # empty, or Transformer Engine's
+    if tensors != own.keys():
+        raise RuntimeError(f"weights do not fit the model: {sorted(tensors ^ own.keys())} on one side only")
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(loaded[name])
@@ -186,9 +185,8 @@ class AdapterStrategy(AnchoredStrategy):
 
         assert self.megatron_parallel is not None
         chunks = core_chunks(self.megatron_parallel)
-        nested = (
-            self.virtual_pipeline_model_parallel_size is not None
-        )  # as MegatronParallel names virtual stages
+        # MegatronParallel numbers chunks where there are virtual stages
+        nested = self.virtual_pipeline_model_parallel_size is not None
         for index, chunk in enumerate(chunks):
             state = checkpoint["state_dict"]
             try:

@@ -15,7 +15,12 @@ from asft_nemo.model import ModelSpec
 from asft_nemo.nemo.cache import cached_reference, filling_reference
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, AnchoredGPTModel, ASFTModel, core_chunks
 from asft_nemo.nemo.lora import adapters_off
-from asft_nemo.nemo.precision import precision_plugin, precision_row, reference_precision
+from asft_nemo.nemo.precision import (
+    precision_plugin,
+    precision_row,
+    reference_precision,
+    require_fp8_kernels,
+)
 from asft_nemo.nemo.schedule import SNAPSHOT_FOLDER
 from asft_nemo.reference import OffloadedReference, PolicySnapshot, ReferenceSource, ResidentReference
 from asft_nemo.reference.adapter_disabled import AdapterDisabledReference
@@ -28,8 +33,13 @@ def reference_config(run: RunConfig, policy: AnchoredGPTConfig) -> AnchoredGPTCo
     Args:
         run: the settings.
         policy: the policy's config, with the dtypes of the run's precision already in it: equal kernels need equal configs.
+
+    Raises:
+        ConfigError: FP8 was asked for and cannot run here.
     """
     frozen, name = frozen_config(policy), reference_precision(run)
+    if name == "fp8":
+        require_fp8_kernels()
     plugin = None if name == run.precision else precision_plugin(name)
     return frozen if plugin is None else update_config_with_dtype_overrides(plugin.dtype_config, frozen)
 

@@ -27,8 +27,14 @@ _TRAINING_HOOKS = (
 
 
 def frozen_config(config: Any) -> Any:
-    """A copy of the policy's config without its training hooks, so that the prepass cannot start the policy's communication."""
+    """A copy of the policy's config without its training hooks, so that the prepass cannot start the policy's communication.
+
+    What NeMo serialises of a config (`__io__`) is copied too: overriding the copy's dtypes writes into it, and the policy's checkpoints
+    would otherwise tell the reference's precision.
+    """
     frozen = copy.copy(config)
+    if hasattr(frozen, "__io__"):
+        frozen.__io__ = copy.deepcopy(frozen.__io__)
     for hook in _TRAINING_HOOKS:
         if hasattr(frozen, hook):
             setattr(frozen, hook, None)
@@ -36,12 +42,27 @@ def frozen_config(config: Any) -> Any:
 
 
 def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Drops Transformer Engine's `_extra_state` objects: a base checkpoint has none, and bf16/fp32 layers need none."""
+    """Drops Transformer Engine's `_extra_state` objects, which a base checkpoint has not.
+
+    bf16 and fp32 layers need none. FP8 with current scaling needs none either: `get_extra_state` (transformer_engine/pytorch/module/
+    base.py, Transformer Engine 2.8) holds the scales and amax histories of delayed scaling alone beside the recipe's name, and
+    `_load_from_state_dict` reads it only where the state has it.
+    """
     return {
         key: value
         for key, value in state.items()
         if not (isinstance(value, ShardedObject) or "_extra_state" in key)
     }
+
+
+def stored_tensors(parameter: nn.Parameter) -> list[Tensor]:
+    """The tensors that hold a parameter's numbers: itself, or the raw FP8 data behind a weight of Transformer Engine.
+
+    Such a weight (`QuantizedTensor.get_data_tensors`, Transformer Engine 2.x) gives the dtype and `nbytes` of what it stands for.
+    Its scales, one number or one in 128 x 128, are not counted.
+    """
+    raw = getattr(parameter, "get_data_tensors", None)
+    return [parameter.data] if raw is None else [tensor for tensor in raw() if tensor is not None]
 
 
 class FrozenChunks:
@@ -50,6 +71,9 @@ class FrozenChunks:
     The chunks live in this object only: no LightningModule, optimizer, DDP wrapper or checkpoint of the policy holds them. Memory:
     2 (bf16) or 4 (fp32) bytes per parameter of this rank; no activations are kept. Their weights are those of the initialisation
     until `load_weights` or a subclass sets them.
+
+    In FP8 a linear layer's parameter takes 1 byte: chunks are built under no_grad, without which Transformer Engine would keep a
+    transposed copy for the backward pass as well (`reset_parameters` in transformer_engine/pytorch/module/base.py).
 
     Args:
         build_chunk: builds one chunk for a virtual stage (None without virtual stages); its last stage returns hidden states.
@@ -85,6 +109,10 @@ class FrozenChunks:
     def load_weights(self, weights_dir: Path) -> None:
         """Reads the chunks' weights from a torch distributed checkpoint, written at any layout. Collective over all ranks.
 
+        The checkpoint needs no `_extra_state`. FP8 weights are read as bf16 and quantised on their way into the parameter:
+        `dist_checkpointing.load` replaces FP8 tensors of its request (`force_all_tensors_to_non_fp8`, megatron-core 0.15.3), and
+        `copy_` into a weight of Transformer Engine quantises. While this lasts they take 2 bytes per parameter more.
+
         Raises:
             RuntimeError: tensors are missing or left over.
         """
@@ -113,7 +141,8 @@ class FrozenChunks:
 
     def held(self) -> ReferenceBytes:
         """See `ReferenceSource.held`."""
-        return ReferenceBytes(device=sum(p.nbytes for chunk in self.chunks for p in chunk.parameters()))
+        parameters = (parameter for chunk in self.chunks for parameter in chunk.parameters())
+        return ReferenceBytes(device=sum(t.nbytes for p in parameters for t in stored_tensors(p)))
 
     def head(self) -> Tensor | None:
         """See `ReferenceSource.head`."""

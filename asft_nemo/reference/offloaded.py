@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asft_nemo.reference.frozen import FrozenChunks
+from asft_nemo.reference.frozen import FrozenChunks, stored_tensors
 from asft_nemo.reference.source import ReferenceBytes
 
 logger = logging.getLogger(__name__)
@@ -19,21 +19,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Parked:
-    """One module's own parameters and their copies in host memory."""
+    """One module's own parameters, as the tensors that hold them, and their copies in host memory.
 
-    parameters: list[nn.Parameter]
+    The tensors stay what they are and lose their storage: an FP8 weight cannot be given another tensor without being quantised again.
+    """
+
+    device: list[Tensor]
     host: list[Tensor]
     arrived: torch.cuda.Event | None = None
 
-    def allocate(self, device: Any) -> None:
+    def allocate(self) -> None:
         """Makes room on the device, from the current stream's memory."""
-        for parameter, host in zip(self.parameters, self.host, strict=True):
-            parameter.data = torch.empty_like(host, device=device)
+        for tensor, host in zip(self.device, self.host, strict=True):
+            tensor.untyped_storage().resize_(host.nbytes)
 
     def send(self, stream: torch.cuda.Stream) -> None:
         """Starts the copies to the device on `stream`, the current one."""
-        for parameter, host in zip(self.parameters, self.host, strict=True):
-            parameter.data.copy_(host, non_blocking=True)
+        for tensor, host in zip(self.device, self.host, strict=True):
+            tensor.copy_(host, non_blocking=True)
         self.arrived = torch.cuda.Event()
         self.arrived.record(stream)
 
@@ -45,8 +48,8 @@ class _Parked:
 
     def leave(self) -> None:
         """Frees the device's copies."""
-        for parameter, host in zip(self.parameters, self.host, strict=True):
-            parameter.data = torch.empty(0, dtype=host.dtype, device=parameter.device)
+        for tensor in self.device:
+            tensor.untyped_storage().resize_(0)
         self.arrived = None
 
 
@@ -58,7 +61,7 @@ class OffloadedReference(FrozenChunks):
     activations grow: its peak is that of training without a reference, where activations take as much as the stage's weights. The
     head stays on the device (last stage only), for the loss reads it during the step.
 
-    Host memory: 2 (bf16) or 4 (fp32) bytes per parameter of this rank. The copies are exact: hidden states equal a resident
+    Host memory: 2 (bf16), 4 (fp32) or 1 (FP8) bytes per parameter of this rank. The copies are exact: hidden states equal a resident
     reference's bit for bit.
 
     Args:
@@ -103,11 +106,13 @@ class OffloadedReference(FrozenChunks):
         return [p for p in module.parameters(recurse=False) if p is not self._head_VH]
 
     def _park(self, module: nn.Module) -> _Parked:
-        parameters = self._own(module)
-        host = [
-            torch.empty(p.shape, dtype=p.dtype, device="cpu", pin_memory=True).copy_(p) for p in parameters
-        ]
-        parked = _Parked(parameters, host)
+        device = [tensor for parameter in self._own(module) for tensor in stored_tensors(parameter)]
+        if any(tensor.untyped_storage().nbytes() != tensor.nbytes for tensor in device):
+            raise RuntimeError(
+                f"a parameter of {type(module).__name__} shares its memory: it cannot be offloaded"
+            )
+        host = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t) for t in device]
+        parked = _Parked(device, host)
         module.register_forward_pre_hook(lambda *_: parked.wait())
         return parked
 
@@ -115,10 +120,10 @@ class OffloadedReference(FrozenChunks):
         self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int
     ) -> list[Tensor]:
         """See `ReferenceSource.hidden`. The weights come for it and leave after it, also when it fails."""
-        device, compute = torch.cuda.current_device(), torch.cuda.current_stream()
+        compute = torch.cuda.current_stream()
         try:
             for parked in self._parked:
-                parked.allocate(device)
+                parked.allocate()
             self._copies.wait_stream(compute)  # what used this memory before has finished
             with torch.no_grad(), torch.cuda.stream(self._copies):
                 for parked in self._parked:

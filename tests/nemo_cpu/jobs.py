@@ -318,3 +318,44 @@ def cache_itself(settings: dict[str, Any], *, repair: bool) -> None:
 
     os.environ.pop("ASFT_LAUNCHER_PID", None)
     cache_reference(run_config(settings), repair=repair)
+
+
+def train_with_a_reference_beside(settings: dict[str, Any]) -> int:
+    """A run that reads nothing of a reference, with one computed before every step and thrown away. Returns how often that was."""
+    import asft_nemo.nemo.build as build
+    from asft_nemo.nemo.references import Frozen
+
+    passes = 0
+    original = build.PrepassCallback
+
+    class Beside(original):  # type: ignore[valid-type, misc]
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_fit_start(trainer, pl_module)
+            parts = {
+                "run": run,
+                "model": pl_module,
+                "spec": None,
+                "data": None,
+                "base_dir": base_checkpoint(run),
+            }
+            self.beside = Frozen(**parts).resident()  # type: ignore[arg-type]
+
+        def on_megatron_step_start(self, step: Any) -> Any:
+            started = super().on_megatron_step_start(step)
+            started.prepass = self
+            return started
+
+        def feed(self, micro_batches: list[dict[str, Any]], **shape: Any) -> None:
+            nonlocal passes
+            passes += 1
+            self.beside.hidden(micro_batches, **shape)
+
+    from asft_nemo.run_dir import base_checkpoint
+
+    run = run_config(settings)
+    build.PrepassCallback = Beside  # type: ignore[misc]
+    try:
+        train_itself(settings)
+    finally:
+        build.PrepassCallback = original  # type: ignore[misc]
+    return passes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,16 @@ from jobs import VOCAB, RandomTokens
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from asft_nemo.config.paths import project_dir
 from asft_nemo.losses import dense_loss
 from asft_nemo.objectives import Objective
 
 
-def make_model(folder: Path, *, tied: bool, seed: int = 0) -> Path:
+def make_model(folder: Path, *, tied: bool, seed: int = 0, vocab_size: int = VOCAB) -> Path:
     """Saves a random 4-layer Qwen2 with distinguishable biases and norms in fp32; returns its folder."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=4,
@@ -34,6 +37,16 @@ def make_model(folder: Path, *, tied: bool, seed: int = 0) -> Path:
         if name.endswith("bias") or "norm" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
+    return folder
+
+
+def make_model_with_tokenizer(folder: Path) -> Path:
+    """The same with the tokenizer of the shipped base, for runs that read text."""
+    shipped = project_dir() / "assets" / "tiny-base"
+    vocab_size = json.loads((shipped / "config.json").read_text())["vocab_size"]
+    make_model(folder, tied=False, vocab_size=vocab_size)
+    for file in shipped.glob("*token*"):
+        shutil.copy(file, folder)
     return folder
 
 

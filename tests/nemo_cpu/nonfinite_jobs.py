@@ -142,11 +142,11 @@ def _tokens(watcher: Any, chunks: list[Any], row: dict[str, Any], *, learned: bo
 
 
 def _loss(watcher: Any, chunks: list[Any], row: dict[str, Any]) -> None:
-    """The loss of a micro batch."""
+    """The loss of a micro batch, as a sum that overflowed gives it: its gradients are finite."""
 
     def hook(module: Any, inputs: Any, output: Any) -> Any:
         if watcher.now(row):
-            return dataclasses.replace(output, loss_sum=output.loss_sum * float(row.get("value", "nan")))
+            return dataclasses.replace(output, loss_sum=output.loss_sum + float(row.get("value", "nan")))
         return output
 
     if chunks[-1].post_process:

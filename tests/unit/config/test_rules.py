@@ -130,9 +130,19 @@ ONE_RULE = [
         "peft=none has none: set peft=lora, or reference=resident",
     ),
     (
-        ["objective=asft", "reference.precision=fp8"],
-        "a reference in FP8 is not available yet: set reference.precision=policy or bf16",
+        ["objective=asft", "precision=bf16", "reference.precision=fp8"],
+        "reference.precision=fp8 needs a GPU and Transformer Engine, and this run has no GPU and no Transformer Engine: set "
+        "reference.precision=policy",
     ),
+    (
+        ["objective=asft", "reference=cached", "reference.precision=fp8"],
+        "reference.precision=fp8 beside precision=fp32 would measure FP8's rounding with a policy that has none: set precision=bf16",
+    ),
+    (
+        ["objective=asft", "peft=lora", "reference=adapter_disabled", "reference.precision=fp8"],
+        "reference.precision=fp8 needs weights of its own, and reference=adapter_disabled runs the policy's",
+    ),
+    (["objective=sft", "reference.precision=fp8"], "reference.precision does nothing with reference=none"),
     (
         ["objective=asft", "trainer.micro_batch_size=2", "reference.micro_batch_size=3"],
         "reference.micro_batch_size=3 is not a multiple of trainer.micro_batch_size=2: set reference.micro_batch_size=4",
@@ -193,6 +203,7 @@ GOOD = [
     ["objective=asft", "reference=resident"],
     ["objective=asft", "reference=offloaded", "reference.micro_batch_size=4", "reference.precision=bf16"],
     ["objective=asft", "reference=cached", "reference.fill=first_epoch", "reference.cache_dir=x"],
+    ["objective=asft", "precision=bf16", "reference=cached", "reference.precision=fp8"],  # filled elsewhere
     ["objective=asft", "objective.kl_weight=0", "reference=none"],
     ["objective=asft", "precision=bf16", "run.world_size=2"],
     ["objective=asft", "parallel.tp_size=2", "parallel.pp_size=2", "parallel.vpp_size=2", "parallel.sequence_parallel=true"],
