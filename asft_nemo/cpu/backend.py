@@ -160,6 +160,27 @@ def _own_copy(replacement: Any) -> Any:
     return replacement
 
 
+def _gloo_on_one_device() -> type:
+    """ProcessGroupGloo whose groups share one device, that is one thread that waits for messages.
+
+    torch makes a device for each group, and its thread wakes up every 10 ms. Megatron makes some 35 groups a run: on a machine with
+    few cores, the threads of a few ranks take a good part of it.
+    """
+    from torch.distributed.distributed_c10d import ProcessGroupGloo
+
+    made: list[Any] = []
+
+    class OneDeviceGloo(ProcessGroupGloo):
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any):
+            if not made:
+                made.append(ProcessGroupGloo.create_default_device())
+            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._devices, options._threads, options._timeout = made, 2, timeout
+            super().__init__(store, rank, size, options)
+
+    return OneDeviceGloo
+
+
 def _cuda(name: str, replacement: Any, reason: str) -> Patch:
     return Patch(f"torch.cuda:{name}", lambda: _own_copy(replacement), reason, "torch 2.13.0")
 
@@ -217,6 +238,12 @@ PATCHES: tuple[Patch, ...] = (
     *(
         _cuda(name, _tensor_class(dtype), "megatron tests tensor types against torch.cuda classes")
         for name, dtype in _DTYPES.items()
+    ),
+    Patch(
+        "torch.distributed.distributed_c10d:ProcessGroupGloo",
+        _gloo_on_one_device,
+        "every group of gloo has a thread of its own that wakes up 100 times a second",
+        "torch 2.13.0",
     ),
     Patch(
         "megatron.core.tensor_parallel.random:_get_cuda_rng_state",

@@ -23,6 +23,7 @@ from asft_nemo.data import FILLER, Prepared, SupervisedDataset
 from asft_nemo.model import ModelSpec
 from asft_nemo.nemo.build import model_config
 from asft_nemo.nemo.cache import all_sample_ids, cache_identity, layout_of, on_first_rank, this_place, writes
+from asft_nemo.nemo.compat import end_groups
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig
 from asft_nemo.nemo.precision import precision_plugin, precision_row, reference_precision
 from asft_nemo.nemo.references import alike, reference_config
@@ -46,10 +47,11 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 def start_ranks(run: RunConfig) -> None:
     """torch.distributed and Megatron's groups of this layout, from torchrun's environment."""
-    if not torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
+        end_groups()
+    else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group("gloo" if backend.active() else "nccl")
-    parallel_state.destroy_model_parallel()
     layout = run.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp_size,

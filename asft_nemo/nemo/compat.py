@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from nemo.lightning import MegatronStrategy
 from nemo.lightning._strategy_lib import init_model_parallel
+from torch.distributed import distributed_c10d
 
 
 def lora_without_transformer_engine() -> None:
@@ -39,7 +40,8 @@ class AnchoredStrategy(MegatronStrategy):
     """NeMo's strategy, usable for several fits in one process.
 
     * `setup_distributed` returns early when torch.distributed is up already and then leaves the previous run's model-parallel groups
-      in place (nemo 2.7.3): the groups of this run are made here.
+      in place (nemo 2.7.3): they are ended and the groups of this run are made here. Megatron's own clean-up forgets its groups and
+      ends none of them (megatron-core 0.15.3): their threads and connections would add up from run to run.
     * Megatron's number-of-micro-batches calculator refuses a second run with other batch sizes: it is cleared.
     * `timers` (nemo's ProgressPrinter all-gathers them on rank 0 only and deadlocks): none.
     """
@@ -53,10 +55,23 @@ class AnchoredStrategy(MegatronStrategy):
         from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
         again = torch.distributed.is_initialized()
+        if again:
+            end_groups()
         destroy_num_microbatches_calculator()
         super().setup_distributed()
         if again:
             init_model_parallel(self.model)
+
+
+def end_groups() -> None:
+    """Ends all process groups but the one of all ranks. Collective over all ranks: nobody may be waiting in one of them."""
+    from megatron.core import parallel_state
+
+    torch.distributed.barrier()
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
 
 
 def before_grad_sync(chunk: Any, see: Callable[[torch.Tensor], None]) -> None:
