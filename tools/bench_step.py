@@ -17,49 +17,20 @@ import argparse
 import json
 import logging
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from bench.training import FORMS, make_data, make_model, run_settings
+
 log = logging.getLogger("bench_step")
 
 WARM_UP_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Form:
-    """One way to train.
-
-    Attributes:
-        title: in the table.
-        settings: overrides of `asft train`.
-        against: the form without a reference that it is compared with; itself for those.
-        law: of its step time over the other's, at PP1 and a head without weight; None where the form is the measure itself.
-    """
-
-    title: str
-    settings: tuple[str, ...]
-    against: str
-    law: float | None = None
-
-
-_ASFT = ("objective=asft",)
-_LORA = ("peft=lora", "optim.lr=5e-4")
-FORMS = {
-    "sft": Form("sft", ("objective=sft",), "sft"),
-    "resident": Form("asft, resident", (*_ASFT, "reference=resident"), "sft", 4 / 3),
-    "offloaded": Form("asft, offloaded", (*_ASFT, "reference=offloaded"), "sft", 4 / 3),
-    "cached": Form("asft, cached", (*_ASFT, "reference=cached"), "sft", 1.0),
-    "lora_sft": Form("LoRA sft", ("objective=sft", *_LORA), "lora_sft"),
-    "lora_adapter_disabled": Form(
-        "LoRA asft, adapters disabled", (*_ASFT, *_LORA, "reference=adapter_disabled"), "lora_sft", 3 / 2
-    ),
-}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,58 +52,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_model(folder: Path, *, hidden: int, layers: int) -> Path:
-    """A random Qwen2 with the shipped base's tokenizer, in NeMo form."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from asft_nemo.checkpoint.convert import import_hf
-    from asft_nemo.config.paths import project_dir
-
-    tokenizer = project_dir() / "assets" / "tiny-base"
-    shutil.copytree(tokenizer, folder / "hf", ignore=shutil.ignore_patterns("*.safetensors", "*.md"))
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=json.loads((tokenizer / "config.json").read_text())["vocab_size"],
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder / "hf")
-    import_hf(folder / "hf", folder / "nemo")
-    return folder / "nemo"
-
-
-def make_data(file: Path, *, examples: int, sequence_length: int) -> Path:
-    """Examples that fill the sequence, nearly every token learned."""
-    lines = [
-        json.dumps({"instruction": "a", "response": f"{n:04d}" + "x y " * sequence_length})
-        for n in range(examples)
-    ]
-    file.write_text("\n".join(lines) + "\n")
-    return file
-
-
 def overrides(form: str, options: argparse.Namespace, pp_size: int, folder: Path, run_dir: Path) -> list[str]:
     """Settings of one run."""
-    given = [
-        *FORMS[form].settings,
-        f"model.path={folder / 'model' / 'nemo'}",
-        f"data.train=[{folder / 'train.jsonl'}]",
-        "data.template=raw",
-        "data.on_too_long=truncate",
-        f"data.sequence_length={options.sequence_length}",
-        f"parallel.pp_size={pp_size}",
-        f"trainer.micro_batch_size={options.micro_batch_size}",
-        f"trainer.global_batch_size={options.micro_batch_size * options.micro_batches}",
-        f"trainer.max_steps={WARM_UP_STEPS + options.steps}",
-        f"run.dir={run_dir}",
-    ]
-    return [*given, f"reference.cache_dir={folder / 'cache'}"] if form == "cached" else given
+    settings = run_settings(
+        FORMS[form],
+        folder=folder,
+        run_dir=run_dir,
+        sequence_length=options.sequence_length,
+        micro_batch_size=options.micro_batch_size,
+        global_batch_size=options.micro_batch_size * options.micro_batches,
+        steps=WARM_UP_STEPS + options.steps,
+    )
+    return [*settings, f"parallel.pp_size={pp_size}"]
 
 
 def step_seconds(run_dir: Path) -> float:

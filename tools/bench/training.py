@@ -1,0 +1,111 @@
+"""What benchmarks of whole training runs share: the forms of the reference, a random model, examples, settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to train.
+
+    Attributes:
+        title: in the table.
+        settings: overrides of `asft train`.
+        against: the form without a reference that it is compared with; itself for those.
+        law: of its step time over the other's, at PP1 and a head without weight; None where the form is the measure itself.
+    """
+
+    title: str
+    settings: tuple[str, ...]
+    against: str
+    law: float | None = None
+
+
+_ASFT = ("objective=asft",)
+_LORA = ("peft=lora", "optim.lr=5e-4")
+FORMS = {
+    "sft": Form("sft", ("objective=sft",), "sft"),
+    "resident": Form("asft, resident", (*_ASFT, "reference=resident"), "sft", 4 / 3),
+    "offloaded": Form("asft, offloaded", (*_ASFT, "reference=offloaded"), "sft", 4 / 3),
+    "cached": Form("asft, cached", (*_ASFT, "reference=cached"), "sft", 1.0),
+    "lora_sft": Form("LoRA sft", ("objective=sft", *_LORA), "lora_sft"),
+    "lora_adapter_disabled": Form(
+        "LoRA asft, adapters disabled", (*_ASFT, *_LORA, "reference=adapter_disabled"), "lora_sft", 3 / 2
+    ),
+}
+
+
+def make_model(folder: Path, *, hidden: int, layers: int) -> Path:
+    """A random Qwen2 with the shipped base's tokenizer, in NeMo form."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from asft_nemo.checkpoint.convert import import_hf
+    from asft_nemo.config.paths import project_dir
+
+    tokenizer = project_dir() / "assets" / "tiny-base"
+    shutil.copytree(tokenizer, folder / "hf", ignore=shutil.ignore_patterns("*.safetensors", "*.md"))
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=json.loads((tokenizer / "config.json").read_text())["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder / "hf")
+    import_hf(folder / "hf", folder / "nemo")
+    return folder / "nemo"
+
+
+def make_data(file: Path, *, examples: int, sequence_length: int) -> Path:
+    """Examples that fill the sequence, nearly every token learned."""
+    lines = [
+        json.dumps({"instruction": "a", "response": f"{n:04d}" + "x y " * sequence_length})
+        for n in range(examples)
+    ]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def run_settings(
+    form: Form,
+    *,
+    folder: Path,
+    run_dir: Path,
+    sequence_length: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    steps: int,
+) -> list[str]:
+    """Overrides of one run.
+
+    Args:
+        form: a row of `FORMS`, or one like it.
+        folder: holds `model/nemo` and `train.jsonl`; the cache is made there.
+        run_dir: where the run writes.
+        sequence_length: tokens.
+        micro_batch_size, global_batch_size: examples.
+        steps: of the run.
+    """
+    given = [
+        *form.settings,
+        f"model.path={folder / 'model' / 'nemo'}",
+        f"data.train=[{folder / 'train.jsonl'}]",
+        "data.template=raw",
+        "data.on_too_long=truncate",
+        f"data.sequence_length={sequence_length}",
+        f"trainer.micro_batch_size={micro_batch_size}",
+        f"trainer.global_batch_size={global_batch_size}",
+        f"trainer.max_steps={steps}",
+        f"run.dir={run_dir}",
+    ]
+    cached = "reference=cached" in form.settings
+    return [*given, f"reference.cache_dir={folder / 'cache'}"] if cached else given
