@@ -114,10 +114,17 @@ def _keep(facts: Facts) -> Iterator[str]:
 
 def _chunk_tokens(facts: Facts) -> Iterator[str]:
     chunk = facts.run.loss.chunk_tokens
-    if facts.run.loss.implementation != "fused":  # then it does nothing, which is another rule's sentence
+    if not _reads_chunk_tokens(facts.run):  # then it does nothing, which is another rule's sentence
         return
     if chunk != "auto" and (not isinstance(chunk, int) or chunk < 1):
         yield f"loss.chunk_tokens={chunk} is unknown: set auto or a number of tokens of at least 1"
+
+
+def _reads_chunk_tokens(run: RunConfig) -> bool:
+    """The fused loss does, and so does the prepass where it makes log probabilities of labels, whatever the loss."""
+    known = tables.OBJECTIVES.get(run.objective.name)
+    prepass = known is not None and (known.reads_ref_labels or known.reads_old_labels)
+    return run.loss.implementation == "fused" or prepass
 
 
 def _objective_options(facts: Facts) -> Iterator[str]:
@@ -204,14 +211,18 @@ def _ignored(facts: Facts) -> Iterator[str]:
     """Settings given on purpose that the rest of the run makes meaningless."""
     run, layout = facts.run, facts.run.parallel
     form = run.reference.form
+    known = tables.OBJECTIVES.get(run.objective.name)
+    snapshot = known is not None and known.reads_old_labels
     rows = (
-        ("reference.", ("precision", "micro_batch_size", "max_initial_kl"), form == "none", "reference=none"),
+        ("reference.", ("precision", "max_initial_kl"), form == "none", "reference=none"),
+        # a snapshot of the policy passes through the same prepass
+        ("reference.", ("micro_batch_size",), form == "none" and not snapshot, "reference=none"),
         ("reference.", ("cache_dir", "fill"), form != "cached", f"reference={form}"),
         ("peft.", ("rank", "alpha", "dropout", "targets"), run.peft.name == "none", "peft=none"),
         (
             "loss.",
             ("chunk_tokens",),
-            run.loss.implementation != "fused",
+            not _reads_chunk_tokens(run),
             f"loss.implementation={run.loss.implementation}",
         ),
         ("eval.", tuple(EvalConfig.__dataclass_fields__), True, "asft train; asft eval has its own options"),

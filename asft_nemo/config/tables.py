@@ -30,6 +30,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # key -> (smallest, largest, smallest is allowed itself); largest None = no limit; None itself passes
 RANGES: dict[str, tuple[float, float | None, bool]] = {
     "objective.kl_weight": (0, None, True),
+    "objective.alpha": (0, None, True),
+    "objective.temperature": (0, None, True),
+    "objective.exponent": (0, None, True),
+    "objective.clip_low": (0, 1, True),
+    "objective.clip_high": (0, None, True),
+    "objective.refresh_every": (1, None, True),
     "reference.micro_batch_size": (1, None, True),
     "reference.max_initial_kl": (0, None, True),
     "peft.rank": (1, None, True),
@@ -73,6 +79,7 @@ class ObjectiveFacts:
         has_divergence: it has a KL term, so `kl_weight` and `kl_direction` mean something.
         without: the same objective without its KL term.
         reads_ref_labels: it reads the reference's log probabilities of the labels, whatever its KL term.
+        reads_old_labels: it reads a snapshot of the policy, likewise.
         whole_sequences: a token's weight depends on its whole sequence.
         options: the options it owns.
     """
@@ -80,6 +87,7 @@ class ObjectiveFacts:
     has_divergence: bool = False
     without: str = ""
     reads_ref_labels: bool = False
+    reads_old_labels: bool = False
     whole_sequences: bool = False
     options: tuple[str, ...] = ()
 
@@ -92,7 +100,7 @@ OBJECTIVES: dict[str, ObjectiveFacts] = {
     "asft_sft": ObjectiveFacts(options=("alpha",)),
     "iw_sft": ObjectiveFacts(reads_ref_labels=True, whole_sequences=True, options=("temperature",)),
     "eaft": ObjectiveFacts(options=("exponent",)),
-    "psft": ObjectiveFacts(options=("clip_low", "clip_high", "refresh_every")),
+    "psft": ObjectiveFacts(reads_old_labels=True, options=("clip_low", "clip_high", "refresh_every")),
 }
 OPTIONS = tuple(option for facts in OBJECTIVES.values() for option in facts.options)
 

@@ -43,6 +43,7 @@ class Seen(enum.Enum):
     ANY_HIDDEN = "hidden states of any token, behind some chunk"
     HIDDEN = "final hidden states of tokens that count"
     REFERENCE = "the reference's hidden states or log probabilities of tokens that count"
+    SNAPSHOT = "the policy snapshot's log probabilities of tokens that count"
     LOSS = "the loss"
     OWN_GRADIENT = "this rank's gradient before the reduction over data-parallel ranks"
     GRADIENT = "the finished gradient"
@@ -101,6 +102,11 @@ def explain(reports: Sequence[RankReport], *, num_micro_batches: int) -> str:
         what, where = "hidden states are not finite", Seen.ANY_HIDDEN
     elif Seen.REFERENCE in kinds:
         what, where = "the reference's hidden states are not finite (the policy's are)", Seen.REFERENCE
+    elif Seen.SNAPSHOT in kinds:
+        what, where = (
+            "the policy snapshot's log probabilities are not finite (the hidden states are)",
+            Seen.SNAPSHOT,
+        )
     else:
         what, where = "the loss is not finite (the hidden states are)", Seen.LOSS
     first = _first(here, where, micro_batch)
@@ -244,9 +250,10 @@ class NonfiniteGuard(Callback):
         self._flags.append((Seen.HIDDEN, place, (bad_SB & own_SB).any()))
         if (reference_SBH := self._batch.get("ref_hidden")) is not None:
             self._flags.append((Seen.REFERENCE, place, (not_finite_rows(reference_SBH) & own_SB).any()))
-        if (logprob_BS := self._batch.get("ref_logprob")) is not None:
-            bad_SB = ~torch.isfinite(logprob_BS).transpose(0, 1)
-            self._flags.append((Seen.REFERENCE, place, (bad_SB & mask_SB).any()))
+        for name, kind in (("ref_logprob", Seen.REFERENCE), ("old_logprob", Seen.SNAPSHOT)):
+            if (logprob_BS := self._batch.get(name)) is not None:
+                bad_SB = ~torch.isfinite(logprob_BS).transpose(0, 1)
+                self._flags.append((kind, place, (bad_SB & mask_SB).any()))
 
     @torch.no_grad()
     def _see_gradient(self, kind: Seen, buffer: Tensor) -> None:

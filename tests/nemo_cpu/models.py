@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[
     assert set(found) == set(expected), set(found) ^ set(expected)
     scale = max(float(value.abs().max()) for value in expected.values())
     errors = {name: float((found[name].double() - expected[name]).abs().max()) / scale for name in expected}
+    assert all(math.isfinite(error) for error in errors.values()), errors
     name = max(errors, key=errors.__getitem__)
     return errors[name], name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from functools import partial
 from typing import Any
 
@@ -197,8 +198,8 @@ def largest_gradient(trainer: Any) -> float:
     from asft_nemo.nemo.compat import grad_buffers
 
     buffers = [buffer for chunk in trainer.strategy.megatron_parallel for buffer in grad_buffers(chunk)]
-    largest = max(float(buffer.abs().max()) for buffer in buffers)
-    return largest if largest < float("inf") else -1.0
+    largest = [float(buffer.abs().max()) for buffer in buffers]
+    return max(largest) if all(math.isfinite(value) for value in largest) else -1.0
 
 
 def explained(reports: list[dict[str, Any]], *, num_micro_batches: int) -> str:

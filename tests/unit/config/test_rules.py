@@ -162,6 +162,8 @@ ONE_RULE = [
         ["objective=asft", "peft=lora", "peft.rank=3", "parallel.tp_size=2"],
         "peft.rank=3 is not a multiple of parallel.tp_size=2, which divides the adapters: set peft.rank=4",
     ),
+    (["objective=asft_sft", "objective.alpha=-1"], "objective.alpha=-1.0 is out of range"),
+    (["objective=psft", "objective.clip_low=2"], "objective.clip_low=2.0 is out of range"),
     (["objective=asft", "data.template=chat"], "data.template=chat is not available yet"),
     (["objective=asft", "data.packing=true"], "data.packing=true is not available yet"),
     (["objective=asft", "data.weights=[1]"], "data.weights is not available yet"),
@@ -241,6 +243,27 @@ def test_chunk_tokens_is_auto_or_a_number(violations: Violations) -> None:
             in violations(*fused, f"loss.chunk_tokens={value}")[0]
         )
     assert violations(*fused, "loss.chunk_tokens=4096") == ()
+
+
+def test_chunk_tokens_serve_the_prepass_of_any_loss(violations: Violations) -> None:
+    for name in ("iw_sft", "psft"):
+        run = (f"objective={name}", "loss.implementation=vocab_parallel")
+        assert violations(*run, "loss.chunk_tokens=64") == ()
+        assert "loss.chunk_tokens=0 is unknown" in violations(*run, "loss.chunk_tokens=0")[0]
+    assert violations("objective=psft", "trainer.micro_batch_size=2", "reference.micro_batch_size=4") == ()
+
+
+def test_ranges_of_options_are_those_of_the_objectives() -> None:
+    from asft_nemo.objectives import OBJECTIVES
+
+    of_table = {
+        f"objective.{name}": (option.minimum, option.maximum, True)
+        for row in OBJECTIVES.values()
+        for name, option in row.options.items()
+        if name in tables.OPTIONS
+    }
+    assert {key: tables.RANGES[key] for key in of_table} == of_table
+    assert len(of_table) == len(tables.OPTIONS)
 
 
 def test_validation_file_needs_a_step_count(violations: Violations, data_file: Path) -> None:
