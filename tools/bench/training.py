@@ -96,6 +96,7 @@ def run_settings(
         steps: of the run.
     """
     given = [
+        "recipe=tiny_cpu",  # names no model of its own size: everything that matters here is given
         *form.settings,
         f"model.path={folder / 'model' / 'nemo'}",
         f"data.train=[{folder / 'train.jsonl'}]",
