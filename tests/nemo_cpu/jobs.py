@@ -359,3 +359,22 @@ def train_with_a_reference_beside(settings: dict[str, Any]) -> int:
     finally:
         build.PrepassCallback = original  # type: ignore[misc]
     return passes
+
+
+def reference_micro_batches(settings: dict[str, Any]) -> list[int]:
+    """A run; returns how many micro batches the frozen model ran through in each pass."""
+    from asft_nemo.reference.frozen import FrozenChunks
+
+    found: list[int] = []
+    original = FrozenChunks.hidden
+
+    def counted(self: Any, micro_batches: Any, **shape: Any) -> Any:
+        found.append(len(micro_batches))
+        return original(self, micro_batches, **shape)
+
+    FrozenChunks.hidden = counted  # type: ignore[method-assign]
+    try:
+        train_itself(settings)
+    finally:
+        FrozenChunks.hidden = original  # type: ignore[method-assign]
+    return found

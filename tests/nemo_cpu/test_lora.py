@@ -245,9 +245,6 @@ def check_contents(checkpoint: Path) -> None:
     own = {key: value for key, value in tensors.items() if key.startswith("module.")}
     assert sum(value.numel() for value in own.values()) == adapters == 26_624
     assert sum(value.numel() for value in tensors.values()) == 3 * adapters
-    nbytes = sum(file.stat().st_size for file in (checkpoint / "weights").iterdir())
-    print(f"adapter checkpoint: {nbytes} bytes for {4 * 3 * adapters} bytes of tensors")
-    assert nbytes < 4 * 3 * adapters + 200_000  # names, metadata and scalars of 4 ranks
     targets = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     assert adapter_description(checkpoint) == AdapterDescription(RANK, ALPHA, 0.05, targets)
 
