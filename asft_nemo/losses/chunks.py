@@ -17,7 +17,7 @@ ChunkTokens: TypeAlias = int | str
 #: Bytes of [chunk, V] buffers that "auto" allows. A GPU's matrix units need about 2048 rows to be busy; a CPU
 #: wants enough tokens to pay for the visit of the head gradient that each chunk makes.
 CUDA_CHUNK_BYTES = 512 * 2**20
-CPU_CHUNK_BYTES = 256 * 2**20
+CPU_CHUNK_BYTES = 128 * 2**20
 
 
 def bytes_per_token(objective: Objective, shard: VocabShard, dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 """Visiting the head chunk by chunk: logits of a few tokens, their statistics, their gradients, the next.
 
-A visit holds at most three [chunk, V] buffers in the accumulation dtype (two with the Triton kernels), reused
-by every chunk, and never logits of all tokens.
+A visit holds at most two [chunk, V] buffers in the accumulation dtype, reused by every chunk, and never
+logits of all tokens; a third without the Triton kernels in the reverse direction and, on a GPU, in the forward one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from asft_nemo.losses.statistics import (
     floats_per_token,
     local_statistics,
     probabilities,
+    scratch_for,
 )
-from asft_nemo.losses.triton import use_triton
 from asft_nemo.losses.vocab_shard import VocabShard
 from asft_nemo.objectives import Objective
 
@@ -107,7 +107,7 @@ class HeadVisit:
         operands, anchored = self.operands, self.objective.divergence is not None
         shape = (min(self.chunk_tokens, self.tokens.count), valid)
         buffers = [operands.hidden_TH.new_empty(shape, dtype=self.dtype) for _ in range(2 if anchored else 1)]
-        scratch = torch.empty_like(buffers[0]) if anchored and not use_triton(buffers[0]) else None
+        scratch = scratch_for(self.objective, buffers[0])
         for chunk in token_chunks(self.tokens.count, self.chunk_tokens):
             views = [buffer[: chunk.stop - chunk.start] for buffer in buffers]
             hidden_NH = self._rows(operands.hidden_TH, chunk)
@@ -122,7 +122,7 @@ class HeadVisit:
                 views[0],
                 views[1] if anchored else None,
                 *self.shard.local_index(self.tokens.labels_N[chunk]),
-                None if scratch is None else scratch[: chunk.stop - chunk.start],
+                None if scratch is None else scratch[: chunk.stop - chunk.start],  # or the few rows it has
             )
 
     def _add_gradients(

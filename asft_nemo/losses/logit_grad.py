@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from asft_nemo.losses.row_blocks import row_blocks
 from asft_nemo.losses.statistics import Exponentials, RawLogits, TokenStatistics
 from asft_nemo.losses.triton import row_gradient
 from asft_nemo.objectives import Objective
@@ -52,8 +53,18 @@ def logit_gradient(
             upstream_N,
             dtype,
         )
-    gradient_NV = _from_exponentials(objective, exps, statistics, weight_N, own_N, label_index_N, upstream_N)
-    return gradient_NV.to(dtype)
+    for rows in row_blocks(exps.policy_NV):
+        upstream = upstream_N if upstream_N is None or upstream_N.ndim == 0 else upstream_N[rows]
+        _from_exponentials(
+            objective,
+            exps[rows],
+            statistics[rows],
+            weight_N[rows],
+            own_N[rows],
+            label_index_N[rows],
+            upstream,
+        )
+    return exps.policy_NV.to(dtype)
 
 
 def _from_exponentials(
@@ -64,11 +75,11 @@ def _from_exponentials(
     own_N: Tensor,
     label_index_N: Tensor,
     upstream_N: Tensor | None,
-) -> Tensor:
-    """`logit_gradient` in PyTorch, in place."""
+) -> None:
+    """`logit_gradient` of a block of rows in PyTorch, in place."""
     gradient_NV = exps.policy_NV
     if gradient_NV.shape[1] == 0:
-        return gradient_NV
+        return
     ce_weight_N = weight_N + objective.ce_share
     kl_weight_N = torch.full_like(weight_N, objective.kl_weight)
     if upstream_N is not None:
@@ -101,4 +112,3 @@ def _from_exponentials(
     label_term_N1 = ce_weight_N.unsqueeze(1).masked_fill(~own_N.unsqueeze(1), 0.0)
     # One label per row, so writing back never collides and stays deterministic on a GPU.
     gradient_NV.scatter_(1, index_N1, gradient_NV.gather(1, index_N1) - label_term_N1)
-    return gradient_NV

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asft_nemo.losses.row_blocks import row_blocks, rows_per_block
 from asft_nemo.losses.triton import row_statistics, use_triton
 from asft_nemo.losses.vocab_shard import VocabShard
 from asft_nemo.objectives import TOP_K, Objective, topk_entropy
@@ -93,6 +94,18 @@ class Exponentials:
     ref_shift_N: Tensor | None = None
     difference_NV: Tensor | None = None
 
+    def __getitem__(self, rows: slice) -> Exponentials:
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        return Exponentials(
+            self.policy_NV[rows],
+            part(self.shift_N),
+            part(self.ref_NV),
+            part(self.ref_shift_N),
+            part(self.difference_NV),
+        )
+
 
 @dataclass
 class RawLogits:
@@ -154,14 +167,14 @@ def local_statistics(
         logits_NV: [N, V] policy logits of the rows that count, accumulation dtype; consumed.
         ref_logits_NV: the reference's, consumed; None where the objective has no divergence.
         own_N, label_index_N: from `VocabShard.local_index`.
-        scratch_NV: overwritten and kept as the difference of the logits where there is a divergence; None
+        scratch_NV: from `scratch_for`, for the difference of the logits where there is a divergence; None
             allocates.
 
     Returns:
         packed_NK with K = `floats_per_token`, to be gathered over the ranks, and what `logit_gradient` needs.
 
-    Memory: with a divergence one [N, V] tensor besides the two given; kept for the gradient only in reverse.
-        None, and `scratch_NV` unused, where the Triton kernels run.
+    Memory: that of `scratch_for`, which is kept for the gradient only in reverse. None, and `scratch_NV`
+        unused, where the Triton kernels run.
     """
     columns: list[Tensor] = []
     if "topk_entropy" in objective.reads:
@@ -174,6 +187,19 @@ def local_statistics(
     return torch.cat([packed_NK, *columns], dim=1), left
 
 
+def scratch_for(objective: Objective, logits_NV: Tensor) -> Tensor | None:
+    """Memory for the difference of both models' logits: [N, V] in reverse, where the gradient reads it, a block of rows forward.
+
+    None without a divergence, and where the Triton kernels run.
+    """
+    if objective.divergence is None or use_triton(logits_NV):
+        return None
+    rows, columns = logits_NV.shape
+    if objective.divergence == "forward":
+        rows = min(rows_per_block(logits_NV), rows)
+    return logits_NV.new_empty(rows, columns)
+
+
 def _exponentials(
     objective: Objective,
     logits_NV: Tensor,
@@ -182,29 +208,59 @@ def _exponentials(
     label_index_N: Tensor,
     scratch_NV: Tensor | None,
 ) -> tuple[Tensor, Exponentials]:
-    """`local_statistics` without top-k entropy, in PyTorch; both logits are overwritten."""
+    """`local_statistics` without top-k entropy, in PyTorch; both logits are overwritten, some rows after others."""
+    if scratch_NV is None:
+        scratch_NV = scratch_for(objective, logits_NV)
+    parts: list[Tensor] = []
+    for rows in row_blocks(logits_NV):
+        ref_rows_NV = difference_NV = None
+        if ref_logits_NV is not None and scratch_NV is not None:
+            ref_rows_NV = ref_logits_NV[rows]
+            reverse = objective.divergence == "reverse"
+            difference_NV = scratch_NV[rows] if reverse else scratch_NV[: len(ref_rows_NV)]
+        parts.append(
+            _exponentials_of_rows(
+                objective, logits_NV[rows], ref_rows_NV, difference_NV, own_N[rows], label_index_N[rows]
+            )
+        )
+    packed_NK = torch.cat(parts) if parts else logits_NV.new_empty(0, 6 if objective.divergence else 3)
+    left = Exponentials(logits_NV, packed_NK[:, 0])
+    if objective.divergence is not None:
+        left.ref_shift_N = packed_NK[:, 3]
+        left.ref_NV = ref_logits_NV if objective.divergence == "forward" else None
+        left.difference_NV = scratch_NV if objective.divergence == "reverse" else None
+    return packed_NK, left
+
+
+def _exponentials_of_rows(
+    objective: Objective,
+    logits_NV: Tensor,
+    ref_logits_NV: Tensor | None,
+    difference_NV: Tensor | None,
+    own_N: Tensor,
+    label_index_N: Tensor,
+) -> Tensor:
+    """One block of rows: packed_NK; leaves exponentials in the logits, and y - z in `difference_NV` in reverse."""
     if logits_NV.shape[1]:
         label_logit_N = logits_NV.gather(1, label_index_N.unsqueeze(1)).squeeze(1).masked_fill_(~own_N, 0.0)
     else:
         label_logit_N = logits_NV.new_zeros(logits_NV.shape[0])
     max_N = _row_max(logits_NV)
-    difference_NV = None if ref_logits_NV is None else torch.sub(ref_logits_NV, logits_NV, out=scratch_NV)
+    if ref_logits_NV is not None:
+        torch.sub(ref_logits_NV, logits_NV, out=difference_NV)
     logits_NV.sub_(max_N.unsqueeze(1)).exp_()
-    exps = Exponentials(logits_NV, max_N, ref_logits_NV, difference_NV=difference_NV)
     statistics = [max_N, logits_NV.sum(dim=1), label_logit_N]
     if ref_logits_NV is not None and difference_NV is not None:
-        exps.ref_shift_N = ref_max_N = _row_max(ref_logits_NV)
+        ref_max_N = _row_max(ref_logits_NV)
         ref_logits_NV.sub_(ref_max_N.unsqueeze(1)).exp_()
         ref_sum_N = ref_logits_NV.sum(dim=1)
         if objective.divergence == "forward":
             cross_N = difference_NV.mul_(ref_logits_NV).sum(dim=1)
-            exps.difference_NV = None
         else:
             torch.mul(logits_NV, difference_NV, out=ref_logits_NV)
             cross_N = ref_logits_NV.sum(dim=1).neg_()
-            exps.ref_NV = None
         statistics += [ref_max_N, ref_sum_N, cross_N]
-    return torch.stack(statistics, dim=1), exps
+    return torch.stack(statistics, dim=1)
 
 
 def combine(objective: Objective, gathered_RNK: Tensor) -> TokenStatistics:

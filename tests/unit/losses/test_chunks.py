@@ -11,7 +11,7 @@ from asft_nemo.losses.chunks import resolve_chunk_tokens, token_chunks
 
 MIB = 2**20
 #: Device, and the bytes that "auto" may take for the [chunk, V] buffers there.
-BUDGETS = [("cpu", 256 * MIB), ("cuda", 512 * MIB)]
+BUDGETS = [("cpu", 128 * MIB), ("cuda", 512 * MIB)]
 
 
 def resolve(chunk_tokens, shard, *, tokens=100_000, name="asft", dtype=torch.float32, device="cpu") -> int:
