@@ -11,6 +11,8 @@ import time
 import traceback
 from pathlib import Path
 
+import psutil
+
 POLL_SECONDS = 0.02
 WATCH_SECONDS = 1.0
 
@@ -22,6 +24,8 @@ def end_with_the_tests(tester: int) -> None:
     torchrun = os.getppid()
     while os.getppid() == torchrun and Path(f"/proc/{tester}").exists():
         time.sleep(WATCH_SECONDS)
+    for helper in psutil.Process().children(recursive=True):  # of checkpoint writing; nothing else ends them
+        helper.kill()
     os._exit(1)
 
 
