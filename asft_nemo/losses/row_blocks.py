@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-#: Bytes of one block of one [N, V] buffer; three or four of them are in use at a time. Measured on 2 cores, V=32768.
+#: Bytes of one block of one [N, V] buffer; two or three of them are in use at a time, and should fit a core's second-level cache.
 _BLOCK_BYTES = 512 * 2**10
 
 

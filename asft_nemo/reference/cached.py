@@ -232,16 +232,13 @@ class FillingReference:
         self.hit_rate = 0.0
         hidden = self.resident.hidden(micro_batches, **shape)
         for batch, hidden_SBH in zip(micro_batches, hidden, strict=False):  # empty before the last stage
-            whole_SBH = self._whole(hidden_SBH)
+            whole_SBH = whole_sequence(hidden_SBH, self.cached.place)
             if self.writer is not None:
                 ids = set(sample_ids(batch).unique().tolist())
                 new = set(self.cached.missing(ids)) - self._stored
                 store(self.writer, batch, whole_SBH, wanted=new)
                 self._stored |= new
         return hidden
-
-    def _whole(self, hidden_SBH: Tensor) -> Tensor:
-        return whole_sequence(hidden_SBH, self.cached.place)
 
     def finish(self) -> None:
         """Makes durable what was written; called when training ends or a checkpoint is written."""

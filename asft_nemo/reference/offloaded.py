@@ -58,7 +58,8 @@ class OffloadedReference(FrozenChunks):
 
     A prepass starts all copies in the order of the layers on a stream of their own; each layer waits for its weights alone, so that
     later copies run beside the first micro batches. After the last micro batch the device's copies are freed, before the policy's
-    activations grow: its peak is that of training without a reference, where activations take as much as the stage's weights. The
+    activations grow: its peak should be that of training without a reference, where activations take as much as the stage's weights
+    (`tools/gpu_check.py` measures it; no GPU has yet). The
     head stays on the device (last stage only), for the loss reads it during the step.
 
     Host memory: 2 (bf16), 4 (fp32) or 1 (FP8) bytes per parameter of this rank. The copies are exact: hidden states equal a resident

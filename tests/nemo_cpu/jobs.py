@@ -324,6 +324,7 @@ def train_with_a_reference_beside(settings: dict[str, Any]) -> int:
     """A run that reads nothing of a reference, with one computed before every step and thrown away. Returns how often that was."""
     import asft_nemo.nemo.build as build
     from asft_nemo.nemo.references import Frozen
+    from asft_nemo.run_dir import base_checkpoint
 
     passes = 0
     original = build.PrepassCallback
@@ -349,8 +350,6 @@ def train_with_a_reference_beside(settings: dict[str, Any]) -> int:
             nonlocal passes
             passes += 1
             self.beside.hidden(micro_batches, **shape)
-
-    from asft_nemo.run_dir import base_checkpoint
 
     run = run_config(settings)
     build.PrepassCallback = Beside  # type: ignore[misc]
