@@ -30,7 +30,8 @@ from bench.training import FORMS, make_data, make_model, run_settings
 
 log = logging.getLogger("bench_step")
 
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 2
+MEMORY_STEPS = 2  # of a run that is only looked at for its memory
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,8 +53,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def overrides(form: str, options: argparse.Namespace, pp_size: int, folder: Path, run_dir: Path) -> list[str]:
-    """Settings of one run."""
+def overrides(
+    form: str,
+    options: argparse.Namespace,
+    pp_size: int,
+    folder: Path,
+    run_dir: Path,
+    *,
+    steps: int | None = None,
+) -> list[str]:
+    """Settings of one run, of `steps` steps where they are given."""
     settings = run_settings(
         FORMS[form],
         folder=folder,
@@ -61,7 +70,7 @@ def overrides(form: str, options: argparse.Namespace, pp_size: int, folder: Path
         sequence_length=options.sequence_length,
         micro_batch_size=options.micro_batch_size,
         global_batch_size=options.micro_batch_size * options.micro_batches,
-        steps=WARM_UP_STEPS + options.steps,
+        steps=steps or WARM_UP_STEPS + options.steps,
     )
     return [*settings, f"parallel.pp_size={pp_size}"]
 
@@ -96,7 +105,7 @@ def measure(options: argparse.Namespace, pp_size: int, folder: Path) -> dict[str
     memory = {}
     for form in () if options.no_memory else options.forms:
         place = folder / f"pp{pp_size}_{form}_memory"
-        launch(compose(overrides(form, options, pp_size, folder, place)))
+        launch(compose(overrides(form, options, pp_size, folder, place, steps=MEMORY_STEPS)))
         memory[form] = json.loads((place / "summary.json").read_text())
     return {"seconds": seconds, "memory": memory}
 

@@ -157,6 +157,7 @@ class OptimConfig(Section):
     min_lr_ratio: float = 0.0  # the schedule ends at lr * min_lr_ratio
     distributed: bool = False  # optimizer state sharded over data-parallel ranks
     overlap_grad_reduce: bool = False  # over data-parallel ranks, while backward still runs
+    overlap_param_gather: bool = False  # of the distributed optimizer: while the next forward already runs
 
 
 @dataclass(unsafe_hash=True)

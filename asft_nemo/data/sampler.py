@@ -76,6 +76,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self._epoch: int | None = None
         self._order = np.empty(0, dtype=np.int64)
 
+    def of_step(self, consumed_samples: int) -> list[int]:
+        """This rank's example indices of the global batch after `consumed_samples`, in the order they are taken."""
+        batches = self._share.micro_batches(consumed_samples)
+        return [self._sample_at(position) for positions in batches for position in positions]
+
     def __iter__(self) -> Iterator[list[int]]:
         start = self._consumed
         while True:

@@ -113,6 +113,7 @@ def optimizer(run: RunConfig, max_steps: int) -> MegatronOptimizerModule:
             adam_eps=optim.eps,
             clip_grad=optim.clip_grad,
             use_distributed_optimizer=optim.distributed,
+            overlap_param_gather=optim.overlap_param_gather,
             bf16=run.precision != "fp32",
             params_dtype=precision_row(run.precision).compute_dtype,
         ),
@@ -138,6 +139,7 @@ def strategy(run: RunConfig, base_dir: Path, *, resuming: bool) -> AnchoredStrat
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=run.optim.distributed,
             overlap_grad_reduce=run.optim.overlap_grad_reduce,
+            overlap_param_gather=run.optim.overlap_param_gather,
             grad_reduce_in_fp32=True,
             # per-token averaging divides once, by the global token count: no averaging in the collective
             average_in_collective=False,
@@ -180,6 +182,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         reference_builder(Frozen(run, model, spec, data, base_dir)),
         snapshot_builder(run, model, resume),
         reference_micro_batch_size=run.reference.micro_batch_size,
+        sample_ids_of_step=module.sample_ids_of_step if run.reference.form == "cached" else None,
     )
     guard = NonfiniteGuard(on_nonfinite=run.trainer.on_nonfinite, max_skips=run.trainer.max_skips)
     metrics = MetricsCallback(

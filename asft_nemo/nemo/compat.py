@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo.lightning import MegatronStrategy
 from nemo.lightning._strategy_lib import init_model_parallel
 from torch.distributed import distributed_c10d
@@ -44,6 +45,9 @@ class AnchoredStrategy(MegatronStrategy):
       ends none of them (megatron-core 0.15.3): their threads and connections would add up from run to run.
     * Megatron's number-of-micro-batches calculator refuses a second run with other batch sizes: it is cleared.
     * `timers` (nemo's ProgressPrinter all-gathers them on rank 0 only and deadlocks): none.
+    * Megatron's distributed optimizer over torch's Adam, where no fused one is installed, asserts that there is state before it can be
+      loaded, and loads one `step` tensor into all parameters, which each of them then counts up (megatron-core 0.15.3): state is there
+      before a checkpoint is read, and each parameter counts its own steps afterwards.
     """
 
     def __init__(self, **kwargs: Any):
@@ -61,6 +65,38 @@ class AnchoredStrategy(MegatronStrategy):
         super().setup_distributed()
         if again:
             init_model_parallel(self.model)
+
+    def optimizer_sharded_state_dict(
+        self, is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """NeMo's. Collectives: those of Megatron's distributed optimizer."""
+        if is_loading:
+            for adam in _torch_adams(self.optimizers):
+                for parameter in (p for group in adam.param_groups for p in group["params"]):
+                    if not adam.state[parameter]:
+                        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                        adam.state[parameter] = {"step": torch.zeros((), device="cpu"), **moments}
+        return super().optimizer_sharded_state_dict(is_loading=is_loading, metadata=metadata)
+
+    def load_optimizer_state_dict(
+        self, checkpoint: Mapping[str, Any], selective_restore: bool = False
+    ) -> None:
+        """NeMo's."""
+        super().load_optimizer_state_dict(checkpoint, selective_restore=selective_restore)
+        for adam in _torch_adams(self.optimizers):
+            for state in adam.state.values():
+                state["step"] = state["step"].clone()
+
+
+def _torch_adams(optimizers: Iterable[Any]) -> Iterator[torch.optim.Optimizer]:
+    """torch's own Adams under Megatron's distributed optimizers."""
+    for wrapper in optimizers:
+        whole = wrapper.mcore_optimizer
+        for part in getattr(whole, "chained_optimizers", [whole]):
+            if isinstance(part, DistributedOptimizer) and isinstance(
+                part.optimizer, torch.optim.Adam | torch.optim.AdamW
+            ):
+                yield part.optimizer
 
 
 def end_groups() -> None:

@@ -50,6 +50,7 @@ class AnchoredDataModule(pl.LightningDataModule):
         self.train, self.validation = train, validation
         self.micro_batch_size, self.global_batch_size, self.seed = micro_batch_size, global_batch_size, seed
         self.consumed_samples = 0
+        self._coming: GlobalBatchSampler | None = None  # apart from the loader's: each remembers one epoch
         self.data_sampler = AnchoredDataSampler(
             seq_len=sequence_length,
             micro_batch_size=micro_batch_size,
@@ -66,15 +67,24 @@ class AnchoredDataModule(pl.LightningDataModule):
             "dp_size": parallel_state.get_data_parallel_world_size(),
         }
 
-    def train_dataloader(self) -> DataLoader:
-        """This data-parallel rank's micro batches, from the first example not consumed yet."""
-        sampler = GlobalBatchSampler(
+    def _sampler(self) -> GlobalBatchSampler:
+        return GlobalBatchSampler(
             len(self.train),  # type: ignore[arg-type]
             seed=self.seed,
             consumed_samples=self.consumed_samples,
             **self._ranks(),
         )
-        return DataLoader(self.train, batch_sampler=sampler, num_workers=0)
+
+    def train_dataloader(self) -> DataLoader:
+        """This data-parallel rank's micro batches, from the first example not consumed yet."""
+        return DataLoader(self.train, batch_sampler=self._sampler(), num_workers=0)
+
+    def sample_ids_of_step(self, step: int) -> list[int]:
+        """Ids of the examples that this data-parallel rank takes in a step (from 0 over the whole run), in order."""
+        if self._coming is None:
+            self._coming = self._sampler()
+        indices = self._coming.of_step(step * self.global_batch_size)
+        return self.train.sample_ids[indices].tolist()  # type: ignore[attr-defined]
 
     def validation_micro_batches(self) -> tuple[Iterator[dict[str, torch.Tensor]], int]:
         """This rank's validation micro batches in file order and the number of global batches; the last one is filled up with

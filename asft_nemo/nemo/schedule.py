@@ -7,6 +7,7 @@ frozen reference (and the policy's snapshot) over them with Megatron's forward-o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -67,6 +68,7 @@ class PrepassCallback(Callback):
         build_reference: makes the reference, or None when nothing reads it.
         build_snapshot: makes the snapshot of the policy, or None when nothing reads it.
         reference_micro_batch_size: examples of one of the reference's micro batches, None for the policy's.
+        sample_ids_of_step: which examples this data-parallel rank takes in a step; None where no reference reads ahead.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class PrepassCallback(Callback):
         build_snapshot: Callable[[], PolicySnapshot] | None,
         *,
         reference_micro_batch_size: int | None,
+        sample_ids_of_step: Callable[[int], list[int]] | None = None,
     ):
+        self._sample_ids_of_step = sample_ids_of_step
         self._ref_micro_batch_size = reference_micro_batch_size
         self._config = config
         self._build_reference, self._build_snapshot = build_reference, build_snapshot
@@ -114,9 +118,8 @@ class PrepassCallback(Callback):
             if self.snapshot is not None:
                 self._refresh_when_due(self.snapshot, step)
         fields = {item.name: getattr(step, item.name) for item in dataclasses.fields(MegatronStep)}
-        report = (
-            None if step.forward_only else self._record
-        )  # a validation says nothing of the step before it
+        # A validation says nothing of the step before it.
+        report = None if step.forward_only else functools.partial(self._record, step.step_i)
         return AnchoredStep(**fields, prepass=self.prepass, report=report)
 
     def _refresh_when_due(self, snapshot: PolicySnapshot, step: MegatronStep) -> None:
@@ -143,6 +146,9 @@ class PrepassCallback(Callback):
         if isinstance(self.reference, FillingReference):
             self.reference.finish()
 
-    def _record(self, seconds: float) -> None:
+    def _record(self, step: int, seconds: float) -> None:
         self.reference_seconds = seconds
-        self.hit_rate = None if self.reference is None else self.reference.hit_rate
+        if self.reference is not None:
+            self.hit_rate = self.reference.hit_rate
+            if self._sample_ids_of_step is not None:
+                self.reference.read_ahead(self._sample_ids_of_step(step + 1))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from asft_nemo.reference.frozen import frozen_config
 from asft_nemo.reference.prepass import forward_hidden
-from asft_nemo.reference.source import ReferenceBytes
+from asft_nemo.reference.source import ReferenceBytes, ReferenceSource
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def as_reference(chunks: Sequence[nn.Module]) -> Iterator[None]:
             chunk.config = config
 
 
-class AdapterDisabledReference:
+class AdapterDisabledReference(ReferenceSource):
     """The policy with its adapters off, which is the base as long as nothing else is trained.
 
     No second copy and no weights of its own: it costs one forward pass. Same layers, same kernels, same shapes as the policy's, so the
@@ -54,11 +54,6 @@ class AdapterDisabledReference:
     ):
         self.chunks = list(chunks)
         self._adapters_off = adapters_off
-
-    hit_rate: float | None = None
-
-    def start_step(self, step: int) -> None:
-        """See `ReferenceSource.start_step`: nothing to do."""
 
     def hidden(
         self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int

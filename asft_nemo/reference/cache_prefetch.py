@@ -39,11 +39,15 @@ class Prefetcher:
         self._thread: threading.Thread | None = None
 
     def ask(self, wanted: Iterable[FileRange]) -> None:
-        """Queues the ranges and returns at once."""
+        """Queues the ranges, those of this call up to `max_bytes`, and returns at once."""
         with self._changed:
             if self._closed:
                 raise ValueError("the prefetcher is closed")
+            asked = 0
             for item in wanted:
+                asked += item[2]
+                if asked > self._max_bytes:
+                    break
                 self._waiting.append(item)
                 self._waiting_bytes += item[2]
             while self._waiting_bytes > self._max_bytes:

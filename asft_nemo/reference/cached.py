@@ -13,7 +13,7 @@ from torch import Tensor
 from asft_nemo.checkpoint.dist_read import DistReader
 from asft_nemo.reference.cache_store import CacheIdentity, CacheReader, CacheWriter
 from asft_nemo.reference.resident import ResidentReference
-from asft_nemo.reference.source import ReferenceBytes
+from asft_nemo.reference.source import ReferenceBytes, ReferenceSource
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def read_head(weights_dir: Path, *, tied: bool, first_row: int, rows: int, dtype
     return head_VH.to(torch.cuda.current_device())
 
 
-class CachedReference:
+class CachedReference(ReferenceSource):
     """Hidden states from a cache that holds every example.
 
     Each rank of the last stage maps the files and reads the rows it needs: under sequence parallelism its own part of the sequence.
@@ -95,8 +95,10 @@ class CachedReference:
         """Those of the examples that are not stored; known on the last stage, empty elsewhere."""
         return [] if self._reader is None else self._reader.missing(list(ids))
 
-    def start_step(self, step: int) -> None:
-        """Nothing to do."""
+    def read_ahead(self, sample_ids: Sequence[int]) -> None:
+        """See `ReferenceSource.read_ahead`. Asks for as much as may wait; `hidden` asks for the rest."""
+        if self._reader is not None:
+            self._reader.prefetch(list(sample_ids))
 
     def hidden(
         self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int
@@ -166,7 +168,7 @@ def store(
     return written
 
 
-class FillingReference:
+class FillingReference(ReferenceSource):
     """A resident reference that writes what it computes, and leaves when everything is written.
 
     A step whose examples are all stored is read, any other is computed by the resident chunks and stored. At the end of an epoch what
@@ -239,6 +241,10 @@ class FillingReference:
                 store(self.writer, batch, whole_SBH, wanted=new)
                 self._stored |= new
         return hidden
+
+    def read_ahead(self, sample_ids: Sequence[int]) -> None:
+        """See `ReferenceSource.read_ahead`; what is not stored yet is passed over."""
+        self.cached.read_ahead(sample_ids)
 
     def finish(self) -> None:
         """Makes durable what was written; called when training ends or a checkpoint is written."""

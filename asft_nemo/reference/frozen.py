@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor, nn
 
 from asft_nemo.reference.prepass import forward_hidden
-from asft_nemo.reference.source import ReferenceBytes
+from asft_nemo.reference.source import ReferenceBytes, ReferenceSource
+
+logger = logging.getLogger(__name__)
 
 # What the policy's config carries for its own gradients and parameters; the reference has neither.
 _TRAINING_HOOKS = (
@@ -65,7 +68,7 @@ def stored_tensors(parameter: nn.Parameter) -> list[Tensor]:
     return [parameter.data] if raw is None else [tensor for tensor in raw() if tensor is not None]
 
 
-class FrozenChunks:
+class FrozenChunks(ReferenceSource):
     """This rank's model chunks for forward passes without gradients, in the policy's compute dtype and layout.
 
     The chunks live in this object only: no LightningModule, optimizer, DDP wrapper or checkpoint of the policy holds them. Memory:
@@ -126,11 +129,6 @@ class FrozenChunks:
                     f"weights in {weights_dir} do not fit the model: missing {missing}, unexpected {unexpected}"
                 )
 
-    hit_rate: float | None = None
-
-    def start_step(self, step: int) -> None:
-        """See `ReferenceSource.start_step`: nothing to do."""
-
     def hidden(
         self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int
     ) -> list[Tensor]:
@@ -148,3 +146,24 @@ class FrozenChunks:
         """See `ReferenceSource.head`."""
         last = self.chunks[-1]
         return last.head_weight().detach() if last.post_process else None  # type: ignore[operator]
+
+
+class FrozenBase(FrozenChunks):
+    """Frozen chunks with the base checkpoint's weights.
+
+    Args:
+        build_chunk, vp_size, dtype: see `FrozenChunks`.
+        weights_dir: torch distributed checkpoint of the base model (`weights/`).
+    """
+
+    def __init__(
+        self,
+        build_chunk: Callable[[int | None], nn.Module],
+        *,
+        vp_size: int | None,
+        weights_dir: Path,
+        dtype: torch.dtype,
+    ):
+        super().__init__(build_chunk, vp_size=vp_size, dtype=dtype)
+        self.load_weights(weights_dir)
+        logger.info("reference: %d parameters on this rank, from %s", self.num_parameters, weights_dir)

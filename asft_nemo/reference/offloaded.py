@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asft_nemo.reference.frozen import FrozenChunks, stored_tensors
+from asft_nemo.reference.frozen import FrozenBase, stored_tensors
 from asft_nemo.reference.source import ReferenceBytes
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class _Parked:
         self.arrived = None
 
 
-class OffloadedReference(FrozenChunks):
+class OffloadedReference(FrozenBase):
     """Frozen chunks with the base checkpoint's weights, in pinned host memory between the prepasses.
 
     A prepass starts all copies in the order of the layers on a stream of their own; each layer waits for its weights alone, so that
@@ -66,8 +66,7 @@ class OffloadedReference(FrozenChunks):
     reference's bit for bit.
 
     Args:
-        build_chunk, vp_size, dtype: see `FrozenChunks`.
-        weights_dir: torch distributed checkpoint of the base model (`weights/`).
+        build_chunk, vp_size, weights_dir, dtype: see `FrozenBase`.
     """
 
     def __init__(
@@ -78,8 +77,7 @@ class OffloadedReference(FrozenChunks):
         weights_dir: Path,
         dtype: torch.dtype,
     ):
-        super().__init__(build_chunk, vp_size=vp_size, dtype=dtype)
-        self.load_weights(weights_dir)
+        super().__init__(build_chunk, vp_size=vp_size, weights_dir=weights_dir, dtype=dtype)
         last: Any = self.chunks[-1]
         self._head_VH: Tensor | None = last.head_weight() if last.post_process else None
         self._copies = torch.cuda.Stream()
@@ -89,10 +87,9 @@ class OffloadedReference(FrozenChunks):
                 parked.leave()
         held = self.held()
         logger.info(
-            "offloaded reference: %d bytes of this rank in host memory, %d on the device, from %s",
+            "offloaded reference: %d bytes of this rank in host memory, %d on the device",
             held.host,
             held.device,
-            weights_dir,
         )
 
     def _modules(self) -> Iterator[nn.Module]:

@@ -34,11 +34,13 @@ class ReferenceSource(Protocol):
         hit_rate: share of the last step's micro batches whose hidden states came from a cache; None where there is none.
     """
 
-    hit_rate: float | None
+    hit_rate: float | None = None
 
     def start_step(self, step: int) -> None:
         """Told before each training step, counted from 0 over the whole run. Every rank calls it."""
-        ...
+
+    def read_ahead(self, sample_ids: Sequence[int]) -> None:
+        """Told, when a step's hidden states are there, which examples this data-parallel rank takes in the next one, in order."""
 
     def hidden(
         self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int

@@ -377,3 +377,50 @@ def reference_micro_batches(settings: dict[str, Any]) -> list[int]:
     finally:
         FrozenChunks.hidden = original  # type: ignore[method-assign]
     return found
+
+
+def reading_ahead(settings: dict[str, Any]) -> dict[str, list[list[int]]]:
+    """A run with a cache; returns what this rank was told of each coming step, and which examples each step then took."""
+    from asft_nemo.nemo.schedule import AnchoredStep
+    from asft_nemo.reference.cached import CachedReference
+
+    told: list[list[int]] = []
+    taken: list[list[int]] = []
+    ahead, step = CachedReference.read_ahead, AnchoredStep.__call__
+
+    def kept(self: Any, sample_ids: Any) -> None:
+        told.append(list(sample_ids))
+        ahead(self, sample_ids)
+
+    def watched(self: Any) -> Any:
+        result = step(self)
+        if not self.forward_only:
+            taken.append([sample for batch in seen[-1] for sample in batch["sample_id"].tolist()])
+        return result
+
+    seen: list[Any] = []
+    hidden = CachedReference.hidden
+
+    def read(self: Any, micro_batches: Any, **shape: Any) -> Any:
+        seen.append(micro_batches)
+        return hidden(self, micro_batches, **shape)
+
+    CachedReference.read_ahead, CachedReference.hidden = kept, read  # type: ignore[method-assign]
+    AnchoredStep.__call__ = watched  # type: ignore[method-assign]
+    try:
+        train_itself(settings)
+    finally:
+        CachedReference.read_ahead, CachedReference.hidden = ahead, hidden  # type: ignore[method-assign]
+        AnchoredStep.__call__ = step  # type: ignore[method-assign]
+    return {"told": told, "taken": taken}
+
+
+def refusal(settings: dict[str, Any]) -> str:
+    """The sentence a run is refused with, on every rank."""
+    from asft_nemo.errors import UserError
+
+    try:
+        train_itself(settings)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the run was not refused")

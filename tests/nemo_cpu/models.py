@@ -18,12 +18,14 @@ from asft_nemo.losses import dense_loss
 from asft_nemo.objectives import Objective
 
 
-def make_model(folder: Path, *, tied: bool, seed: int = 0, vocab_size: int = VOCAB) -> Path:
+def make_model(
+    folder: Path, *, tied: bool, seed: int = 0, vocab_size: int = VOCAB, hidden_size: int = 64
+) -> Path:
     """Saves a random 4-layer Qwen2 with distinguishable biases and norms in fp32; returns its folder."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size,
-        hidden_size=64,
+        hidden_size=hidden_size,
         intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -41,11 +43,13 @@ def make_model(folder: Path, *, tied: bool, seed: int = 0, vocab_size: int = VOC
     return folder
 
 
-def make_model_with_tokenizer(folder: Path) -> Path:
+def make_model_with_tokenizer(
+    folder: Path, *, seed: int = 0, more_vocab: int = 0, hidden_size: int = 64
+) -> Path:
     """The same with the tokenizer of the shipped base, for runs that read text."""
     shipped = project_dir() / "assets" / "tiny-base"
     vocab_size = json.loads((shipped / "config.json").read_text())["vocab_size"]
-    make_model(folder, tied=False, vocab_size=vocab_size)
+    make_model(folder, tied=False, seed=seed, vocab_size=vocab_size + more_vocab, hidden_size=hidden_size)
     for file in shipped.glob("*token*"):
         shutil.copy(file, folder)
     return folder

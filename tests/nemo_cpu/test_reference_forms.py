@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import make_model_with_tokenizer
-from ranks import RankError, RankGroup
+from ranks import RankGroup
 from safetensors.torch import load_file
 from test_training import all_tensors, metrics, settings_of, without_times
 
@@ -106,7 +108,9 @@ def test_forms_agree_bit_for_bit(
 
     cached = {**resident, "reference.form": "cached", "run.dir": str(tmp_path / "cached")}
     ranks4.run("jobs:cache_itself", settings=cached, repair=False)
-    ranks4.run("jobs:train_itself", settings=cached)
+    for steps in ranks4.run("jobs:reading_ahead", settings=cached):
+        assert len(steps["told"]) == len(steps["taken"]) == STEPS
+        assert steps["told"][:-1] == steps["taken"][1:]
     compare(tmp_path / "resident", tmp_path / "cached")
     assert [line["cache_hit_rate"] for line in metrics(tmp_path / "cached")] == [1.0] * STEPS
 
@@ -230,7 +234,9 @@ def bits(run: Path) -> tuple[list[tuple[float, float]], dict[str, bytes]]:
 def test_a_cache_that_does_not_fit_is_refused(
     ranks4: RankGroup, model: Path, data: dict[str, str], tmp_path: Path
 ) -> None:
-    """Other data, and another sequence length: the sentence names the field, and the cache stays as it was."""
+    """Another base, size, tokenizer, template, data file or sequence length, and a cache that is not whole: the sentence names the field
+    or what is missing, and the cache stays as it was.
+    """
     cached = {
         **run_settings(model, data, tmp_path / "run", "tp2_pp2"),
         "reference.form": "cached",
@@ -240,10 +246,27 @@ def test_a_cache_that_does_not_fit_is_refused(
     before = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
     other = tmp_path / "other.jsonl"
     other.write_text(Path(data["train"]).read_text().replace("copy", "Copy"))
+    bases = {name: tmp_path / name for name in ("base", "hidden_size", "vocab_size", "tokenizer")}
+    make_model_with_tokenizer(bases["base"], seed=5)
+    make_model_with_tokenizer(bases["hidden_size"], hidden_size=128)
+    make_model_with_tokenizer(bases["vocab_size"], more_vocab=128)
+    shutil.copytree(model, bases["tokenizer"])
+    file = bases["tokenizer"] / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(tokenizer))
     for field, change in (
         ("data", {"data.train": [str(other)]}),
         ("sequence_length", {"data.sequence_length": 24}),
+        ("template", {"data.template": "alpaca", "data.on_too_long": "truncate", "data.sequence_length": 48}),
+        *((field, {"model.path": str(base)}) for field, base in bases.items()),
     ):
-        with pytest.raises(RankError, match=field):
-            ranks4.run("jobs:train_itself", settings={**cached, **change, "run.dir": str(tmp_path / field)})
+        settings = {**cached, **change, "run.dir": str(tmp_path / f"run_{field}")}
+        said = set(ranks4.run("jobs:refusal", settings=settings))
+        assert len(said) == 1, said
+        assert re.search(rf"for another run: .*\b{field} \(", said.pop())
     assert {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()} == before
+    shard = next((tmp_path / "cache").glob("rows-*"))
+    shard.rename(tmp_path / shard.name)
+    for sentence in ranks4.run("jobs:refusal", settings={**cached, "run.dir": str(tmp_path / "run_part")}):
+        assert re.search("lacks .* of 25 examples: finish it", sentence)

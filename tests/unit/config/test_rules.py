@@ -358,13 +358,11 @@ def test_objective_facts_are_the_objective_tables() -> None:
             assert OBJECTIVES[facts.without].weight is row.weight
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_distributed_optimizer_needs_a_fused_adam(
-    violations: Violations, monkeypatch: pytest.MonkeyPatch, installed: bool
-) -> None:
-    from asft_nemo.config import rules
-
-    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: object() if installed else None)
-    found = violations("objective=asft", "optim.distributed=true")
-    assert len(found) == (0 if installed else 1)
-    assert all("needs the fused Adam of Transformer Engine or apex" in sentence for sentence in found)
+def test_overlapped_gathers_need_the_distributed_optimizer(violations: Violations) -> None:
+    gather, reduce, distributed = (
+        f"optim.{name}=true" for name in ("overlap_param_gather", "overlap_grad_reduce", "distributed")
+    )
+    for given in ([gather], [gather, reduce], [gather, distributed]):
+        (sentence,) = violations("objective=asft", "run.world_size=2", *given)
+        assert "set optim.distributed=true and optim.overlap_grad_reduce=true" in sentence
+    assert not violations("objective=asft", "run.world_size=2", gather, reduce, distributed)

@@ -130,3 +130,15 @@ def test_number_of_steps() -> None:
     assert num_steps(100, TrainerConfig(epochs=1, global_batch_size=8)) == 13
     assert num_steps(100, TrainerConfig(epochs=0.5, global_batch_size=10)) == 5
     assert num_steps(1, TrainerConfig(epochs=0.01, global_batch_size=64)) == 1
+
+
+def test_a_step_looked_up_is_the_step_taken() -> None:
+    """Over more than an epoch, and whatever was looked up before."""
+    given = {"num_samples": 13, "seed": 7, "micro_batch_size": 2, "global_batch_size": 8, "dp_size": 2}
+    for rank in range(2):
+        taken = iter(GlobalBatchSampler(dp_rank=rank, **given))
+        lookup = GlobalBatchSampler(dp_rank=rank, consumed_samples=24, **given)
+        steps = [[index for batch in islice(taken, 2) for index in batch] for _ in range(6)]
+        assert [lookup.of_step(8 * step) for step in (5, 0, 3, 1, 4, 2)] == [
+            steps[step] for step in (5, 0, 3, 1, 4, 2)
+        ]

@@ -419,7 +419,13 @@ def test_what_waits_for_the_prefetch_thread_is_bounded(tmp_path, monkeypatch):
     assert prefetcher.wait(30)
     # The one being read when the others came, and the last four.
     assert prefetcher.bytes_read in (2000, 2500)
-    prefetcher.ask([(path, 9_000, 5_000)])  # beyond the end
+    before = prefetcher.bytes_read
+    prefetcher.ask(
+        [(path, start, 500) for start in range(0, 10_000, 500)]
+    )  # the first of one call, not the last
+    assert prefetcher.wait(30)
+    assert prefetcher.bytes_read == before + 2000
+    prefetcher.ask([(path, 9_000, 2_000)])  # beyond the end
     assert prefetcher.wait(30)
     prefetcher.close()
     prefetcher.close()
