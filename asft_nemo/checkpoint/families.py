@@ -1,8 +1,4 @@
-"""The tensor table of every model family: one small module each, one row here.
-
-To add a family: describe its config in `asft_nemo/model/`, write a `mappings(spec)` that lists its tensors,
-add the row.
-"""
+"""The tensors of every model family, a row each. How to add one: docs/families.md."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
-from asft_nemo.checkpoint import qwen2
+from asft_nemo.checkpoint import decoder
 from asft_nemo.checkpoint.mapping import LAYER, TensorMapping
 from asft_nemo.model import ModelSpec
 
@@ -18,13 +14,16 @@ HF_EMBEDDING = "model.embed_tokens.weight"
 HF_HEAD = "lm_head.weight"
 
 # Modules for which a Megatron model asks for an (empty) `_extra_state` when it loads strictly. The linear
-# ones do so with the local and with the Transformer Engine layers, the others with Transformer Engine only.
+# ones do so with the local and with the Transformer Engine layers, the others with Transformer Engine only, and
+# the last two in families that normalise queries and keys. One too many does no harm.
 EXTRA_STATE_PER_LAYER = (
     "decoder.layers.self_attention.linear_qkv",
     "decoder.layers.self_attention.linear_proj",
     "decoder.layers.self_attention.core_attention",
     "decoder.layers.mlp.linear_fc1",
     "decoder.layers.mlp.linear_fc2",
+    "decoder.layers.self_attention.q_layernorm",
+    "decoder.layers.self_attention.k_layernorm",
 )
 EXTRA_STATE = ("decoder.final_layernorm",)
 
@@ -42,10 +41,12 @@ class TensorFamily:
     ignored: tuple[str, ...] = ()
 
 
+# In old checkpoints: a buffer that rope_theta determines.
+_FREQUENCIES = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
+
 TENSOR_FAMILIES: dict[str, TensorFamily] = {
-    "qwen2": TensorFamily(
-        mappings=qwen2.mappings, ignored=("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
-    ),
+    name: TensorFamily(mappings=decoder.mappings, ignored=_FREQUENCIES)
+    for name in ("qwen2", "qwen3", "llama", "mistral")
 }
 
 

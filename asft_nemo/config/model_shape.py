@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from asft_nemo.errors import ConfigError
 
@@ -20,6 +22,7 @@ class ModelShape:
     ffn_hidden_size: int
     vocab_size: int
     max_positions: int
+    attention_window: int | None = None  # see the function of that name
 
 
 # our name -> names in config.json, the first present counts
@@ -32,6 +35,15 @@ _KEYS = {
     "vocab_size": ("vocab_size",),
     "max_positions": ("max_position_embeddings",),
 }
+
+# model types whose layers may attend to a window -> the switch in config.json that turns it on; None: there is no switch, it is on
+_WINDOW_SWITCHES: dict[str, str | None] = {
+    "mistral": None,
+    "qwen2": "use_sliding_window",
+    "qwen3": "use_sliding_window",
+}
+# what transformers' classes take where config.json does not say
+_ABSENT_WINDOW, _ABSENT_MAX_WINDOW_LAYERS = 4096, 28
 
 # A NeMo checkpoint carries the original Hugging Face files in context/hf.
 _PLACES = ("config.json", "context/hf/config.json")
@@ -70,4 +82,36 @@ def read_model_shape(path: str | Path) -> ModelShape:
         if found is None:
             raise ConfigError(f"{file} has no {keys[0]}: the model is not a decoder this project knows")
         sizes[name] = found
-    return ModelShape(**sizes)
+    return ModelShape(**sizes, attention_window=attention_window(values))
+
+
+def attention_window(values: Mapping[str, Any]) -> int | None:
+    """How many tokens, itself included, a token attends to in some layer; None where no layer is limited.
+
+    Args:
+        values: a parsed config.json. Published models often state a window and switch it off.
+
+    Raises:
+        ConfigError: the window is no positive number of tokens.
+    """
+    model_type = values.get("model_type")
+    if model_type not in _WINDOW_SWITCHES:
+        return None
+    window, switch = values.get("sliding_window", _ABSENT_WINDOW), _WINDOW_SWITCHES[model_type]
+    if window is None or (switch is not None and not _windowed_layers(values, switch)):
+        return None
+    if isinstance(window, bool) or not isinstance(window, int) or window <= 0:
+        raise ConfigError(
+            f"config.json: sliding_window={window!r} is no number of tokens: take config.json from the original model"
+        )
+    return window
+
+
+def _windowed_layers(values: Mapping[str, Any], switch: str) -> bool:
+    """Whether the switch is on and some layer is windowed: those in the list, or those from `max_window_layers` on."""
+    if values.get(switch, False) is not True:
+        return False
+    if values.get("layer_types") is not None:
+        return "sliding_attention" in values["layer_types"]
+    first = values.get("max_window_layers", _ABSENT_MAX_WINDOW_LAYERS)
+    return not isinstance(first, int) or first < values["num_hidden_layers"]

@@ -370,6 +370,15 @@ def _model_positions(facts: Facts) -> Iterator[str]:
 
 def _not_yet(facts: Facts) -> Iterator[str]:
     for feature, asked, instead in tables.NOT_YET:
+def _model_window(facts: Facts) -> Iterator[str]:
+    shape, length = facts.shape, facts.run.data.sequence_length
+    if shape is not None and shape.attention_window is not None and length > shape.attention_window:
+        yield (
+            f"data.sequence_length={length} exceeds the {shape.attention_window} tokens that the model attends to (sliding_window in "
+            "its config.json), and training attends to all: lower it to that"
+        )
+
+
         if asked(facts.run):
             yield f"{feature} is not available yet: {instead}"
 
@@ -445,3 +454,4 @@ SETTINGS: tuple[Rule, ...] = (
     _not_yet,
 )
 INPUTS: tuple[Rule, ...] = (_data_files, _machine, _fp8_machine, _run_dir)
+    _model_window,

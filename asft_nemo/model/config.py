@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from asft_nemo.errors import CheckpointError, UserError
+from asft_nemo.errors import CheckpointError
 from asft_nemo.model.families import family_of, model_spec
 from asft_nemo.model.spec import ModelSpec
+from asft_nemo.model.trainable import check_trainable, rope_kwargs
 
 __all__ = [
     "ModelSpec",
@@ -54,23 +55,19 @@ def read_model_spec(directory: str | Path) -> ModelSpec:
 
 
 def megatron_config_kwargs(spec: ModelSpec) -> dict[str, Any]:
-    """Returns the keyword arguments of NeMo's `GPTConfig` that the architecture decides.
+    """Returns the keyword arguments of our `GPTConfig` that the architecture decides.
 
-    What the run decides is left to the caller: layout, precision, `seq_length`, fusions, the layer spec, and
-    `vocab_size`, which must be given too, as `padded_vocab_size(spec.vocab_size, tp_size=...)`, since NeMo
-    takes it as it is.
+    What the run decides is left to the caller: layout, precision, `seq_length` (which must fit
+    `spec.attention_window`: `asft_nemo.config.rules` checks it), fusions, the layer spec, and `vocab_size`,
+    which must be given too, as `padded_vocab_size(spec.vocab_size, tp_size=...)`, since NeMo takes it as it
+    is.
 
     Raises:
-        UserError: the model scales its rotary embedding in a way the training stack has no arguments for.
+        UserError: the training stack cannot compute this model exactly.
     """
     import torch.nn.functional as F
 
-    if spec.rope_scaling is not None:
-        raise UserError(
-            f"rope_scaling={dict(spec.rope_scaling)} in config.json is not supported for training: set it to"
-            " null and"
-            " use the model within its unscaled context"
-        )
+    check_trainable(spec)
     return {
         "num_layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
@@ -88,6 +85,7 @@ def megatron_config_kwargs(spec: ModelSpec) -> dict[str, Any]:
         "position_embedding_type": "rope",
         "rotary_base": spec.rope_theta,
         "rotary_percent": 1.0,
+        **rope_kwargs(spec),
         "share_embeddings_and_output_weights": spec.tie_word_embeddings,
         "hidden_dropout": 0.0,
         "attention_dropout": spec.attention_dropout,
@@ -105,8 +103,9 @@ def parameter_count(spec: ModelSpec) -> int:
     """Returns the number of parameters, without vocabulary padding and counting tied embeddings once."""
     qkv_rows = spec.query_rows + 2 * spec.key_value_rows
     attention = spec.hidden_size * (qkv_rows + spec.query_rows) + qkv_rows * spec.qkv_bias
-    attention += 2 * spec.head_dim * spec.qk_norm
+    attention += 2 * spec.head_dim * spec.qk_norm + spec.hidden_size * spec.output_bias
     mlp = 3 * spec.hidden_size * spec.ffn_hidden_size
+    mlp += (2 * spec.ffn_hidden_size + spec.hidden_size) * spec.mlp_bias
     norms = 2 * spec.hidden_size
     embeddings = spec.vocab_size * spec.hidden_size * (1 if spec.tie_word_embeddings else 2)
     return spec.num_layers * (attention + mlp + norms) + spec.hidden_size + embeddings

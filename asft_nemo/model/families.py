@@ -1,4 +1,4 @@
-"""The table of model families: one small module with a `read(config)` each, and one row here."""
+"""The table of model families: one small module with a `traits(config)` each, and one row here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from asft_nemo.errors import CheckpointError
-from asft_nemo.model import qwen2
+from asft_nemo.model import llama, mistral, qwen2, qwen3
+from asft_nemo.model.decoder import Traits, read_decoder
 from asft_nemo.model.spec import ModelSpec
 
 
@@ -19,19 +20,22 @@ class Family:
         name: the family's name in this project.
         model_type: `model_type` of its Hugging Face config.json.
         architecture: the Hugging Face class that config.json must name.
-        read: from a config.json to a spec.
+        traits: from a config.json to what the family reads in a way of its own.
     """
 
     name: str
     model_type: str
     architecture: str
-    read: Callable[[Mapping[str, Any]], ModelSpec]
+    traits: Callable[[Mapping[str, Any]], Traits]
 
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family(name="qwen2", model_type="qwen2", architecture="Qwen2ForCausalLM", read=qwen2.read),
+        Family("qwen2", "qwen2", "Qwen2ForCausalLM", qwen2.traits),
+        Family("qwen3", "qwen3", "Qwen3ForCausalLM", qwen3.traits),
+        Family("llama", "llama", "LlamaForCausalLM", llama.traits),
+        Family("mistral", "mistral", "MistralForCausalLM", mistral.traits),
     )
 }
 
@@ -63,10 +67,7 @@ def model_spec(config: Mapping[str, Any]) -> ModelSpec:
     Raises:
         CheckpointError: the family is unknown, or a field is missing or malformed.
     """
-    spec = family_of(config).read(config)
-    if spec.num_attention_heads % spec.num_query_groups:
-        raise CheckpointError(
-            f"config.json: num_attention_heads={spec.num_attention_heads} is no multiple of"
-            f" num_key_value_heads={spec.num_query_groups}: take config.json from the original model"
-        )
-    return spec
+    family = family_of(config)
+    return read_decoder(
+        config, family=family.name, architecture=family.architecture, traits=family.traits(config)
+    )

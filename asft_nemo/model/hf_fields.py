@@ -40,6 +40,25 @@ def optional_bool(config: Mapping[str, Any], key: str, absent: bool) -> bool:
     return value
 
 
+def optional_text(config: Mapping[str, Any], key: str, absent: str) -> str:
+    """Returns a text field, or `absent`, what Hugging Face's own class takes when it is not written."""
+    value = config.get(key, absent)
+    if not isinstance(value, str):
+        raise CheckpointError(f"config.json: '{key}' is {value!r} where a text is needed: correct that field")
+    return value
+
+
+def query_groups(config: Mapping[str, Any], *, absent: str = "num_key_value_heads") -> int:
+    """Returns the number of key/value heads: the field, the number of query heads where it is null.
+
+    Args:
+        config: the parsed config.json.
+        absent: the field that stands in where it is not written at all; by default none does.
+    """
+    key = absent if "num_key_value_heads" not in config else "num_key_value_heads"
+    return required_int(config, "num_attention_heads" if config.get(key, "") is None else key)
+
+
 def head_dim(config: Mapping[str, Any]) -> int:
     """Returns channels per head: the field when present, else hidden_size / num_attention_heads."""
     if config.get("head_dim") is not None:

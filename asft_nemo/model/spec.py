@@ -23,11 +23,16 @@ class ModelSpec:
             num_attention_heads.
         vocab_size: rows of the embedding in the Hugging Face checkpoint, without any padding of ours.
         norm_epsilon: epsilon of every RMSNorm.
+        hidden_act: Hugging Face's name of the gate's activation.
         rope_theta: base of the rotary embedding.
         rope_scaling: the config's rope scaling with its `rope_type`, None for plain rotary embeddings.
         max_position_embeddings: tokens the model was configured for.
+        attention_window: tokens that some layer attends to at most, itself included; None where all layers
+            attend to everything before.
         tie_word_embeddings: the head is the embedding matrix.
         qkv_bias: the query, key and value projections have a bias.
+        output_bias: the attention's output projection has a bias.
+        mlp_bias: all three projections of the MLP have a bias.
         qk_norm: queries and keys are normalised per head.
         attention_dropout: probability, 0 for every published family.
         initializer_range: standard deviation of the initial weights.
@@ -43,11 +48,15 @@ class ModelSpec:
     head_dim: int
     vocab_size: int
     norm_epsilon: float
+    hidden_act: str
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None
     max_position_embeddings: int
+    attention_window: int | None
     tie_word_embeddings: bool
     qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
     qk_norm: bool
     attention_dropout: float
     initializer_range: float

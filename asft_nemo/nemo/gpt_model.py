@@ -75,6 +75,7 @@ class AnchoredGPTConfig(GPTConfig):
         domains: names of the training files, where there are several: their metrics are kept apart.
         hf_vocab_size: vocabulary rows of the Hugging Face checkpoint; `vocab_size` is padded for tensor parallelism.
         adapters: the policy's LoRA adapters, None for full fine-tuning.
+        rope_scaling, rope_scaling_factor: Megatron's arguments for the scaled rotary embeddings of Llama 3.1 and later.
     """
 
     objective_name: str = ""
@@ -87,6 +88,8 @@ class AnchoredGPTConfig(GPTConfig):
     domains: list[str] = field(default_factory=list)
     hf_vocab_size: int = 0
     adapters: AdapterSpec | None = None
+    rope_scaling: bool = False
+    rope_scaling_factor: float = 1.0
 
     transformer_layer_spec: Callable = layer_spec
     forward_step_fn: Callable = forward_step
@@ -153,6 +156,8 @@ class AnchoredGPTConfig(GPTConfig):
             rotary_percent=self.rotary_percent,
             rotary_base=self.rotary_base,
             seq_len_interpolation_factor=self.seq_len_interpolation_factor,
+            rope_scaling=self.rope_scaling,
+            rope_scaling_factor=self.rope_scaling_factor,
             scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
             vp_stage=stage,
             loss_spec=LossSpec(

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,14 @@ from hf_cases import (
     HIDDEN,
     KEPT,
     LAYERS,
+    VARIANTS,
     VOCAB,
     assert_same_bits,
+    config_of,
     read_hf,
+    shapes_of,
     write_hf,
+    write_variant,
 )
 from safetensors.torch import save_file
 
@@ -57,6 +62,42 @@ def test_round_trip_is_bit_exact(tmp_path, monkeypatch, tied, dtype, block_bytes
     assert index["metadata"]["total_size"] == exported.nbytes
     for file_name in set(index["weight_map"].values()):
         assert (tmp_path / "back" / file_name).stat().st_size < 40_000 + 4_000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_comes_back_bit_for_bit(tmp_path, variant, dtype):
+    config = config_of(variant, dtype=dtype)
+    tensors = write_variant(tmp_path / "hf", config, files=3)
+    report = import_hf(tmp_path / "hf", tmp_path / "ckpt")
+    assert (report.family, report.num_tensors) == (config["model_type"], len(tensors))
+    assert report.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+    export_hf(tmp_path / "ckpt", tmp_path / "back", max_shard_bytes=40_000)
+    assert_same_bits(read_hf(tmp_path / "back"), tensors)
+    for name in KEPT:
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variants_tensors_are_checked_by_name_and_shape(tmp_path, variant):
+    """One tensor of each kind is left out; then a tensor of another variant is too many, or one is of another shape."""
+    config = config_of(variant)
+    tensors = write_variant(tmp_path / "whole", config)
+    for name in (name for name in tensors if ".layers." not in name or ".layers.1." in name):
+        write_variant(tmp_path / "hf", config, tensors={n: t for n, t in tensors.items() if n != name})
+        with pytest.raises(CheckpointError, match=rf"missing: {name}\)"):
+            import_hf(tmp_path / "hf", tmp_path / "ckpt")
+        shutil.rmtree(tmp_path / "hf")
+    others = {name for other in VARIANTS for name in shapes_of(config_of(other)) if ".layers.1." in name}
+    for number, name in enumerate(sorted(others - set(tensors))):
+        write_variant(tmp_path / f"more{number}", config, tensors=tensors | {name: torch.ones(HIDDEN)})
+        with pytest.raises(CheckpointError, match=f"left over: {name}"):
+            import_hf(tmp_path / f"more{number}", tmp_path / "ckpt")
+    name = "model.layers.2.self_attn." + ("q_norm.weight" if "qwen3" in variant else "k_proj.weight")
+    write_variant(tmp_path / "wrong", config, tensors=tensors | {name: tensors[name][1:].contiguous()})
+    with pytest.raises(CheckpointError, match=f"{name} has shape"):
+        import_hf(tmp_path / "wrong", tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
 
 
 def test_the_library_of_hugging_face_loads_the_export_and_computes_the_same(tmp_path):

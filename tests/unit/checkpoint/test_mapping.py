@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hf_cases import LAYERS, VARIANTS, config_of, shapes_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from asft_nemo.checkpoint.mapping import (
     megatron_runs,
     row_blocks,
 )
-from asft_nemo.model import model_spec
+from asft_nemo.model import model_spec, parameter_count
 
 
 def gather(runs, tensors, rows, row_shape):
@@ -95,23 +96,17 @@ def test_blocks_cover_every_row_once_within_the_limit(rows, row_bytes, limit):
     assert all((stop - start) * row_bytes <= max(limit, row_bytes) for start, stop in blocks)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_qwen2_table_names_every_tensor_of_transformers_model(tied):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_table_names_every_tensor_of_transformers_model(variant):
     transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        vocab_size=64,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=8,
-        tie_word_embeddings=tied,
-    )
+    config = config_of(variant)
+    rest = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
-        model = transformers.Qwen2ForCausalLM(config)
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(config["model_type"], **rest)
+        )
     theirs = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    spec = model_spec(config.to_dict() | {"architectures": ["Qwen2ForCausalLM"]})
-    assert {tensor.name: tensor.shape for tensor in hf_tensors(spec)} == theirs
-    rows = sum(torch.Size(m.shape).numel() * (2 if m.per_layer else 1) for m in mappings_of(spec))
-    assert rows == sum(torch.Size(shape).numel() for shape in theirs.values())
+    spec = model_spec(config)
+    assert {tensor.name: tensor.shape for tensor in hf_tensors(spec)} == theirs == shapes_of(config)
+    numbers = sum(torch.Size(m.shape).numel() * (LAYERS if m.per_layer else 1) for m in mappings_of(spec))
+    assert numbers == sum(torch.Size(shape).numel() for shape in theirs.values()) == parameter_count(spec)

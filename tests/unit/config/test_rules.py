@@ -366,3 +366,16 @@ def test_overlapped_gathers_need_the_distributed_optimizer(violations: Violation
         (sentence,) = violations("objective=asft", "run.world_size=2", *given)
         assert "set optim.distributed=true and optim.overlap_grad_reduce=true" in sentence
     assert not violations("objective=asft", "run.world_size=2", gather, reduce, distributed)
+
+
+@pytest.mark.parametrize(("length", "refused"), [(48, False), (49, True)])
+def test_sequences_longer_than_the_attention_window_are_refused(
+    violations: Violations, model_dir: Path, length: int, refused: bool
+) -> None:
+    values = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(
+        json.dumps(values | {"model_type": "mistral", "sliding_window": 48})
+    )
+    found = violations("objective=asft", f"data.sequence_length={length}")
+    assert len(found) == refused
+    assert all("exceeds the 48 tokens that the model attends to" in sentence for sentence in found)

@@ -5,12 +5,11 @@ import json
 import pytest
 import torch.nn.functional as F
 
-from asft_nemo.errors import CheckpointError, UserError
+from asft_nemo.errors import CheckpointError
 from asft_nemo.model import (
     megatron_config_kwargs,
     model_spec,
     padded_vocab_size,
-    parameter_count,
     read_hf_config,
     read_model_spec,
 )
@@ -79,17 +78,6 @@ def test_both_spellings_of_rope():
     assert (model_spec(new).rope_theta, model_spec(new).rope_scaling) == (5e5, None)
     yarn = model_spec(QWEN25_1P5B | {"rope_scaling": {"type": "yarn", "factor": 4.0}})
     assert yarn.rope_scaling == {"rope_type": "yarn", "factor": 4.0}
-    with pytest.raises(UserError, match="rope_scaling"):
-        megatron_config_kwargs(yarn)
-
-
-@pytest.mark.parametrize(
-    ("config", "parameters"),
-    [(QWEN25_1P5B, 1_543_714_304), (QWEN25_72B, 72_706_203_648)],
-    ids=["1.5B", "72B"],
-)
-def test_parameter_count_is_the_published_one(config, parameters):
-    assert parameter_count(model_spec(config)) == parameters
 
 
 def test_padded_vocab_size():
@@ -102,15 +90,14 @@ def test_padded_vocab_size():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        ({"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}, "Qwen2ForCausalLM .* Mistral"),
         ({"architectures": ["Qwen2ForSequenceClassification"]}, "not a supported family"),
         ({"num_key_value_heads": 5}, "no multiple of num_key_value_heads=5"),
         ({"num_hidden_layers": None}, "'num_hidden_layers' is None"),
         ({"hidden_size": "1536"}, "'hidden_size' is '1536'"),
         ({"rms_norm_eps": "small"}, "'rms_norm_eps' is 'small'"),
         ({"tie_word_embeddings": "no"}, "'tie_word_embeddings' is 'no'"),
-        ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"hidden_act": None}, "'hidden_act' is None where a text"),
     ],
 )
 def test_a_config_we_cannot_use_is_refused_by_name(change, message):
