@@ -45,6 +45,15 @@ def launch_cache(run: RunConfig, *, repair: bool) -> None:
     _start([{"job": "repair" if repair else "cache", "config": to_dict(run)}], run.run.world_size)
 
 
+def launch_logits(run: RunConfig, *, weights_dir: Path, tokens_file: Path, out_file: Path) -> None:
+    """Writes a checkpoint's logits on `run.run.world_size` ranks of this machine; arguments as `asft_nemo.train.write_logits`.
+
+    Raises: as `launch`.
+    """
+    files = {"weights_dir": str(weights_dir), "tokens_file": str(tokens_file), "out_file": str(out_file)}
+    _start([{"job": "logits", "config": to_dict(run), "files": files}], run.run.world_size)
+
+
 def launch_many(runs: Sequence[RunConfig]) -> None:
     """Does several runs, one after another, in one group of ranks (importing NeMo takes 10 s a rank, so it is paid once).
 
@@ -94,7 +103,14 @@ def _prepare(run: RunConfig, held: ExitStack) -> bool:
     from asft_nemo.data import prepare
     from asft_nemo.model import read_model_spec
     from asft_nemo.reference.cache_store import read_manifest
-    from asft_nemo.run_dir import base_checkpoint, cache_dir, hf_dir, open_run_dir, resume_from
+    from asft_nemo.run_dir import (
+        base_checkpoint,
+        cache_dir,
+        hf_dir,
+        initial_adapters,
+        open_run_dir,
+        resume_from,
+    )
 
     read_model_spec(hf_dir(run))
     prepared = prepare(run, tokenizer_dir=hf_dir(run))
@@ -104,7 +120,9 @@ def _prepare(run: RunConfig, held: ExitStack) -> bool:
     if latest is not None and latest.name == f"step_{prepared.max_steps}":
         logger.info("%s is finished: step %d of %d", run.run.dir, prepared.max_steps, prepared.max_steps)
         return False
-    base_checkpoint(run)
+    base_dir = base_checkpoint(run)
+    if latest is None:
+        initial_adapters(run, base_dir)
     if run.reference.form == "cached" and run.reference.fill == "job":
         read_manifest(cache_dir(run))  # the ranks check the rest: a missing cache need not wait for them
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -24,22 +26,23 @@ def main(argv: list[str]) -> int:
     from asft_nemo.config.schema import from_dict
     from asft_nemo.errors import UserError
     from asft_nemo.logs import set_up_logging
-    from asft_nemo.train import cache_reference, train
+    from asft_nemo.train import cache_reference, train, write_logits
 
-    does = {
+    does: dict[str, Callable[..., None]] = {
         "train": train,
-        "cache": lambda run: cache_reference(run, repair=False),
-        "repair": lambda run: cache_reference(run, repair=True),
+        "cache": functools.partial(cache_reference, repair=False),
+        "repair": functools.partial(cache_reference, repair=True),
+        "logits": write_logits,
     }
     signal.signal(signal.SIGTERM, lambda *_: _leave(TERMINATED_EXIT))
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     set_up_logging(rank=int(os.environ.get("RANK", "0")))
     if os.environ.get("ASFT_ERROR_FILE"):
         logging.getLogger("asft_nemo.data").setLevel(logging.ERROR)  # the launcher has said it
-    jobs = [(does[job["job"]], from_dict(job["config"])) for job in json.loads(Path(argv[0]).read_text())]
-    for do, run in jobs:
+    for job in json.loads(Path(argv[0]).read_text()):
+        files = {name: Path(path) for name, path in job.get("files", {}).items()}
         try:
-            do(run)
+            does[job["job"]](from_dict(job["config"]), **files)
         except UserError as error:
             _report(error)
             _leave(USER_ERROR_EXIT)

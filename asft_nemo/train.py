@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from asft_nemo.config import rules
 from asft_nemo.config.schema import RunConfig, from_dict, to_dict
@@ -73,6 +74,32 @@ def cache_reference(run: RunConfig, *, repair: bool) -> None:
     base_dir = base_checkpoint(run)
     spec = read_model_spec(base_dir / "context" / "hf")
     cache_job.cache_reference(run, spec=spec, data=data, base_dir=base_dir, repair=repair)
+
+
+def write_logits(run: RunConfig, *, weights_dir: Path, tokens_file: Path, out_file: Path) -> None:
+    """Writes a checkpoint's logits on given tokens, computed at the layout of `run`. Called once on every rank, like `train`.
+
+    Arguments: see `asft_nemo.nemo.logits_job.write_logits`.
+
+    Raises:
+        asft_nemo.errors.UserError: as `train`.
+    """
+    run = from_dict(to_dict(run))
+    rules.check(run)
+    _check_world(run)
+    from asft_nemo.cpu import backend
+
+    backend.install()
+    from asft_nemo.logs import quiet_upstream
+    from asft_nemo.model import read_model_spec
+    from asft_nemo.nemo import logits_job
+    from asft_nemo.run_dir import hf_dir
+
+    quiet_upstream()
+    spec = read_model_spec(hf_dir(run))
+    logits_job.write_logits(
+        run, spec=spec, weights_dir=weights_dir, tokens_file=tokens_file, out_file=out_file
+    )
 
 
 def _check_world(run: RunConfig) -> None:

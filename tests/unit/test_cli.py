@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from asft_nemo import cli
+from asft_nemo.commands import output
 from asft_nemo.config.paths import project_dir
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -327,7 +328,7 @@ def test_eval_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_progress_is_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    show = cli._lines("import", seconds=0.01)
+    show = output.lines_of("import", seconds=0.01)
     show(1, 4, "a.weight")
     time.sleep(0.02)
     show(2, 4, "b.weight")
@@ -340,7 +341,7 @@ def test_progress_is_a_bar_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with cli._progress("export") as show:
+    with output.progress_of("export") as show:
         show(512, 1024, "a.weight")
         show(1024, 1024, "b.weight")
     text = capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""asft data: the files a run will read."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asft_nemo.commands.output import DONE, MENDABLE, Parser, answer, not_yet
+from asft_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    from asft_nemo.data import LoadReport
+
+
+def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Adds the commands."""
+    data = commands.add_parser(
+        "data", help="validate the files a run will read", description="Validate data files."
+    )
+    kinds = data.add_subparsers(metavar="KIND", required=True, parser_class=Parser)
+    text = "counts, lengths and every bad row; exit code 2 when a row is bad"
+    check = kinds.add_parser("check", help=text, description=text, parents=[common])
+    check.add_argument(
+        "words",
+        nargs="+",
+        metavar="FILE | KEY=VALUE",
+        help="JSON Lines files, and settings such as data.fields.prompt=question or model.path=DIR (tokenizer)",
+    )
+    check.set_defaults(command=_data_check)
+    for name in ("prepare", "download"):
+        later = kinds.add_parser(name, help="(not available yet)", parents=[common])
+        later.set_defaults(command=not_yet, name=f"data {name}", instead="give your own files in data.train")
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    files = [word for word in arguments.words if "=" not in word or Path(word).is_file()]
+    overrides = [word for word in arguments.words if word not in files]
+    if not files:
+        raise UserError("asft data check got no file: name at least one JSON Lines file")
+    from asft_nemo.config.load import compose
+
+    given = {word.partition("=")[0] for word in overrides}
+    # Only the data settings and the tokenizer matter here, so the rest of a run need not be spelt out.
+    fill = ("recipe=tiny_cpu", "objective=sft")
+    run = compose(
+        [word for word in fill if word.partition("=")[0] not in given] + overrides, check_inputs=False
+    )
+    from asft_nemo.data import TextTokenizer, inspect_files
+
+    report = inspect_files(files, run.data, tokenizer=TextTokenizer.load(_tokenizer_dir(run.model.path)))
+    summary = report.summary()
+    bad = [row._asdict() for row in report.bad]
+    values = {
+        **summary,
+        "sequence_length": run.data.sequence_length,
+        "tokenizer": run.model.path,
+        "bad_rows": bad,
+    }
+    answer(arguments, values, _data_words(report, run.data.sequence_length, run.model.path))
+    for row in report.bad if not arguments.json else ():
+        print(row, file=sys.stderr)
+    return MENDABLE if bad else DONE
+
+
+def _tokenizer_dir(model_path: str) -> Path:
+    inside = Path(model_path) / "context" / "hf"
+    return inside if inside.is_dir() else Path(model_path)
+
+
+def _data_words(report: LoadReport, sequence_length: int, tokenizer: str) -> str:
+    lines = [f"{report.rows} rows, {report.rows - len(report.bad)} usable, {len(report.bad)} bad"]
+    if report.lengths:
+        figures = report.summary()["lengths"]
+        words = ", ".join(f"{name} {value}" for name, value in figures.items())
+        lines.append(f"tokens an example: {words} (tokenizer of {tokenizer})")
+        lines.append(
+            f"{report.too_long} examples are longer than data.sequence_length={sequence_length}; "
+            f"{report.kept} remain with {report.tokens} tokens, {report.learned_tokens} of them learned"
+        )
+    return "\n".join(lines)

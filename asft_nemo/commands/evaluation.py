@@ -1,0 +1,101 @@
+"""asft eval and compare."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from asft_nemo.commands.output import DONE, Add, answer
+from asft_nemo.config.schema import EvalConfig
+from asft_nemo.errors import UserError
+
+
+def add_evaluation(add: Add) -> None:
+    """Adds the commands."""
+    defaults = EvalConfig()
+    evaluate = add("eval", _eval, "greedy accuracy of a Hugging Face model on suites")
+    evaluate.add_argument("model_dir", type=Path, metavar="MODEL_DIR")
+    evaluate.add_argument(
+        "--suite", required=True, help="JSON Lines files of prompt and answer, separated by commas"
+    )
+    evaluate.add_argument("--backend", default=defaults.backend, help="default: %(default)s")
+    evaluate.add_argument(
+        "--protocol", choices=("greedy",), default=defaults.protocol, help="default: %(default)s"
+    )
+    evaluate.add_argument(
+        "--limit", type=int, default=defaults.limit, help="only the first examples of each suite"
+    )
+    evaluate.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="default: %(default)s")
+    evaluate.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default: %(default)s")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for results.json and samples.jsonl")
+    compare = add("compare", _compare, "put results side by side")
+    compare.add_argument("results", nargs="+", metavar="NAME=RESULT_DIR")
+    compare.add_argument(
+        "--out", type=Path, required=True, help="folder for comparison.md and comparison.json"
+    )
+    compare.add_argument("--force", action="store_true", help="compare although they were not measured alike")
+
+
+@contextmanager
+def _evaluation_errors() -> Iterator[None]:
+    """asft_eval knows nothing of asft_nemo: its error becomes ours here."""
+    from asft_eval.errors import EvaluationError
+
+    try:
+        yield
+    except EvaluationError as error:
+        raise UserError(str(error)) from error
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    with _evaluation_errors():
+        from asft_eval.run import evaluate
+
+        result = evaluate(
+            arguments.model_dir,
+            arguments.suite.split(","),
+            backend=arguments.backend,
+            out_dir=arguments.out,
+            max_tokens=arguments.max_tokens,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+        )
+    lines = [
+        f"{name}: {100 * suite.accuracy:.1f} % of {suite.n} right, 95 % interval "
+        f"{100 * suite.interval[0]:.1f} to {100 * suite.interval[1]:.1f}"
+        for name, suite in result.suites.items()
+    ]
+    answer(arguments, result.to_json(), "\n".join([*lines, f"results: {arguments.out / 'results.json'}"]))
+    return DONE
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    results: dict[str, str] = {}
+    for word in arguments.results:
+        name, equals, folder = word.partition("=")
+        if not equals or not name or not folder or name in results:
+            raise UserError(f"cannot use '{word}': write NAME=RESULT_DIR, each name once")
+        results[name] = folder
+    with _evaluation_errors():
+        from asft_eval.compare import compare, markdown_table
+
+        comparison = compare(results, force=arguments.force)
+    header, rows = comparison.table()
+    values = {
+        "results": {name: result.to_json() for name, result in comparison.results.items()},
+        "suites": list(comparison.suites),
+        "changes": [
+            {"model": model, "suite": suite, "gained": change.gained, "lost": change.lost}
+            for (model, suite), change in comparison.changes.items()
+        ],
+        "warnings": list(comparison.warnings),
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    table = markdown_table(header, rows)
+    (arguments.out / "comparison.md").write_text(table)
+    (arguments.out / "comparison.json").write_text(json.dumps(values, indent=2) + "\n")
+    answer(arguments, values, "\n".join([*(f"warning: {text}" for text in comparison.warnings), table]))
+    return DONE

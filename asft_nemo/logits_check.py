@@ -1,0 +1,184 @@
+"""Whether a NeMo checkpoint computes what transformers computes from the Hugging Face one, on real text."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from asft_nemo.config.load import compose
+from asft_nemo.config.paths import project_dir
+from asft_nemo.config.schema import RunConfig
+from asft_nemo.errors import CheckpointError, DataError
+from asft_nemo.launch_local import launch_logits
+from asft_nemo.model import read_model_spec
+
+logger = logging.getLogger(__name__)
+
+TEXT_FILE = "assets/verify_text.txt"
+TOLERANCE = 1e-4
+_SEQUENCES, _TOKENS = 4, 128
+
+
+@dataclass(frozen=True)
+class LogitsReport:
+    """How far two computations of the same logits are apart.
+
+    Attributes:
+        layout: sizes of the Megatron model's layout.
+        sequences, tokens: compared sequences, and positions in each.
+        largest_logit: largest absolute logit of transformers.
+        max_difference, mean_difference: absolute differences of logits.
+        tolerance: of `max_difference`, as a share of `largest_logit`.
+        top1_agreement: share of positions with the same most likely token.
+        top1_wrong: positions where they differ although transformers' two best are further apart than twice `max_difference`: 0 unless
+            something is wrong.
+    """
+
+    layout: dict[str, Any]
+    sequences: int
+    tokens: int
+    largest_logit: float
+    max_difference: float
+    mean_difference: float
+    tolerance: float
+    top1_agreement: float
+    top1_wrong: int
+
+    @property
+    def equal(self) -> bool:
+        """Whether the differences are rounding."""
+        return self.max_difference <= self.tolerance * self.largest_logit and not self.top1_wrong
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {**asdict(self), "equal": self.equal}
+
+
+def compare_logits(
+    ckpt_dir: str | Path,
+    hf_dir: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    text: str | Path | None = None,
+    tolerance: float = TOLERANCE,
+) -> LogitsReport:
+    """Runs both models in fp32 over the same tokens and compares their logits.
+
+    The weights are read as fp32, whatever dtype they are stored in, so that a difference is an error of the conversion or of the model and
+    not of a precision. Both models are whole in memory, one after the other: 4 bytes a parameter.
+
+    Args:
+        ckpt_dir: NeMo checkpoint.
+        hf_dir: Hugging Face directory with tokenizer files.
+        overrides: settings of the layout, for example ``parallel.tp_size=2``.
+        text: a text file; None for the one shipped.
+        tolerance: largest difference, as a share of the largest logit.
+
+    Raises:
+        UserError: settings, checkpoint, text or tokenizer that cannot be used.
+    """
+    ckpt_dir, hf_dir = Path(ckpt_dir), Path(hf_dir)
+    spec = read_model_spec(hf_dir)
+    run = _run_config(hf_dir, overrides, min(_TOKENS, spec.max_position_embeddings))
+    tokens_NS = _tokens(
+        hf_dir, text, length=run.data.sequence_length, sequences=max(_SEQUENCES, run.parallel.pp_size)
+    )
+    with tempfile.TemporaryDirectory(prefix="asft-verify-") as scratch:
+        tokens_file, logits_file = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({"tokens": tokens_NS}, tokens_file)
+        logger.info("Megatron: %d sequences of %d tokens", *tokens_NS.shape)
+        launch_logits(run, weights_dir=ckpt_dir / "weights", tokens_file=tokens_file, out_file=logits_file)
+        logger.info("transformers: the same")
+        return _compare(hf_dir, tokens_NS, logits_file, run=run, tolerance=tolerance)
+
+
+def _run_config(hf_dir: Path, overrides: Sequence[str], length: int) -> RunConfig:
+    given = {word.partition("=")[0] for word in overrides}
+    wrong = sorted(key for key in given if not key.startswith("parallel."))
+    if wrong:
+        raise DataError(f"{wrong[0]} is no setting of a layout: asft verify takes parallel.* settings only")
+    settings = ["recipe=tiny_cpu", "objective=sft", "precision=fp32", f"model.path={hf_dir}"]
+    settings += [f"data.sequence_length={length}", "trainer.global_batch_size=64"]
+    return compose([*settings, *overrides], check_inputs=False)
+
+
+def _tokens(hf_dir: Path, text: str | Path | None, *, length: int, sequences: int) -> torch.Tensor:
+    """The first tokens of the text, int64 [sequences, length]; the text begins anew where it is too short."""
+    from transformers import AutoTokenizer
+
+    file = project_dir() / TEXT_FILE if text is None else Path(text)
+    try:
+        content = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{file} cannot be read as text ({error}): give a UTF-8 text file with --text"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{hf_dir} holds no tokenizer that transformers loads ({str(error).splitlines()[0]}): copy the tokenizer files there, or compare "
+            "the weights alone with --weights-only"
+        ) from error
+    ids: list[int] = tokenizer(content)["input_ids"]
+    if not ids:
+        raise DataError(f"{file} has no tokens: give another text with --text")
+    wanted = sequences * length
+    ids = (ids * -(-wanted // len(ids)))[:wanted]
+    return torch.tensor(ids, dtype=torch.int64).view(sequences, length)
+
+
+def _compare(
+    hf_dir: Path, tokens_NS: torch.Tensor, logits_file: Path, *, run: RunConfig, tolerance: float
+) -> LogitsReport:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_dir, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+    largest = farthest = total = 0.0
+    agreed = wrong = 0
+    margins: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with safe_open(logits_file, framework="pt") as found, torch.no_grad():
+        for number, tokens_S in enumerate(tokens_NS):
+            theirs_SV = model(input_ids=tokens_S[None]).logits[0].float()
+            apart_SV = (found.get_tensor(f"logits_{number}").float() - theirs_SV).abs()
+            largest = max(largest, float(theirs_SV.abs().max()))
+            farthest = _largest(farthest, float(apart_SV.max()))
+            total += float(apart_SV.double().mean())
+            same_S = found.get_tensor(f"logits_{number}").argmax(-1) == theirs_SV.argmax(-1)
+            agreed += int(same_S.sum())
+            best_S2 = theirs_SV.topk(2, dim=-1).values
+            margins.append((same_S, best_S2[:, 0] - best_S2[:, 1]))
+    for same_S, margin_S in margins:
+        wrong += int((~same_S & (margin_S > 2 * farthest)).sum())
+    layout = run.parallel
+    return LogitsReport(
+        layout={
+            "tp_size": layout.tp_size,
+            "pp_size": layout.pp_size,
+            "vpp_size": layout.vpp_size,
+            "sequence_parallel": layout.sequence_parallel,
+        },
+        sequences=tokens_NS.shape[0],
+        tokens=tokens_NS.shape[1],
+        largest_logit=largest,
+        max_difference=farthest,
+        mean_difference=total / tokens_NS.shape[0],
+        tolerance=tolerance,
+        top1_agreement=agreed / tokens_NS.numel(),
+        top1_wrong=wrong,
+    )
+
+
+def _largest(one: float, other: float) -> float:
+    """The larger; a NaN stays."""
+    return other if other != other or other > one else one
