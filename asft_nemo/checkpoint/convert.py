@@ -34,6 +34,7 @@ from asft_nemo.checkpoint.families import (
     hf_tensors,
     mappings_of,
 )
+from asft_nemo.checkpoint.journal import Journal, files_identity
 from asft_nemo.checkpoint.mapping import row_blocks
 from asft_nemo.checkpoint.safetensors_io import (
     INDEX_NAME,
@@ -43,7 +44,7 @@ from asft_nemo.checkpoint.safetensors_io import (
     index_text,
     plan_shards,
 )
-from asft_nemo.checkpoint.staging import staged_directory, write_synced
+from asft_nemo.checkpoint.staging import resumable_directory, write_synced
 from asft_nemo.model import ModelSpec, model_spec, read_hf_config, read_model_spec
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ def import_hf(
 
     `out_dir` receives `weights/` (a torch distributed checkpoint with the names Megatron's GPTModel asks for
     inside NeMo, the same with local and Transformer Engine layers), `context/hf/` (every file that is not a
-    weight, unchanged) and `context/asft.json`. It appears complete or not at all. Memory: a few blocks of 64
+    weight, unchanged) and `context/asft.json`. It appears complete or not at all; after a kill
+    the same call goes on with the files that were complete. Memory: a few blocks of 64
     MB per thread, whatever the model.
 
     Args:
@@ -133,7 +135,12 @@ def import_hf(
         nbytes = sum(tensor.nbytes for tensor in tensors)
         counter = ProgressCounter(progress, nbytes)
         origin = _origin(spec, dtypes, reader)
-        with staged_directory(out_dir, needed_bytes=nbytes) as staging:
+        job = {
+            "import": files_identity({entry.path for entry in reader.tensors.values()}),
+            "tensors": [[tensor.key, hf_files.dtype_name(tensor.dtype), *tensor.global_shape] for tensor in tensors],
+            "block_bytes": BLOCK_BYTES,
+        }
+        with resumable_directory(out_dir, needed_bytes=nbytes, job=job) as (staging, journal):
             write_dist_checkpoint(
                 staging / hf_files.WEIGHTS,
                 tensors,
@@ -143,6 +150,8 @@ def import_hf(
                 ),
                 block_bytes=BLOCK_BYTES,
                 threads=_threads(),
+                journal=journal,
+                skipped=lambda done: counter.add(done, "complete before"),
             )
             context = staging / hf_files.CONTEXT
             files = hf_files.copy_hf_files(hf_dir, context / hf_files.HF_FILES)
@@ -204,9 +213,14 @@ def export_hf(
         nbytes = sum(sizes.values())
         shards = plan_shards(sizes, max_shard_bytes)
         counter = ProgressCounter(progress, nbytes)
-        with staged_directory(out_dir, needed_bytes=nbytes) as staging:
+        job = {
+            "export": files_identity(weights.iterdir()),
+            "shards": shards,
+            "dtypes": {name: hf_files.dtype_name(dtype) for name, dtype in dtypes.items()},
+        }
+        with resumable_directory(out_dir, needed_bytes=nbytes, job=job) as (staging, journal):
             by_name = {tensor.name: tensor for tensor in tensors}
-            _write_shards(staging, shards, by_name, reader, dtypes, counter)
+            _write_shards(staging, shards, by_name, reader, dtypes, counter, journal)
             if len(shards) > 1:
                 write_synced(staging / INDEX_NAME, index_text(shards, nbytes).encode())
             files = hf_files.copy_hf_files(source, staging)
@@ -278,10 +292,15 @@ def _write_shards(
     reader: DistReader,
     dtypes: Mapping[str, torch.dtype],
     counter: ProgressCounter,
+    journal: Journal,
 ) -> None:
-    """Writes every safetensors file, several at a time, each block by block."""
+    """Writes every safetensors file that is not complete, several at a time, each block by block."""
 
     def write(file_name: str, names: list[str]) -> None:
+        done = journal.facts(file_name)
+        if done is not None:
+            counter.add(done, "complete before")
+            return
         described = {name: (dtypes[tensors[name].mapping.megatron], tensors[name].shape) for name in names}
         with (staging / file_name).open("wb") as stream:
             stream.write(header_bytes(described))
@@ -294,6 +313,8 @@ def _write_shards(
                     counter.add(block.nbytes, name)
             stream.flush()
             os.fsync(stream.fileno())
+        nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in described.values())
+        journal.add(file_name, nbytes)
 
     with ThreadPoolExecutor(max_workers=_threads()) as pool:
         futures = [pool.submit(write, file_name, names) for file_name, names in shards.items()]

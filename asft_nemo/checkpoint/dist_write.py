@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignor
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from asft_nemo.checkpoint.journal import Journal
 from asft_nemo.checkpoint.mapping import row_blocks
 from asft_nemo.checkpoint.staging import write_synced
 
@@ -166,6 +167,12 @@ class BlockSavePlanner(SavePlanner):
         rows = chunk.sizes[1] if stacked else chunk.sizes[0]
         return self._produce(key, layer, row, row + rows).reshape(chunk.sizes)
 
+    def nbytes(self, write_item: WriteItem) -> int:
+        """Bytes of an item's numbers; 0 for an object."""
+        if write_item.tensor_data is None:
+            return 0
+        return write_item.tensor_data.chunk.sizes.numel() * write_item.tensor_data.properties.dtype.itemsize
+
     def file_of(self, write_item: WriteItem) -> str:
         """Returns what decides the file of an item: its layer, else its name."""
         key = write_item.index.fqn
@@ -196,10 +203,13 @@ class LayerFileWriter(FileSystemWriter):
     helper threads.
     """
 
-    def __init__(self, path: Path, *, threads: int) -> None:
-        """Writes into `path` with `threads` threads."""
+    def __init__(
+        self, path: Path, *, threads: int, journal: Journal | None, skipped: Callable[[int], None]
+    ) -> None:
+        """Writes into `path` with `threads` threads; files the journal knows are left as they are, `skipped` told their bytes."""
         super().__init__(path, sync_files=True)  # pyright: ignore[reportUnknownMemberType]
         self._directory, self._threads = path, threads
+        self._journal, self._skipped = journal, skipped
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes every item; returns a finished future of where each one lies."""
@@ -208,9 +218,14 @@ class LayerFileWriter(FileSystemWriter):
         for item in plan.items:
             files.setdefault(planner.file_of(item), []).append(item)
 
-        def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
-            name = f"__0_{number}.distcp"
-            results: list[WriteResult] = []
+        def place(name: str, items: list[WriteItem]) -> list[list[int]]:
+            """Offset and length of each item in its file, which is written unless it is complete already."""
+            recorded = f"{self._directory.name}/{name}"
+            known = None if self._journal is None else self._journal.facts(recorded)
+            if known is not None:
+                self._skipped(sum(planner.nbytes(item) for item in items))
+                return known
+            places: list[list[int]] = []
             with (self._directory / name).open("wb") as stream:
                 for item in items:
                     offset = stream.tell()
@@ -219,12 +234,23 @@ class LayerFileWriter(FileSystemWriter):
                         torch.save(data, stream)
                     else:
                         stream.write(data.getbuffer())
-                    length = stream.tell() - offset
-                    where = _StorageInfo(relative_path=name, offset=offset, length=length)
-                    results.append(WriteResult(index=item.index, size_in_bytes=length, storage_data=where))
+                    places.append([offset, stream.tell() - offset])
                 stream.flush()
                 os.fsync(stream.fileno())
-            return results
+            if self._journal is not None:
+                self._journal.add(recorded, places)
+            return places
+
+        def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
+            name = f"__0_{number}.distcp"
+            return [
+                WriteResult(
+                    index=item.index,
+                    size_in_bytes=length,
+                    storage_data=_StorageInfo(relative_path=name, offset=offset, length=length),
+                )
+                for item, (offset, length) in zip(items, place(name, items), strict=True)
+            ]
 
         with ThreadPoolExecutor(max_workers=self._threads) as pool:
             futures = [pool.submit(write, number, items) for number, items in enumerate(files.values())]
@@ -246,6 +272,8 @@ def write_dist_checkpoint(
     produce: Produce,
     block_bytes: int,
     threads: int,
+    journal: Journal | None = None,
+    skipped: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Writes tensors, empty objects, and the two files Megatron-core wants beside them.
 
@@ -256,6 +284,8 @@ def write_dist_checkpoint(
         produce: see `BlockSavePlanner`.
         block_bytes: upper bound of one block in memory and on disk.
         threads: files written at the same time.
+        journal: of the directory above `weights_dir`: which files are complete, and where new ones are noted.
+        skipped: told the bytes of numbers in files that were complete.
     """
     empty = io.BytesIO()
     torch.save([None], empty)
@@ -265,8 +295,8 @@ def write_dist_checkpoint(
         produce=produce,
         block_bytes=block_bytes,
     )
-    weights_dir.mkdir(parents=True)
-    writer = LayerFileWriter(weights_dir, threads=threads)
+    weights_dir.mkdir(parents=True, exist_ok=journal is not None)
+    writer = LayerFileWriter(weights_dir, threads=threads, journal=journal, skipped=skipped)
     with warnings.catch_warnings():
         # It tells everybody who saves from one process that this is what it will do.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -6,10 +6,12 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from asft_nemo.checkpoint.journal import JOURNAL_NAME, Journal
 from asft_nemo.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -30,39 +32,76 @@ def staged_directory(target: str | Path, *, needed_bytes: int) -> Generator[Path
     Raises:
         CheckpointError: the target exists, another process is writing it, or the disk is full or read-only.
     """
-    target = Path(target)
+    with _staged(Path(target), needed_bytes, None) as (staging, _):
+        yield staging
+
+
+@contextmanager
+def resumable_directory(
+    target: str | Path, *, needed_bytes: int, job: Mapping[str, Any]
+) -> Generator[tuple[Path, Journal], None, None]:
+    """Like `staged_directory`, for work that takes long: what an interrupted process finished is kept and used by the next one.
+
+    Yields the temporary directory and its journal. Files the journal names are complete, everything else was cleared. A kill, Ctrl-C or
+    an error of the operating system (a full disk) leaves the directory for the next start of the same job; any other error removes it.
+
+    Args:
+        target, needed_bytes: see `staged_directory`.
+        job: what decides the content of the files, as plain values; another job's leftovers are cleared.
+
+    Raises:
+        CheckpointError: as `staged_directory`.
+    """
+    with _staged(Path(target), needed_bytes, job) as (staging, journal):
+        assert journal is not None
+        yield staging, journal
+
+
+@contextmanager
+def _staged(
+    target: Path, needed_bytes: int, job: Mapping[str, Any] | None
+) -> Generator[tuple[Path, Journal | None], None, None]:
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target} exists already: choose another path or remove it first")
     staging = target.parent / f".{target.name}.partial"
+    kept = ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(staging)
         try:
-            free = shutil.disk_usage(staging).free
-            if free < needed_bytes:
-                raise CheckpointError(
-                    f"{target} needs {needed_bytes / 1e9:.1f} GB where {free / 1e9:.1f} GB are free: make"
-                    " room or choose"
-                    " another disk"
-                )
-            _clear(staging)
-            yield staging
+            journal = None if job is None else Journal(staging, job)
+            _clear(staging, journal)
+            _check_room(target, staging, needed_bytes - (journal.nbytes if journal else 0))
+            yield staging, journal
+            if journal is not None:
+                journal.remove()
             sync_directories(staging)
             if target.exists():
                 raise CheckpointError(f"{target} appeared while it was being written: choose another path")
             os.rename(staging, target)
             _sync_directory(target.parent)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+        except BaseException as error:
+            if job is not None and isinstance(error, OSError | KeyboardInterrupt | SystemExit):
+                kept = f"; what is complete stays in {staging}, and the same command goes on from there"
+                logger.info("interrupted%s", kept)
+            else:
+                shutil.rmtree(staging, ignore_errors=True)
             raise
         finally:
             os.close(descriptor)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise CheckpointError(
-            f"cannot write {target} ({error.strerror or error}{where}): make room or choose a place that can be"
-            " written to"
+            f"cannot write {target} ({error.strerror or error}{where}): make room or choose a place that can be written to{kept}"
         ) from error
+
+
+def _check_room(target: Path, staging: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(staging).free
+    if free < needed_bytes:
+        raise CheckpointError(
+            f"{target} needs {needed_bytes / 1e9:.1f} GB where {free / 1e9:.1f} GB are free: make room or choose another disk"
+        )
 
 
 def _lock(staging: Path) -> int:
@@ -81,12 +120,20 @@ def _lock(staging: Path) -> int:
     return descriptor
 
 
-def _clear(staging: Path) -> None:
-    leftovers = list(staging.iterdir())
-    if leftovers:
+def _clear(staging: Path, journal: Journal | None) -> None:
+    """Removes everything but the journal and the files it names."""
+    kept = frozenset() if journal is None else journal.names | {JOURNAL_NAME}
+    files = [path for path in staging.rglob("*") if not path.is_dir() or path.is_symlink()]
+    leftovers = [path for path in files if str(path.relative_to(staging)) not in kept]
+    if journal is not None and journal.names:
+        logger.info("going on with %d complete files in %s", len(journal.names), staging)
+    elif leftovers:
         logger.info("clearing what an interrupted conversion left in %s", staging)
     for path in leftovers:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.unlink()
+    for path in sorted(staging.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _sync_directory(directory: Path) -> None:
