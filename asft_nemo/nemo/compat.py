@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,9 +46,9 @@ class AnchoredStrategy(MegatronStrategy):
       ends none of them (megatron-core 0.15.3): their threads and connections would add up from run to run.
     * Megatron's number-of-micro-batches calculator refuses a second run with other batch sizes: it is cleared.
     * `timers` (nemo's ProgressPrinter all-gathers them on rank 0 only and deadlocks): none.
-    * Megatron's distributed optimizer over torch's Adam, where no fused one is installed, asserts that there is state before it can be
-      loaded, and loads one `step` tensor into all parameters, which each of them then counts up (megatron-core 0.15.3): state is there
-      before a checkpoint is read, and each parameter counts its own steps afterwards.
+    * Megatron's distributed optimizer over torch's Adam, where no fused one is installed, cannot load its checkpoints (megatron-core
+      0.15.3). It asserts that there is state already: there is, before a checkpoint is read. It misses torch's `step` among what it
+      copies: it is given its own. It lets all parameters share one `step`, which each of them would count up: each gets a copy.
     """
 
     def __init__(self, **kwargs: Any):
@@ -71,32 +72,45 @@ class AnchoredStrategy(MegatronStrategy):
     ) -> Any:
         """NeMo's. Collectives: those of Megatron's distributed optimizer."""
         if is_loading:
-            for adam in _torch_adams(self.optimizers):
-                for parameter in (p for group in adam.param_groups for p in group["params"]):
-                    if not adam.state[parameter]:
+            for part in _over_torch_adam(self.optimizers):
+                for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
+                    if not part.optimizer.state[parameter]:
                         moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-                        adam.state[parameter] = {"step": torch.zeros((), device="cpu"), **moments}
+                        part.optimizer.state[parameter] = {"step": torch.zeros((), device="cpu"), **moments}
         return super().optimizer_sharded_state_dict(is_loading=is_loading, metadata=metadata)
 
     def load_optimizer_state_dict(
         self, checkpoint: Mapping[str, Any], selective_restore: bool = False
     ) -> None:
         """NeMo's."""
-        super().load_optimizer_state_dict(checkpoint, selective_restore=selective_restore)
-        for adam in _torch_adams(self.optimizers):
-            for state in adam.state.values():
+        parts = list(_over_torch_adam(self.optimizers))
+        for part in parts:
+            part._set_main_param_and_optimizer_states = functools.partial(_set_states, part)
+        try:
+            super().load_optimizer_state_dict(checkpoint, selective_restore=selective_restore)
+        finally:
+            for part in parts:
+                del part._set_main_param_and_optimizer_states  # the class's own is seen again
+        for part in parts:
+            for state in part.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
 
-def _torch_adams(optimizers: Iterable[Any]) -> Iterator[torch.optim.Optimizer]:
-    """torch's own Adams under Megatron's distributed optimizers."""
+def _set_states(part: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    """Megatron's method of this name with the `step` that is there."""
+    step = part._get_main_param_and_optimizer_states(model_param)["step"]
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {"step": step, **tensors})
+
+
+def _over_torch_adam(optimizers: Iterable[Any]) -> Iterator[Any]:
+    """Megatron's distributed optimizers whose inner one is torch's own Adam."""
     for wrapper in optimizers:
         whole = wrapper.mcore_optimizer
         for part in getattr(whole, "chained_optimizers", [whole]):
             if isinstance(part, DistributedOptimizer) and isinstance(
                 part.optimizer, torch.optim.Adam | torch.optim.AdamW
             ):
-                yield part.optimizer
+                yield part
 
 
 def end_groups() -> None:

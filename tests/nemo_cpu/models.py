@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jobs import VOCAB, RandomTokens
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from asft_nemo.config.paths import project_dir
 from asft_nemo.losses import dense_loss
@@ -55,8 +55,8 @@ def make_model_with_tokenizer(
     return folder
 
 
-def load64(folder: Path) -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+def load64(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
 
 
 def oracle_gradients(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import make_model
-from ranks import RankError, RankGroup
+from ranks import RankGroup
 from test_training import VALID, all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
@@ -22,6 +22,7 @@ OVERLAPPED = {
     "optim.overlap_grad_reduce": True,
     "optim.overlap_param_gather": True,
 }
+KEPT = {"trainer.checkpoint_every": 2, "trainer.keep": "last:2"}
 TP2_DP2 = {"parallel.pp_size": 1}
 PP2_DP2 = {"parallel.tp_size": 1}
 LORA = {"peft.name": "lora", "peft.dropout": 0.1, "reference.form": "adapter_disabled"}
@@ -82,31 +83,33 @@ def test_training_is_that_of_the_ordinary_optimizer(
 
 @pytest.mark.parametrize("case", ["resident_tp2_dp2_sp_bf16", "resident_pp2_vpp2_dp2", "lora_tp2_dp2"])
 def test_resume_is_bit_exact(case: str, ranks4: RankGroup, models: dict[str, Path], tmp_path: Path) -> None:
-    """4 steps straight equal 2, a stop after the third, and the last 2 again: metrics, weights, optimizer state."""
-    common = {"trainer.checkpoint_every": 2, "trainer.keep": "last:2", **OVERLAPPED}
-    straight, stopped = (
-        {**settings_for(models, tmp_path / name, case), **common} for name in ("straight", "stopped")
-    )
-    ranks4.run("jobs:train_steps", settings=straight, valid=VALID)
-    with pytest.raises(RankError, match="stopped by the test"):
-        ranks4.run("jobs:train_and_die", settings=stopped, valid=VALID, after_step=3)
-    ranks4.run("jobs:train_steps", settings={**stopped, "trainer.resume": "must"}, valid=VALID)
-    assert without_times(metrics(tmp_path / "stopped")) == without_times(metrics(tmp_path / "straight"))
-    one, other = (all_tensors(tmp_path / name / "checkpoints" / "step_4") for name in ("straight", "stopped"))
+    """4 steps straight equal the same run gone on with from its second step's checkpoint: metrics, weights, optimizer state."""
+    settings = {**settings_for(models, tmp_path / "run", case), **KEPT, **OVERLAPPED}
+    ranks4.run("jobs:train_steps", settings=settings, valid=VALID)
+    straight = metrics(tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step_4").rename(tmp_path / "straight")
+    back_to_step_2(folder)
+    ranks4.run("jobs:train_steps", settings={**settings, "trainer.resume": "must"}, valid=VALID)
+    assert without_times(metrics(tmp_path / "run")) == without_times(straight)
+    one, other = (all_tensors(checkpoint) for checkpoint in (tmp_path / "straight", folder / "step_4"))
     assert set(one) == set(other)
     assert [key for key in one if key.startswith("optimizer")]
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
 
+def back_to_step_2(checkpoints: Path) -> None:
+    """As if the run had been killed after its second step."""
+    (checkpoints / "latest").unlink()
+    (checkpoints / "latest").symlink_to("step_2")
+
+
 def test_resume_at_another_layout_goes_on(ranks4: RankGroup, models: dict[str, Path], tmp_path: Path) -> None:
-    """A checkpoint of TP2 x DP2 continues at DP4 and at PP2 x DP2: the next step's loss agrees to rounding."""
-    common = {"trainer.checkpoint_every": 2, "trainer.keep": "last:2", **OVERLAPPED, "trainer.max_steps": 3}
-    straight = {**settings_for(models, tmp_path / "run", "resident_tp2_dp2"), **common}
-    ranks4.run("jobs:train_steps", settings=straight, valid=VALID)
-    lines = metrics(tmp_path / "run")
-    latest = tmp_path / "run" / "checkpoints" / "latest"
+    """A checkpoint of TP2 x DP2 continues at DP4 and at PP2 x DP2: the next steps' losses agree to rounding."""
+    settings = {**settings_for(models, tmp_path / "run", "resident_tp2_dp2"), **KEPT, **OVERLAPPED}
+    ranks4.run("jobs:train_steps", settings=settings, valid=VALID)
+    expected = [line["loss"] for line in metrics(tmp_path / "run")]
     for layout in ({"parallel.tp_size": 1}, {"parallel.tp_size": 1, "parallel.pp_size": 2}):
-        latest.unlink()
-        latest.symlink_to("step_2")
-        ranks4.run("jobs:train_steps", settings={**straight, **layout, "trainer.resume": "must"}, valid=VALID)
-        assert metrics(tmp_path / "run")[2]["loss"] == pytest.approx(lines[2]["loss"], rel=1e-5)
+        back_to_step_2(tmp_path / "run" / "checkpoints")
+        ranks4.run("jobs:train_steps", settings={**settings, **layout, "trainer.resume": "must"}, valid=VALID)
+        assert [line["loss"] for line in metrics(tmp_path / "run")] == pytest.approx(expected, rel=1e-5)
