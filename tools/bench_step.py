@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench.training import FORMS, make_data, make_model, run_settings
+from bench.training import FORMS, head_share, make_data, make_model, run_settings
 
 log = logging.getLogger("bench_step")
 
@@ -115,8 +115,8 @@ def ratios(seconds: dict[str, list[float]], form: str) -> list[float]:
     return [own / other for own, other in zip(seconds[form], seconds[FORMS[form].against], strict=True)]
 
 
-def table(results: dict[int, dict[str, Any]]) -> str:
-    """The results as Markdown."""
+def table(results: dict[int, dict[str, Any]], *, head: float) -> str:
+    """The results as Markdown; `head` is the head's share of the forward pass's products."""
     lines = []
     for pp_size, found in results.items():
         lines += [
@@ -131,9 +131,11 @@ def table(results: dict[int, dict[str, Any]]) -> str:
             if row.law is not None and row.against in found["seconds"]:
                 values = ratios(found["seconds"], form)
                 shown = f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-            law = "" if row.law is None else f"{row.law:.3f}"
+            law = row.law_at(head)
             over = FORMS[row.against].title if shown else ""
-            lines.append(f"| {row.title} | {statistics.median(seconds):.3f} | {over} | {shown} | {law} |")
+            lines.append(
+                f"| {row.title} | {statistics.median(seconds):.3f} | {over} | {shown} | {'' if law is None else f'{law:.3f}'} |"
+            )
         lines.append("")
         if found["memory"]:
             lines += [
@@ -185,7 +187,7 @@ def main(arguments: list[str]) -> int:
         "results": results,
     }
     (options.out / f"{options.name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    text = table(results)
+    text = table(results, head=head_share(hidden=options.hidden, layers=options.layers))
     (options.out / f"{options.name}.md").write_text(text + "\n")
     log.info("%s", text)
     return 0
