@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 
@@ -15,8 +16,15 @@ from asft_nemo.model import ModelSpec
 
 MODULE_PREFIX = "module."
 BLOCK_BYTES = 64 * 2**20
+COMPLETE_BEFORE = "complete before"  # what progress calls files that an interrupted conversion had finished
+_THREADS = 4
 
 Progress = Callable[[int, int, str], None]
+
+
+def threads() -> int:
+    """Files read or written at the same time."""
+    return max(1, min(_THREADS, os.cpu_count() or 1))
 
 
 class ProgressCounter:

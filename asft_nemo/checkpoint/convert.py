@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +15,13 @@ import torch
 from asft_nemo.checkpoint import hf_files
 from asft_nemo.checkpoint.blocks import (
     BLOCK_BYTES,
+    COMPLETE_BEFORE,
     MODULE_PREFIX,
     Progress,
     ProgressCounter,
     hf_block,
     megatron_blocks,
-    widest_itemsize,
+    threads,
 )
 from asft_nemo.checkpoint.checks import check_hf_tensors, check_megatron_tensors, source_dtypes
 from asft_nemo.checkpoint.dist_read import DistReader
@@ -34,23 +33,20 @@ from asft_nemo.checkpoint.families import (
     hf_tensors,
     mappings_of,
 )
-from asft_nemo.checkpoint.journal import Journal, files_identity
-from asft_nemo.checkpoint.mapping import row_blocks
+from asft_nemo.checkpoint.journal import files_identity
 from asft_nemo.checkpoint.safetensors_io import (
     INDEX_NAME,
     SafetensorsReader,
-    byte_view,
-    header_bytes,
     index_text,
     plan_shards,
 )
+from asft_nemo.checkpoint.shards import OutRows, ProduceRows, write_shards
 from asft_nemo.checkpoint.staging import resumable_directory, write_synced
 from asft_nemo.model import ModelSpec, model_spec, read_hf_config, read_model_spec
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5_000_000_000
-_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,9 @@ def import_hf(
         origin = _origin(spec, dtypes, reader)
         job = {
             "import": files_identity({entry.path for entry in reader.tensors.values()}),
-            "tensors": [[tensor.key, hf_files.dtype_name(tensor.dtype), *tensor.global_shape] for tensor in tensors],
+            "tensors": [
+                [tensor.key, hf_files.dtype_name(tensor.dtype), *tensor.global_shape] for tensor in tensors
+            ],
             "block_bytes": BLOCK_BYTES,
         }
         with resumable_directory(out_dir, needed_bytes=nbytes, job=job) as (staging, journal):
@@ -149,9 +147,9 @@ def import_hf(
                     reader, spec, {tensor.key: tensor.dtype for tensor in tensors}, counter
                 ),
                 block_bytes=BLOCK_BYTES,
-                threads=_threads(),
+                threads=threads(),
                 journal=journal,
-                skipped=lambda done: counter.add(done, "complete before"),
+                skipped=lambda done: counter.add(done, COMPLETE_BEFORE),
             )
             context = staging / hf_files.CONTEXT
             files = hf_files.copy_hf_files(hf_dir, context / hf_files.HF_FILES)
@@ -205,11 +203,16 @@ def export_hf(
     with DistReader(weights) as reader:
         check_megatron_tensors(reader, spec)
         dtypes = _target_dtypes(ckpt_dir, reader, spec, config, dtype)
-        tensors = hf_tensors(spec)
-        sizes = {
-            tensor.name: torch.Size(tensor.shape).numel() * dtypes[tensor.mapping.megatron].itemsize
-            for tensor in tensors
+        tensors = {tensor.name: tensor for tensor in hf_tensors(spec)}
+        out = {
+            name: OutRows(
+                dtypes[tensor.mapping.megatron],
+                tensor.shape,
+                reader.dtype(MODULE_PREFIX + tensor.mapping.megatron).itemsize,
+            )
+            for name, tensor in tensors.items()
         }
+        sizes = {name: rows.nbytes for name, rows in out.items()}
         nbytes = sum(sizes.values())
         shards = plan_shards(sizes, max_shard_bytes)
         counter = ProgressCounter(progress, nbytes)
@@ -219,8 +222,8 @@ def export_hf(
             "dtypes": {name: hf_files.dtype_name(dtype) for name, dtype in dtypes.items()},
         }
         with resumable_directory(out_dir, needed_bytes=nbytes, job=job) as (staging, journal):
-            by_name = {tensor.name: tensor for tensor in tensors}
-            _write_shards(staging, shards, by_name, reader, dtypes, counter, journal)
+            produce = _converted_rows(reader, tensors, out)
+            write_shards(staging, shards, out, produce, counter, journal)
             if len(shards) > 1:
                 write_synced(staging / INDEX_NAME, index_text(shards, nbytes).encode())
             files = hf_files.copy_hf_files(source, staging)
@@ -285,45 +288,13 @@ def _target_dtypes(
     return {name: reader.dtype(MODULE_PREFIX + name) for name in names}
 
 
-def _write_shards(
-    staging: Path,
-    shards: Mapping[str, list[str]],
-    tensors: Mapping[str, HfTensor],
-    reader: DistReader,
-    dtypes: Mapping[str, torch.dtype],
-    counter: ProgressCounter,
-    journal: Journal,
-) -> None:
-    """Writes every safetensors file that is not complete, several at a time, each block by block."""
+def _converted_rows(
+    reader: DistReader, tensors: Mapping[str, HfTensor], out: Mapping[str, OutRows]
+) -> ProduceRows:
+    def produce(name: str, start: int, stop: int) -> torch.Tensor:
+        return hf_block(reader, tensors[name], start, stop, dtype=out[name].dtype)
 
-    def write(file_name: str, names: list[str]) -> None:
-        done = journal.facts(file_name)
-        if done is not None:
-            counter.add(done, "complete before")
-            return
-        described = {name: (dtypes[tensors[name].mapping.megatron], tensors[name].shape) for name in names}
-        with (staging / file_name).open("wb") as stream:
-            stream.write(header_bytes(described))
-            for name in names:
-                dtype, shape = described[name]
-                row_bytes = tensors[name].mapping.row_numel * widest_itemsize(reader, tensors[name], dtype)
-                for start, stop in row_blocks(shape[0], row_bytes, BLOCK_BYTES):
-                    block = hf_block(reader, tensors[name], start, stop, dtype=dtype)
-                    stream.write(byte_view(block))
-                    counter.add(block.nbytes, name)
-            stream.flush()
-            os.fsync(stream.fileno())
-        nbytes = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in described.values())
-        journal.add(file_name, nbytes)
-
-    with ThreadPoolExecutor(max_workers=_threads()) as pool:
-        futures = [pool.submit(write, file_name, names) for file_name, names in shards.items()]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    return produce
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -333,7 +304,3 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
     if config.get(key) != hf_files.dtype_name(dtype):
         config[key] = hf_files.dtype_name(dtype)
         write_synced(path, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _threads() -> int:
-    return max(1, min(_THREADS, os.cpu_count() or 1))

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from asft_nemo.checkpoint.blocks import BLOCK_BYTES, ProgressCounter
+from asft_nemo.checkpoint.blocks import BLOCK_BYTES, COMPLETE_BEFORE, ProgressCounter, threads
+from asft_nemo.checkpoint.journal import Journal
 from asft_nemo.checkpoint.mapping import row_blocks
 from asft_nemo.checkpoint.safetensors_io import byte_view, header_bytes
-
-_THREADS = 4
 
 #: (tensor, first row, stop row) -> contiguous `[rows, ...]` of the tensor's dtype; called from several threads
 ProduceRows = Callable[[str, int, int], torch.Tensor]
@@ -51,6 +50,7 @@ def write_shards(
     tensors: Mapping[str, OutRows],
     produce: ProduceRows,
     counter: ProgressCounter,
+    journal: Journal | None = None,
 ) -> None:
     """Writes safetensors files, several at a time, and syncs them. Memory: a few blocks of 64 MB per thread.
 
@@ -60,9 +60,13 @@ def write_shards(
         tensors: name -> what it is.
         produce: makes the rows.
         counter: told what is written.
+        journal: which files are complete already; new ones are noted there.
     """
 
     def write(file_name: str, names: Sequence[str]) -> None:
+        if journal is not None and journal.facts(file_name) is not None:
+            counter.add(sum(tensors[name].nbytes for name in names), COMPLETE_BEFORE)
+            return
         described = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
         with (directory / file_name).open("wb") as stream:
             stream.write(header_bytes(described))
@@ -73,8 +77,10 @@ def write_shards(
                     counter.add(block.nbytes, name)
             stream.flush()
             os.fsync(stream.fileno())
+        if journal is not None:
+            journal.add(file_name, len(names))
 
-    with ThreadPoolExecutor(max_workers=max(1, min(_THREADS, os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(max_workers=threads()) as pool:
         futures = [pool.submit(write, file_name, names) for file_name, names in shards.items()]
         try:
             for future in futures:

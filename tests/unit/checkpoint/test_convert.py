@@ -31,7 +31,7 @@ from hf_cases import (
 )
 from safetensors.torch import save_file
 
-from asft_nemo.checkpoint import convert, export_hf, import_hf
+from asft_nemo.checkpoint import convert, export_hf, import_hf, shards
 from asft_nemo.checkpoint.hf_files import read_origin
 from asft_nemo.errors import CheckpointError, UserError
 
@@ -45,6 +45,7 @@ def files_under(directory):
 @pytest.mark.parametrize("block_bytes", [convert.BLOCK_BYTES, 200], ids=["big", "small"])
 def test_round_trip_is_bit_exact(tmp_path, monkeypatch, tied, dtype, block_bytes):
     monkeypatch.setattr(convert, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", block_bytes)
     tensors = write_hf(tmp_path / "hf", tied=tied, dtype=dtype, files=4)
     imported = import_hf(tmp_path / "hf", tmp_path / "ckpt")
     exported = export_hf(tmp_path / "ckpt", tmp_path / "back", max_shard_bytes=40_000)
@@ -304,8 +305,8 @@ def test_progress_counts_every_byte_once(tmp_path):
 
 
 @pytest.mark.parametrize(("convert_again", "name"), [(import_hf, "hf"), (export_hf, "ckpt")])
-def test_a_full_disk_leaves_nothing_behind(tmp_path, convert_again, name):
-    """The kernel refuses to let a file grow past the limit, as it does on a full disk."""
+def test_a_full_disk_leaves_no_target(tmp_path, convert_again, name):
+    """The kernel refuses to let a file grow past the limit, as it does on a full disk. With room the same call ends right."""
     write_hf(tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "ckpt")
     source = tmp_path / name
@@ -316,7 +317,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, convert_again, name):
             convert_again(source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert sorted(os.listdir(tmp_path)) == ["ckpt", "hf"]
+    assert sorted(os.listdir(tmp_path)) == [".out.partial", "ckpt", "hf"]
+    convert_again(source, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["ckpt", "hf", "out"]
 
 
 def test_a_killed_import_can_be_started_again(tmp_path):

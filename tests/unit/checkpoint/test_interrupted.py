@@ -12,7 +12,7 @@ import time
 import pytest
 from hf_cases import write_hf
 
-from asft_nemo.checkpoint import convert, journal
+from asft_nemo.checkpoint import convert, journal, shards
 from asft_nemo.checkpoint.convert import export_hf, import_hf
 from asft_nemo.checkpoint.journal import JOURNAL_NAME, Journal
 from asft_nemo.checkpoint.staging import resumable_directory
@@ -57,6 +57,7 @@ def _convert_and_count(source, target, direction, counter):
 def test_killed_at_random_moments(source, tmp_path, direction, monkeypatch):
     """At least 20 kills: the target is absent or right, and what is started again ends right, with fewer blocks to do than before."""
     monkeypatch.setattr(convert, "BLOCK_BYTES", 1_500)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 1_500)
     chance, kills, resumed = random.Random(direction), 0, 0
     for trial in range(40):
         if kills >= 20:
@@ -129,7 +130,7 @@ def test_only_files_of_the_same_job_count(source, tmp_path, change, monkeypatch)
     shutil.copytree(source / "hf", tmp_path / "hf")
     target, partial = tmp_path / "out", tmp_path / ".out.partial"
     files, real = [], Journal.add
-    monkeypatch.setattr(convert, "_threads", lambda: 1)
+    monkeypatch.setattr(convert, "threads", lambda: 1)
     monkeypatch.setattr(
         Journal,
         "add",
