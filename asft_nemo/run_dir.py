@@ -2,6 +2,7 @@
 
 run.json              the settings, versions, git commit, base and data fingerprints
 base/                 the base model in NeMo form, when model.path is a Hugging Face directory
+adapter/              peft.adapter in NeMo form
 metrics.jsonl         one object a step
 checkpoints/step_N/   complete checkpoints; checkpoints/latest links to the newest
 tensorboard/          the same metrics as events
@@ -24,6 +25,7 @@ from asft_nemo.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from asft_nemo.checkpoint.adapters import AdapterDescription
 
+ADAPTER_FOLDER = "adapter"  # what peft.adapter became
 CACHE_FOLDER = "reference_cache"  # of the reference, where reference.cache_dir names no other
 VERSIONED = (
     "asft_nemo",
@@ -153,6 +155,35 @@ def base_checkpoint(run: RunConfig) -> Path:
     return target
 
 
+def initial_adapters(run: RunConfig, base_dir: Path) -> Path | None:
+    """`peft.adapter` in NeMo form: its import into `run.dir/adapter` (made once, by whichever rank comes first); None for fresh adapters.
+
+    Args:
+        run: the settings of a run that has no checkpoint of its own yet.
+        base_dir: the base in NeMo form.
+
+    Raises:
+        CheckpointError: it is not plain LoRA of this model, or needs other settings of `peft`.
+    """
+    described, source = adapter_description(run), run.peft.adapter
+    if described is None or source is None:
+        return None
+    from asft_nemo.checkpoint import adapters
+    from asft_nemo.checkpoint.lora_import import import_peft
+
+    target = Path(run.run.dir) / ADAPTER_FOLDER
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target.parent / ".adapter.lock")):
+        if not target.is_dir():
+            hf_files = base_dir / "context" / "hf"
+            import_peft(source, target, hf_dir=hf_files, adapters=described, seed=run.run.seed)
+        elif adapters.adapter_description(target) != described:
+            raise CheckpointError(
+                f"{target} was made with other settings of peft: remove it, or choose another run.dir"
+            )
+    return target
+
+
 def check_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
     """Checks that `run.dir` may be used for this run; changes nothing.
 
@@ -173,7 +204,7 @@ def check_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
         # also without a checkpoint yet: base/ was made from that run's model.path
         _same_run(run, json.loads(record.read_text()), data_fingerprint)
     elif folder.exists() and any(
-        entry.name not in ("base", CACHE_FOLDER) and not entry.name.startswith(".")
+        entry.name not in ("base", ADAPTER_FOLDER, CACHE_FOLDER) and not entry.name.startswith(".")
         for entry in folder.iterdir()
     ):
         raise ConfigError(f"run.dir={folder} is not empty and holds no run: choose another run.dir")

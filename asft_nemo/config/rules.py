@@ -217,7 +217,9 @@ def _ignored(facts: Facts) -> Iterator[str]:
         # a snapshot of the policy passes through the same prepass
         ("reference.", ("micro_batch_size",), form == "none" and not snapshot, "reference=none"),
         ("reference.", ("cache_dir", "fill"), form != "cached", f"reference={form}"),
-        ("peft.", ("rank", "alpha", "dropout", "targets"), run.peft.name == "none", "peft=none"),
+        ("peft.", ("rank", "alpha", "dropout", "targets", "adapter"), run.peft.name == "none", "peft=none"),
+        # the policy starts away from the reference, by however much
+        ("reference.", ("max_initial_kl",), form != "none" and run.peft.adapter is not None, "peft.adapter"),
         (
             "loss.",
             ("chunk_tokens",),
@@ -368,8 +370,6 @@ def _model_positions(facts: Facts) -> Iterator[str]:
         )
 
 
-def _not_yet(facts: Facts) -> Iterator[str]:
-    for feature, asked, instead in tables.NOT_YET:
 def _model_window(facts: Facts) -> Iterator[str]:
     shape, length = facts.shape, facts.run.data.sequence_length
     if shape is not None and shape.attention_window is not None and length > shape.attention_window:
@@ -379,6 +379,8 @@ def _model_window(facts: Facts) -> Iterator[str]:
         )
 
 
+def _not_yet(facts: Facts) -> Iterator[str]:
+    for feature, asked, instead in tables.NOT_YET:
         if asked(facts.run):
             yield f"{feature} is not available yet: {instead}"
 
@@ -411,6 +413,18 @@ def _machine(facts: Facts) -> Iterator[str]:
         yield (
             f"run.world_size={world} is more ranks than this machine can run ({have}): "
             "lower parallel.tp_size, parallel.pp_size or run.world_size"
+        )
+
+
+def _adapter_directory(facts: Facts) -> Iterator[str]:
+    given, run = facts.run.peft.adapter, facts.run
+    resumed = run.trainer.resume != "never" and (Path(run.run.dir) / "checkpoints" / "latest").exists()
+    if run.peft.name == "none" or given is None or resumed:  # a resumed run has adapters of its own
+        return
+    if not (Path(given) / "adapter_config.json").is_file():
+        yield (
+            f"peft.adapter={given} is no directory with an adapter_config.json (looked in {Path.cwd()}): set "
+            "peft.adapter=<directory that save_pretrained of peft wrote>"
         )
 
 
@@ -450,8 +464,8 @@ SETTINGS: tuple[Rule, ...] = (
     _model_heads,
     _model_layers,
     _model_positions,
+    _model_window,
     _validation,
     _not_yet,
 )
-INPUTS: tuple[Rule, ...] = (_data_files, _machine, _fp8_machine, _run_dir)
-    _model_window,
+INPUTS: tuple[Rule, ...] = (_data_files, _machine, _fp8_machine, _adapter_directory, _run_dir)

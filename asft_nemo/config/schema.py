@@ -89,6 +89,7 @@ class PeftConfig(Section):
     alpha: float = 16.0
     dropout: float = 0.05
     targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    adapter: str | None = None  # directory that peft saved, to start from; None = fresh adapters
 
 
 @dataclass(unsafe_hash=True)

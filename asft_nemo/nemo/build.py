@@ -29,7 +29,7 @@ from asft_nemo.nemo.precision import precision_plugin, precision_row
 from asft_nemo.nemo.references import Frozen, reference_builder, snapshot_builder
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.summary import SummaryCallback
-from asft_nemo.run_dir import adapter_description
+from asft_nemo.run_dir import adapter_description, initial_adapters
 
 # Kernels that only exist on a GPU; Megatron's own defaults serve there.
 _CPU_ONLY: dict[str, Any] = {
@@ -185,12 +185,14 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         sample_ids_of_step=module.sample_ids_of_step if run.reference.form == "cached" else None,
     )
     guard = NonfiniteGuard(on_nonfinite=run.trainer.on_nonfinite, max_skips=run.trainer.max_skips)
+    # adapters that were trained before are away from the base from the start, by however much
+    bounded = config.objective.needs_reference and run.peft.adapter is None
     metrics = MetricsCallback(
         run_dir,
         prepass,
         guard,
         max_steps=max_steps,
-        max_initial_kl=run.reference.max_initial_kl if config.objective.needs_reference else None,
+        max_initial_kl=run.reference.max_initial_kl if bounded else None,
         validate_every=run.trainer.validate_every,
         description=run.objective.name,
     )
@@ -204,7 +206,8 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         keep=int(run.trainer.keep.removeprefix("last:")),
     )
     ranks_here, machines = _machines(run)
-    adapters = [] if config.adapters is None else [LoraCallback(base_dir, seed=run.run.seed)]
+    started = None if resume is not None else initial_adapters(run, base_dir)
+    adapters = [] if config.adapters is None else [LoraCallback(base_dir, started, seed=run.run.seed)]
     trainer = nl.Trainer(
         accelerator="cpu" if backend.active() else "gpu",
         devices=ranks_here,

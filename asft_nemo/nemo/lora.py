@@ -11,7 +11,6 @@ filters checkpoints by names that virtual stages nest away.)
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_par
 from nemo.collections.llm.peft.lora import LoRA, LoRALinear
 from torch import Tensor, nn
 
+from asft_nemo.checkpoint.adapters import draw_a, seed_of
 from asft_nemo.errors import CheckpointError
 from asft_nemo.nemo.compat import AnchoredStrategy, lora_without_transformer_engine
 
@@ -87,29 +87,29 @@ def add_adapters(chunk: MegatronGPTModel, spec: AdapterSpec) -> None:
     lora_without_transformer_engine()
     chunk.requires_grad_(False)
     lora = LoRA(target_modules=list(spec.targets), dim=spec.rank, alpha=spec.alpha, dropout=spec.dropout)  # type: ignore[arg-type]
+    layer: Any
     for layer in chunk.decoder.layers:
         for prefix, parent in list(layer.named_modules()):
             for name, child in list(parent.named_children()):
                 adapted: Any = lora.transform(child, name=name, prefix=prefix)
                 if adapted is not child:
                     setattr(parent, name, SwitchableLoRALinear(child, adapted.adapter))
-                    _draw(adapted.adapter, _seed(spec.seed, layer.layer_number, name))
+                    whole = draw_a(
+                        spec.rank,
+                        adapted.adapter.linear_in.input_size,
+                        seed=spec.seed,
+                        layer=layer.layer_number - 1,
+                        target=name,
+                    )
+                    _fill(adapted.adapter, whole)
 
 
-def _draw(adapter: Any, seed: int) -> None:
-    """Fills this rank's part of A from the whole matrix (xavier normal, fp32)."""
-    whole = torch.empty(adapter.dim, adapter.linear_in.input_size, dtype=torch.float32, device="cpu")
-    nn.init.xavier_normal_(whole, generator=torch.Generator(device="cpu").manual_seed(seed))
+def _fill(adapter: Any, whole: Tensor) -> None:
+    """Fills this rank's part of A from the whole matrix."""
     weight, rank = adapter.linear_in.weight, parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     with torch.no_grad():
         weight.copy_(whole.chunk(size, dim=weight.partition_dim)[rank])
-
-
-def _seed(*parts: Any) -> int:
-    """A number below 2^48 that depends on every part."""
-    text = " ".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 def _adapted(chunks: Sequence[nn.Module]) -> list[SwitchableLoRALinear]:
@@ -138,19 +138,22 @@ def checkpointed(state: dict[str, Any]) -> dict[str, Any]:
     return adapters or state
 
 
-def load_base(chunks: Sequence[MegatronGPTModel], weights_dir: Path) -> None:
-    """Reads the frozen base weights from a torch distributed checkpoint, written at any layout. Collective over all ranks."""
+def load_weights(chunks: Sequence[MegatronGPTModel], weights_dir: Path, *, adapters: bool) -> None:
+    """Reads the frozen base weights, or the adapters, from a torch distributed checkpoint written at any layout.
+
+    Collective over all ranks.
+    """
     wanted = {}
     for index, chunk in enumerate(chunks):
         state = MegatronGPTModel.sharded_state_dict(chunk, prefix="module.")
         wanted[f"chunk_{index}"] = {
             key: value
             for key, value in state.items()
-            if _ADAPTER not in key and "_extra_state" not in key  # a base checkpoint has no extra state
+            if (_ADAPTER in key) == adapters and "_extra_state" not in key  # neither has any that is needed
         }
     loaded: Any = dist_checkpointing.load(wanted, str(weights_dir))
     for index, chunk in enumerate(chunks):
-        _copy(loaded[f"chunk_{index}"], chunk, adapters=False)
+        _copy(loaded[f"chunk_{index}"], chunk, adapters=adapters)
 
 
 def _copy(loaded: Mapping[str, Any], chunk: nn.Module, *, adapters: bool) -> None:
@@ -196,17 +199,19 @@ class AdapterStrategy(AnchoredStrategy):
 
 
 class LoraCallback(Callback):
-    """Reads the base at the start of every fit, and makes each step's dropout a function of the seed and the step.
+    """Reads the base at the start of every fit, and what the adapters start from; makes each step's dropout a function of seed and step.
 
     So a resumed run draws the masks of a straight one, and nothing that runs beside the policy can move them.
 
     Args:
         base_dir: the base checkpoint in NeMo form.
+        adapters_dir: a checkpoint of adapters to start from; None for fresh ones, and where the run's own will be read.
         seed: of the run.
     """
 
-    def __init__(self, base_dir: Path, *, seed: int):
+    def __init__(self, base_dir: Path, adapters_dir: Path | None, *, seed: int):
         self.base_dir = base_dir
+        self.adapters_dir = adapters_dir
         self.seed = seed
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -214,7 +219,11 @@ class LoraCallback(Callback):
         from asft_nemo.nemo.gpt_model import core_chunks
 
         chunks = core_chunks(trainer.strategy.megatron_parallel)
-        load_base(chunks, self.base_dir / "weights")
+        load_weights(chunks, self.base_dir / "weights", adapters=False)
+        if self.adapters_dir is not None:
+            load_weights(chunks, self.adapters_dir / "weights", adapters=True)
+            for optimizer in trainer.strategy.optimizers:
+                optimizer.reload_model_params()  # its fp32 copies were made before
         trained = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
         logger.info(
             "LoRA: %d adapted layers, %d trained parameters on this rank", len(_adapted(chunks)), trained
@@ -224,4 +233,4 @@ class LoraCallback(Callback):
         """Seeds the default stream (the same on tensor-parallel ranks) and Megatron's own (another on each)."""
         data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        model_parallel_cuda_manual_seed(_seed(self.seed, trainer.global_step, data_rank, stage))
+        model_parallel_cuda_manual_seed(seed_of(self.seed, trainer.global_step, data_rank, stage))

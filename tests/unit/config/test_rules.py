@@ -162,6 +162,11 @@ ONE_RULE = [
         ["objective=asft", "peft=lora", "peft.rank=3", "parallel.tp_size=2"],
         "peft.rank=3 is not a multiple of parallel.tp_size=2, which divides the adapters: set peft.rank=4",
     ),
+    (["objective=asft", "peft.adapter=x"], "peft.adapter does nothing with peft=none"),
+    (
+        ["objective=asft", "peft=lora", "peft.adapter=x"],
+        "peft.adapter=x is no directory with an adapter_config.json",
+    ),
     (["objective=asft_sft", "objective.alpha=-1"], "objective.alpha=-1.0 is out of range"),
     (["objective=psft", "objective.clip_low=2"], "objective.clip_low=2.0 is out of range"),
     (["objective=asft", "data.template=chat"], "data.template=chat is not available yet"),

@@ -44,7 +44,7 @@ recipe experiment precision
 objective.name objective.kl_weight objective.kl_direction
 reference.form reference.precision reference.cache_dir reference.fill reference.micro_batch_size
 reference.max_initial_kl
-peft.name peft.rank peft.alpha peft.dropout peft.targets
+peft.name peft.rank peft.alpha peft.dropout peft.targets peft.adapter
 loss.implementation loss.chunk_tokens loss.normalize_by
 model.path
 data.train data.weights data.validation data.template data.fields.prompt data.fields.response data.sequence_length
