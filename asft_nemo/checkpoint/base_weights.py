@@ -23,7 +23,13 @@ _NOT_THE_FUNCTION = ("max_position_embeddings", "attention_dropout", "initialize
 
 
 class BaseWeights(Protocol):
-    """Rows of a base model under Hugging Face names. Thread safe."""
+    """Rows of a base model under Hugging Face names. Thread safe.
+
+    Attributes:
+        files: what they are read from.
+    """
+
+    files: tuple[Path, ...]
 
     def dtype(self, tensor: HfTensor) -> torch.dtype:
         """Returns the dtype a tensor has in the Hugging Face checkpoint."""
@@ -49,6 +55,7 @@ class HfBase:
         """Reads the headers; raises `CheckpointError` when they are not those of the model."""
         self._reader = SafetensorsReader(directory)
         check_hf_tensors(self._reader, spec)
+        self.files = tuple({entry.path for entry in self._reader.tensors.values()})
 
     def dtype(self, tensor: HfTensor) -> torch.dtype:
         """Returns the dtype of a tensor."""
@@ -74,7 +81,9 @@ class DistBase:
 
     def __init__(self, checkpoint: Path, spec: ModelSpec, config: dict[str, Any]) -> None:
         """Reads the metadata; raises `CheckpointError` when it is not that of the model."""
-        self._reader = DistReader(hf_files.weights_directory(checkpoint))
+        weights = hf_files.weights_directory(checkpoint)
+        self.files = tuple(weights.iterdir())
+        self._reader = DistReader(weights)
         check_megatron_tensors(self._reader, spec)
         self._origin = hf_files.read_origin(checkpoint)
         stated = config.get("dtype", config.get("torch_dtype"))

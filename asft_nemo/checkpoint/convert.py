@@ -25,7 +25,6 @@ from asft_nemo.checkpoint.blocks import (
 )
 from asft_nemo.checkpoint.checks import check_hf_tensors, check_megatron_tensors, source_dtypes
 from asft_nemo.checkpoint.dist_read import DistReader
-from asft_nemo.checkpoint.dist_write import OutTensor, write_dist_checkpoint
 from asft_nemo.checkpoint.families import (
     EXTRA_STATE,
     EXTRA_STATE_PER_LAYER,
@@ -112,6 +111,11 @@ def import_hf(
         CheckpointError: the source is incomplete or of an unknown family, tensors are missing, left over or
             of another shape, the target exists or cannot be written.
     """
+    from asft_nemo.checkpoint.dist_write import (
+        OutTensor,
+        write_dist_checkpoint,
+    )  # imports torch's planner, 1 s
+
     started = time.monotonic()
     hf_dir, out_dir = Path(hf_dir), Path(out_dir)
     spec = read_model_spec(hf_dir)
@@ -229,7 +233,7 @@ def export_hf(
             files = hf_files.copy_hf_files(source, staging)
             main = Counter(dtypes.values()).most_common(1)[0][0]
             if dtype is not None:
-                _set_config_dtype(staging / "config.json", main)
+                set_config_dtype(staging / "config.json", main)
     logger.info("exported %s to %s", ckpt_dir, out_dir)
     return ExportReport(
         path=out_dir,
@@ -297,7 +301,7 @@ def _converted_rows(
     return produce
 
 
-def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
+def set_config_dtype(path: Path, dtype: torch.dtype) -> None:
     """Writes another dtype into config.json; leaves the file untouched when it says so already."""
     config = json.loads(path.read_text(encoding="utf-8"))
     key = "dtype" if "dtype" in config else "torch_dtype"

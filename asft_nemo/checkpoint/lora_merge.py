@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ from asft_nemo.checkpoint.blocks import Progress, ProgressCounter
 from asft_nemo.checkpoint.convert import (
     MAX_SHARD_BYTES,
     ExportReport,
-    _set_config_dtype,  # pyright: ignore[reportPrivateUsage]
+    set_config_dtype,
 )
 from asft_nemo.checkpoint.families import HfTensor, hf_tensors
+from asft_nemo.checkpoint.journal import files_identity
 from asft_nemo.checkpoint.safetensors_io import INDEX_NAME, index_text, plan_shards
 from asft_nemo.checkpoint.shards import OutRows, ProduceRows, write_shards
-from asft_nemo.checkpoint.staging import staged_directory, write_synced
+from asft_nemo.checkpoint.staging import resumable_directory, write_synced
 from asft_nemo.model import read_model_spec
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ def export_merged(
 
     Args:
         ckpt_dir: a checkpoint of a run with `peft=lora`.
-        out_dir: directory to create; it appears complete or not at all.
+        out_dir: directory to create; it appears complete or not at all. After a kill the same call goes on with the files that were
+            complete.
         base_dir: the base, a Hugging Face directory (whose other files are then taken too) or a NeMo checkpoint; None looks for the one
             the run started from, see `find_base`.
         dtype: dtype to write; None takes the base's own, tensor by tensor.
@@ -76,14 +79,21 @@ def export_merged(
         nbytes = sum(sizes.values())
         shards = plan_shards(sizes, max_shard_bytes)
         counter = ProgressCounter(progress, nbytes)
-        with staged_directory(out_dir, needed_bytes=nbytes) as staging:
-            write_shards(staging, shards, out, _merged_rows(base, tensors, out, update), counter)
+        job = {
+            "merge": files_identity(hf_files.weights_directory(ckpt_dir).iterdir()),
+            "adapters": asdict(adapters.description),
+            "base": files_identity(base.files),
+            "shards": shards,
+            "dtypes": {name: hf_files.dtype_name(rows.dtype) for name, rows in out.items()},
+        }
+        with resumable_directory(out_dir, needed_bytes=nbytes, job=job) as (staging, journal):
+            write_shards(staging, shards, out, _merged_rows(base, tensors, out, update), counter, journal)
             if len(shards) > 1:
                 write_synced(staging / INDEX_NAME, index_text(shards, nbytes).encode())
             files = hf_files.copy_hf_files(source, staging)
             main = Counter(rows.dtype for rows in out.values()).most_common(1)[0][0]
             if wanted is not None:
-                _set_config_dtype(staging / "config.json", wanted)
+                set_config_dtype(staging / "config.json", wanted)
     logger.info("merged the adapters of %s into %s", ckpt_dir, out_dir)
     return ExportReport(
         path=out_dir,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from asft_nemo.checkpoint.convert import import_hf
 from asft_nemo.config.paths import project_dir
@@ -13,8 +16,10 @@ from asft_nemo.config.schema import RunConfig, from_dict, replace
 from asft_nemo.errors import CheckpointError, ConfigError
 from asft_nemo.run_dir import (
     base_checkpoint,
+    check_run_dir,
     checkpoint_steps,
     drop_steps_after,
+    initial_adapters,
     open_run_dir,
     point_latest_at,
     resume_from,
@@ -173,3 +178,38 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
     drop_steps_after(file, 2)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+
+
+def peft_directory(folder: Path) -> Path:
+    """A rank-4 adapter of every down projection, as PEFT saves it."""
+    config = json.loads((TINY / "config.json").read_text())
+    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    tensors = {
+        f"base_model.model.model.layers.{layer}.mlp.down_proj.lora_{side}.weight": torch.randn(shape)
+        for layer in range(config["num_hidden_layers"])
+        for side, shape in (("A", (4, ffn)), ("B", (hidden, 4)))
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    description = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(description))
+    return folder
+
+
+def test_a_peft_directory_becomes_adapters_once(run: RunConfig, tmp_path: Path) -> None:
+    """It is read at the first start; a second one finds what was made of it, and other settings are refused before anything is written."""
+    source = peft_directory(tmp_path / "peft")
+    run = replace(run, {"peft.name": "lora", "peft.adapter": str(source), "peft.rank": 2})
+    base = base_checkpoint(run)
+    with pytest.raises(CheckpointError, match=r"needs rank 4, got peft.rank=2: set peft.rank=4 peft.alpha=8"):
+        initial_adapters(run, base)
+    folder = Path(run.run.dir) / "adapter"
+    assert not folder.exists()
+    run = replace(run, {"peft.rank": 4, "peft.alpha": 8.0})
+    assert initial_adapters(run, base) == folder
+    check_run_dir(run, data_fingerprint="f")  # a folder with base/ and adapter/ alone is no run yet
+    shutil.rmtree(source)
+    assert initial_adapters(run, base) == folder
+    with pytest.raises(CheckpointError, match="was made with other settings of peft"):
+        initial_adapters(replace(run, {"peft.alpha": 9.0}), base)
+    assert initial_adapters(replace(run, {"peft.adapter": None}), base) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,40 @@ def test_the_base_is_found_in_either_form(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_interrupted_goes_on(tmp_path: Path) -> None:
+    """The second start writes the files that were missing, and the result is that of a straight one; other adapters start anew."""
+    write_base(tmp_path / "base")
+    write_adapters(tmp_path / "ckpt", tmp_path / "base", adapters=ALL)
+    export_merged(tmp_path / "ckpt", tmp_path / "straight", max_shard_bytes=6_000)
+
+    def start(progress: Any) -> None:
+        export_merged(tmp_path / "ckpt", tmp_path / "out", max_shard_bytes=6_000, progress=progress)
+
+    def interrupt(done: int, total: int, what: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            start(interrupt)
+        assert not (tmp_path / "out").exists()
+    told: list[str] = []
+    start(lambda done, total, what: told.append(what))
+    assert told.count("complete before") > 5
+    assert_same_bits(read_hf(tmp_path / "out"), read_hf(tmp_path / "straight"))
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        start(interrupt)
+    adapter = tmp_path / "ckpt" / "context" / "adapter.json"
+    adapter.write_text(adapter.read_text().replace("6.0", "7.0"))
+    told.clear()
+    start(lambda done, total, what: told.append(what))
+    assert "complete before" not in told
+    assert not torch.equal(
+        *(read_hf(tmp_path / name)["model.layers.0.mlp.up_proj.weight"] for name in ("out", "straight"))
+    )
+
+
 def test_extra_state_is_dropped(tmp_path: Path) -> None:
     """Transformer Engine leaves `_extra_state` objects beside its weights: they are no weights."""
     write_base(tmp_path / "base")
@@ -138,7 +173,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path, edit_confi
     refused("holds a whole model, not adapters", tmp_path / "whole")
     refused(r"other is not the base of these adapters \(rope_theta is 500000.0", base_dir=other)
     refused("holds no weights/", base)
-    with pytest.raises(CheckpointError, match="merge its adapters first"):
+    with pytest.raises(CheckpointError, match="choose --adapters merge or --adapters peft"):
         export_hf(checkpoint, tmp_path / "out")
     shutil.move(checkpoint / "context" / "hf", tmp_path / "files")
     refused(r"does not hold the base model's files .*: pass --base HF_DIR")

@@ -197,6 +197,16 @@ def test_one_mistake_gives_one_sentence(violations: Violations, overrides: list[
     )
 
 
+def test_no_bound_on_the_first_kl_of_adapters_that_were_trained_before(
+    violations: Violations, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    settings = ["objective=asft", "peft=lora", f"peft.adapter={tmp_path}"]
+    assert violations(*settings) == ()
+    (sentence,) = violations(*settings, "reference.max_initial_kl=1")
+    assert sentence == "reference.max_initial_kl does nothing with peft.adapter: leave it out"
+
+
 def test_every_feature_not_available_is_tested() -> None:
     said = " ".join(sentence for _, sentence in ONE_RULE)
     for row in tables.NOT_YET:
