@@ -5,6 +5,7 @@ Conversion asks for none of this: any model of a known family converts, whether 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,8 +63,14 @@ def rope_kwargs(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _linear(scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """Positions divided by the factor."""
-    return {"seq_len_interpolation_factor": _factor(scaling)}
+    """Positions divided by the factor, which transformers divides the frequencies by: the same angles for powers of two only."""
+    factor = _factor(scaling)
+    if math.frexp(factor)[0] != 0.5:
+        raise UserError(
+            f"config.json: linear rope scaling with factor={factor:g} can be converted, but not trained: Megatron rounds its"
+            " angles in another way unless the factor is a power of two"
+        )
+    return {"seq_len_interpolation_factor": factor}
 
 
 def _llama3(scaling: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3_SCALING | {"factor": 32.0},
         "tie_word_embeddings": True,
     },
-    "llama-linear": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 3.0}},
+    "llama-linear": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "mistral-v0.1": {"model_type": "mistral", "sliding_window": 40},
     "mistral-v0.3": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},

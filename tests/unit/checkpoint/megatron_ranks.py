@@ -34,7 +34,7 @@ def build_model(spec, kwargs, vocab_size):
     )
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm),
         vocab_size=vocab_size,
         max_sequence_length=spec.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -95,6 +95,7 @@ def run_case(rank: int, folder: Path) -> None:
         "dtypes": sorted({str(v.dtype) for v in weights.values() if isinstance(v, torch.Tensor)}),
         "padding": max((rows.abs().max().item() for rows in padding), default=0.0),
         "padded": len(padding),
+        "frequencies": model.rotary_pos_emb.inv_freq.tolist(),
     }
     (folder / f"figures.{rank}.json").write_text(json.dumps(figures))
 

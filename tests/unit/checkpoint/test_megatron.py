@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_cases import VOCAB, assert_same_bits, read_hf, tensors_of, write_hf
+from hf_cases import CONVERTED_ONLY, VARIANTS, VOCAB, assert_same_bits, config_of, read_hf, write_variant
 
 from asft_nemo.checkpoint import export_hf, import_hf, verify
 
@@ -46,45 +46,75 @@ def run_ranks(folders: list[Path]) -> None:
     )
 
 
-def make_case(folder: Path, *, tied: bool) -> dict[str, torch.Tensor]:
+TRAINED = [variant for variant in VARIANTS if variant not in CONVERTED_ONLY]
+
+
+def make_case(folder: Path, variant: str) -> dict[str, torch.Tensor]:
     """A bf16 checkpoint of four layers (two per stage), imported; returns its tensors."""
-    tensors = tensors_of(tied=tied, dtype=torch.bfloat16)
-    last = {name: tensor for name, tensor in tensors.items() if ".layers.2." in name}
-    tensors |= {name.replace(".2.", ".3."): torch.empty_like(tensor) for name, tensor in last.items()}
-    for tensor in tensors.values():
-        tensor.copy_(torch.randn(tensor.shape) * 0.3 if tensor.ndim == 2 else torch.rand(tensor.shape))
-    write_hf(folder / "hf", tied=tied, files=3, tensors=tensors)
-    config = folder / "hf" / "config.json"
-    config.write_text(config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    tensors = write_variant(folder / "hf", config_of(variant, layers=4), files=3)
     import_hf(folder / "hf", folder / "ckpt")
-    torch.save(torch.randint(0, VOCAB, (2, 24)), folder / "tokens.pt")
+    generator = torch.Generator().manual_seed(1)
+    torch.save(torch.randint(0, VOCAB, (2, 32), generator=generator), folder / "tokens.pt")
     return tensors
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """Both cases, loaded into fp32 models at TP2 x PP2 and saved by them; the ranks are started once."""
+    """All cases, loaded into fp32 models at TP2 x PP2 and saved by them; the ranks are started once."""
     root = tmp_path_factory.mktemp("ranks")
-    made = {kind: (root / kind, make_case(root / kind, tied=kind == "tied")) for kind in ("untied", "tied")}
+    made = {variant: (root / variant, make_case(root / variant, variant)) for variant in TRAINED}
     run_ranks([folder for folder, _ in made.values()])
     for folder, _ in made.values():
         shutil.copytree(folder / "ckpt" / "context", folder / "trained" / "context")
     return made
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_logits_equal_those_of_transformers(cases, kind):
+def logits_of_transformers(
+    folder: Path, *, dtype: torch.dtype = torch.float64, **changes: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, S, V] and the frequencies of the rotary embedding."""
     transformers = pytest.importorskip("transformers")
-    folder, _ = cases[kind]
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "hf", dtype=dtype, attn_implementation="eager", **changes
+    )
     with torch.no_grad():
-        theirs = model(torch.load(folder / "tokens.pt")).logits
-    assert (torch.load(folder / "logits.pt") - theirs).abs().max() <= 2e-6 * theirs.abs().max()
+        logits = model(torch.load(folder / "tokens.pt")).logits
+    return logits.double(), model.model.rotary_emb.inv_freq
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_a_bf16_import_fills_an_fp32_model_and_its_padding_with_zeros(cases, kind):
-    folder, _ = cases[kind]
+@pytest.mark.parametrize("variant", TRAINED)
+def test_logits_equal_those_of_transformers(cases, variant):
+    """Against fp64, where transformers' own fp32 logits of these sharp random models are 8e-7 to 5e-6 of the largest off."""
+    folder, _ = cases[variant]
+    exact, _ = logits_of_transformers(folder)
+    naive, _ = logits_of_transformers(folder, dtype=torch.float32)
+    ours = torch.load(folder / "logits.pt")
+    error, theirs = (float((logits - exact).abs().max() / exact.abs().max()) for logits in (ours, naive))
+    print(
+        f"{variant} at TP2 x PP2: logits {error:.1e} of the largest one off, transformers' in fp32 {theirs:.1e}"
+    )
+    assert error <= theirs + 2e-6
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("variant", ["llama-3", "llama-3.1", "llama-3.2"])
+def test_frequencies_equal_those_of_transformers(cases, variant):
+    """Bit for bit, the scaled ones of Llama 3.1 and 3.2 too: Megatron's constants are theirs."""
+    folder, _ = cases[variant]
+    figures = json.loads((folder / "figures.0.json").read_text())
+    assert figures["frequencies"] == logits_of_transformers(folder)[1].tolist()
+
+
+@pytest.mark.parametrize("variant", ["llama-3.1", "llama-3.2", "llama-linear"])
+def test_a_scaling_that_was_forgotten_would_show(cases, variant):
+    folder, _ = cases[variant]
+    unscaled, _ = logits_of_transformers(folder, rope_scaling=None)
+    assert (torch.load(folder / "logits.pt") - unscaled).abs().max() > 1e-3 * unscaled.abs().max()
+
+
+@pytest.mark.parametrize("variant", TRAINED)
+def test_a_bf16_import_fills_an_fp32_model_and_its_padding_with_zeros(cases, variant):
+    folder, _ = cases[variant]
     figures = [json.loads((folder / f"figures.{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
     assert all(rank["dtypes"] == ["torch.float32"] for rank in figures)
     # The second tensor-parallel rank of each stage holds the end of the vocabulary.
@@ -92,9 +122,9 @@ def test_a_bf16_import_fills_an_fp32_model_and_its_padding_with_zeros(cases, kin
     assert all(rank["padding"] == 0.0 for rank in figures)
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied"])
-def test_what_megatron_saves_exports_bit_for_bit(cases, kind, tmp_path):
-    folder, tensors = cases[kind]
+@pytest.mark.parametrize("variant", TRAINED)
+def test_what_megatron_saves_exports_bit_for_bit(cases, variant, tmp_path):
+    folder, tensors = cases[variant]
     assert verify(folder / "trained", folder / "hf").identical
     export_hf(folder / "trained", tmp_path / "back", max_shard_bytes=60_000)
     assert_same_bits(read_hf(tmp_path / "back"), tensors)

@@ -145,6 +145,7 @@ def test_llama3_scaling_reaches_megatron():
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor=None"),
         ("llama", {"rope_scaling": LLAMA3_SCALING | {"factor": "8"}}, "factor is '8' where a number"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor is None"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 3.0}}, "factor=3 .* power of two"),
         (
             "qwen2",
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
