@@ -35,11 +35,11 @@ def launch_cache(run: RunConfig, *, repair: bool) -> None:
     Raises: as `launch`.
     """
     from asft_nemo.data import prepare
-    from asft_nemo.model import read_model_spec
+    from asft_nemo.model import check_trainable, read_model_spec
     from asft_nemo.run_dir import base_checkpoint, hf_dir
 
     require_fp8(run)
-    read_model_spec(hf_dir(run))
+    check_trainable(read_model_spec(hf_dir(run)))
     logger.info("%s", prepare(run, tokenizer_dir=hf_dir(run)).summary)
     base_checkpoint(run)
     _start([{"job": "repair" if repair else "cache", "config": to_dict(run)}], run.run.world_size)
@@ -101,7 +101,7 @@ def _prepare(run: RunConfig, held: ExitStack) -> bool:
         Whether anything is left to train: a finished run that is resumed has nothing to do.
     """
     from asft_nemo.data import prepare
-    from asft_nemo.model import read_model_spec
+    from asft_nemo.model import check_trainable, read_model_spec
     from asft_nemo.reference.cache_store import read_manifest
     from asft_nemo.run_dir import (
         base_checkpoint,
@@ -112,7 +112,7 @@ def _prepare(run: RunConfig, held: ExitStack) -> bool:
         resume_from,
     )
 
-    read_model_spec(hf_dir(run))
+    check_trainable(read_model_spec(hf_dir(run)))
     prepared = prepare(run, tokenizer_dir=hf_dir(run))
     logger.info("%s", prepared.summary)
     held.callback(open_run_dir(run, data_fingerprint=prepared.fingerprint).release)

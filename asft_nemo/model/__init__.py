@@ -14,11 +14,13 @@ from asft_nemo.model.config import (
     read_model_spec,
 )
 from asft_nemo.model.families import FAMILIES, Family, family_of, model_spec
+from asft_nemo.model.trainable import check_trainable
 
 __all__ = [
     "FAMILIES",
     "Family",
     "ModelSpec",
+    "check_trainable",
     "family_of",
     "megatron_config_kwargs",
     "model_spec",

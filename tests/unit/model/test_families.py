@@ -1,9 +1,14 @@
 """Every family: published sizes, what its config.json leaves to defaults, what can be trained and what is refused."""
 
+import json
+from functools import partial
+
 import pytest
 
+from asft_nemo.config.load import compose
 from asft_nemo.config.model_shape import attention_window
 from asft_nemo.errors import CheckpointError, ConfigError, UserError
+from asft_nemo.launch_local import launch, launch_cache
 from asft_nemo.model import FAMILIES, megatron_config_kwargs, model_spec, parameter_count
 
 CLASSES = {
@@ -162,6 +167,18 @@ def test_what_megatron_does_not_compute_is_described_but_not_trained(family, fie
     spec = model_spec(config(family, **fields))
     with pytest.raises(UserError, match=message):
         megatron_config_kwargs(spec)
+
+
+def test_the_launcher_refuses_it_before_any_rank_starts(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config("llama", mlp_bias=True)))
+    run = compose(
+        ["recipe=tiny_cpu", "objective=sft", f"model.path={tmp_path}", f"run.dir={tmp_path / 'run'}"],
+        check_inputs=False,
+    )
+    for start in (launch, partial(launch_cache, repair=False)):
+        with pytest.raises(UserError, match="mlp_bias=true can be converted, but not trained"):
+            start(run)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(
