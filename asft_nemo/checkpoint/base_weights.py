@@ -160,7 +160,7 @@ def find_base(checkpoint: Path, base_dir: str | Path | None) -> Path:
     """Returns where the base of a checkpoint of adapters is.
 
     That is the directory given; else `base/` of the run the checkpoint lies in, where the run imported its base; else what
-    `context/run.json` recorded.
+    `context/run.json` recorded. One that was not given must have the config.json that the checkpoint has, byte for byte.
 
     Raises:
         CheckpointError: none of them is there.
@@ -168,15 +168,24 @@ def find_base(checkpoint: Path, base_dir: str | Path | None) -> Path:
     if base_dir is not None:
         return Path(base_dir)
     named = recorded_base(checkpoint)
-    places = [checkpoint.resolve().parents[1] / "base", *([] if named is None else [Path(named)])]
+    places = [checkpoint.resolve().parent.parent / "base", *([] if named is None else [Path(named)])]
     for place in places:
-        if is_nemo(place) or (place / "config.json").is_file():
+        if _config_text(place) is not None and _config_text(place) == _config_text(checkpoint):
             return place
-    where = "" if named is None else f" ({named}, when it was trained, is not here)"
+    where = "" if named is None else f" ({named}, when it was trained, is not here or another model)"
     raise CheckpointError(
         f"{checkpoint} holds adapters alone and its base is not beside it{where}: pass --base HF_DIR, the Hugging Face directory the run "
         "started from"
     )
+
+
+def _config_text(directory: Path) -> bytes | None:
+    """Returns a base's config.json in either form, None where there is none."""
+    folder = directory / hf_files.CONTEXT / hf_files.HF_FILES if is_nemo(directory) else directory
+    try:
+        return (folder / "config.json").read_bytes()
+    except OSError:
+        return None
 
 
 def recorded_base(checkpoint: Path) -> str | None:

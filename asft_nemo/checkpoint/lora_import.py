@@ -7,6 +7,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,12 +21,14 @@ from asft_nemo.checkpoint.adapters import (
     draw_a,
 )
 from asft_nemo.checkpoint.blocks import BLOCK_BYTES, MODULE_PREFIX
-from asft_nemo.checkpoint.dist_write import OutTensor, Produce, write_dist_checkpoint
 from asft_nemo.checkpoint.mapping import Segment, hf_runs
 from asft_nemo.checkpoint.peft_adapter import PeftAdapter
 from asft_nemo.checkpoint.staging import staged_directory, write_synced
 from asft_nemo.errors import CheckpointError
 from asft_nemo.model import ModelSpec, read_model_spec
+
+if TYPE_CHECKING:
+    from asft_nemo.checkpoint.dist_write import Produce
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,9 @@ def import_peft(
         CheckpointError: the directory is not plain LoRA of this model in safetensors, the run's rank is too small or its targets are too
             few, or the target cannot be written.
     """
+    # imports torch's planner, 1 s
+    from asft_nemo.checkpoint.dist_write import OutTensor, write_dist_checkpoint
+
     started = time.monotonic()
     peft_dir, out_dir, hf_dir = Path(peft_dir), Path(out_dir), Path(hf_dir)
     spec = read_model_spec(hf_dir)

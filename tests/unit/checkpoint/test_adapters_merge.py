@@ -84,7 +84,7 @@ def test_the_sum_is_rounded_once(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
-def test_the_base_is_found_in_either_form(tmp_path: Path) -> None:
+def test_the_base_is_found_in_either_form(tmp_path: Path, edit_config: Any) -> None:
     """Given, in the run's folder, or where the run found it: the same directory, bit for bit."""
     write_base(tmp_path / "base")
     run = tmp_path / "run"
@@ -103,8 +103,12 @@ def test_the_base_is_found_in_either_form(tmp_path: Path) -> None:
         assert_same_bits(read_hf(tmp_path / name), expected)
     with pytest.raises(
         CheckpointError,
-        match=r"base is not beside it \(.*base, when it was trained, is not here\): pass --base HF_DIR",
+        match=r"base is not beside it \(.*base, when it was trained, is not here or another model\): pass",
     ):
+        export_merged(checkpoint, tmp_path / "out")
+    write_base(tmp_path / "base")
+    edit_config(tmp_path / "base", rope_theta=5e5)  # another model by now
+    with pytest.raises(CheckpointError, match="base is not beside it"):
         export_merged(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import write_adapters, write_base
-from hf_cases import HIDDEN, LAYERS, assert_same_bits, read_hf
+from hf_cases import HIDDEN, LAYERS, assert_same_bits, config_of, read_hf, write_variant
 from safetensors.torch import load_file, save_file
 
 from asft_nemo.checkpoint.adapters import TARGETS, AdapterDescription, AdapterReader
@@ -180,6 +180,23 @@ def test_adapters_that_peft_trained_compute_the_same_here(tmp_path: Path, case: 
     worst = max(relative(found[name], expected[name]) for name in found)
     print(f"{case}: {len(changed)} weights, worst difference {worst:.1e}")
     assert worst < 3e-7
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "llama-2", "llama-3.2", "mistral-v0.3"])
+def test_of_every_family(tmp_path: Path, variant: str) -> None:
+    """PEFT's own adapter, what comes back of it, and the merged model: the same logits."""
+    write_variant(tmp_path / "base", config_of(variant, dtype=torch.float32))
+    expected = logits(trained_by_peft(tmp_path / "peft", tmp_path / "base", target_modules=EVERY))
+    import_peft(tmp_path / "peft", tmp_path / "ckpt", hf_dir=tmp_path / "base")
+    export_peft(tmp_path / "ckpt", tmp_path / "again")
+    export_merged(tmp_path / "ckpt", tmp_path / "merged", base_dir=tmp_path / "base")
+    base = load(tmp_path / "base")
+    moved = relative(logits(base), expected)
+    again = relative(logits(peft.PeftModel.from_pretrained(base, tmp_path / "again")), expected)
+    merged = relative(logits(load(tmp_path / "merged")), expected)
+    print(f"{variant}: moved {moved:.1e}, PEFT again {again:.1e}, merged {merged:.1e}")
+    assert moved > 1e-2
+    assert max(again, merged) < 1e-5
 
 
 @pytest.mark.parametrize(("alpha", "exact"), [(40.0, True), (20.0, False), (3.0, False)])
