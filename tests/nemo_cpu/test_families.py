@@ -17,7 +17,7 @@ from ranks import RankGroup
 from test_gradients import BOUND, LAYOUTS, LENGTH, OBJECTIVES, VALID, megatron_gradients, second_batch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from asft_nemo.checkpoint import export_hf, verify
+from asft_nemo.checkpoint import export_hf, export_merged, verify
 from asft_nemo.objectives import objective
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
@@ -71,6 +71,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in FAMILIES}
 
 
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("family", CASES)
 def test_training_is_exact(
     family: str, ranks4: RankGroup, models: dict[str, Path], tmp_path: Path, record_property: Any
@@ -87,9 +91,7 @@ def test_training_is_exact(
     print(f"{family} at {CASES[family]}: worst gradient error {error:.1e} of max |grad| ({where})")
     assert error <= BOUND, (error, where)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
-    first, second = (
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    )
+    first, second = metrics_of(tmp_path / "run")
     assert first["kl"] == 0.0
     assert second["kl"] > 0.0
     assert verify(tmp_path / "run" / "base", models[family]).identical
@@ -110,6 +112,39 @@ def test_a_scaling_that_was_forgotten_would_show(models: dict[str, Path], tmp_pa
         for folder in (models["llama32"], tmp_path / "unscaled")
     )
     assert worst_error(unscaled, scaled)[0] > 50 * BOUND
+
+
+def test_adapters_of_wide_heads_merge_to_what_was_trained(
+    ranks4: RankGroup, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """LoRA on Qwen3, whose attention is wider than its residual stream: the second step's loss is that of the first one's merge."""
+    settings = {
+        **OBJECTIVES["asft"],
+        **LAYOUTS["tp2_pp2_sp"][1],
+        "model.path": str(models["qwen3"]),
+        "run.dir": str(tmp_path / "run"),
+        "run.world_size": 4,
+        "peft.name": "lora",
+        "peft.dropout": 0.0,
+        "reference.form": "adapter_disabled",
+        "data.sequence_length": LENGTH,
+        "optim.lr": 3e-3,
+        "optim.warmup_ratio": 0.0,
+        "trainer.max_steps": 2,
+        "trainer.checkpoint_every": 1,
+        "trainer.keep": "last:2",
+    }
+    ranks4.run("jobs:train_steps", settings=settings, valid=VALID)
+    export_merged(tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "merged")
+    data = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
+    chosen = objective("asft", kl_weight=0.5)
+    batches = second_batch(42, data)
+    _, expected = oracle_gradients(tmp_path / "merged", chosen, batches, data, ref=models["qwen3"])
+    _, unmoved = oracle_gradients(models["qwen3"], chosen, batches, data, ref=models["qwen3"])
+    first, second = metrics_of(tmp_path / "run")
+    assert first["kl"] == 0.0
+    assert second["loss"] == pytest.approx(expected, rel=1e-5)
+    assert abs(unmoved - expected) > 1e-3 * expected
 
 
 def test_the_distributed_optimizers_checkpoint_exports_what_the_ordinary_ones_does(
