@@ -123,7 +123,7 @@ def _tokens(hf_dir: Path, text: str | Path | None, *, length: int, sequences: in
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{hf_dir} holds no tokenizer that transformers loads ({str(error).splitlines()[0]}): copy the tokenizer files there, or compare "
             "the weights alone with --weights-only"

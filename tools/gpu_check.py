@@ -6,7 +6,7 @@
 Trains a random model with `asft train`'s own code, one group of ranks a form: sft as the measure, asft with a resident, an offloaded and
 a cached reference, LoRA sft, LoRA asft with adapters disabled, and a resident reference in FP8 where Transformer Engine is. Peak memory
 is that of torch's allocator, the most of any rank (`peak_device_bytes` in a run's summary.json). Then compares the fused loss with the
-dense fp64 oracle in bf16 and fp32, with the Triton kernels and without. Writes `<name>.json` and `<name>.md` into `--out`.
+dense fp64 oracle in bf16 and fp32, with the Triton kernels and without, and puts NeMo's own importer and exporter beside ours. Writes `<name>.json` and `<name>.md` into `--out`.
 
 Exit codes: 0 all ran and all errors are within their bounds; 1 a form failed or a loss is off; 2 there is no GPU.
 """
@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from bench import nemo_convert
 from bench.training import FORMS, Form, make_data, make_model, run_settings
 
 log = logging.getLogger("gpu_check")
@@ -213,6 +214,12 @@ def page(record: Mapping[str, Any]) -> str:
             "",
             truth_table(record["truth"]),
             "",
+            "## Conversion beside NeMo's own",
+            "",
+            "Each in a process of its own, imports and start included; the random model of the runs above.",
+            "",
+            nemo_convert.table(record["conversion"]),
+            "",
         ]
     )
 
@@ -238,6 +245,8 @@ def main(arguments: list[str]) -> int:
         examples = max(64, options.micro_batch_size * options.micro_batches * options.gpus)
         make_data(folder / "train.jsonl", examples=examples, sequence_length=options.sequence_length)
         runs = {form: measure(form, options, folder) for form in CHECKED if form in wanted}
+        (folder / "conversion").mkdir()
+        conversion = nemo_convert.measure(folder / "model" / "hf", folder / "conversion")
     found = checks(tokens=options.tokens, vocab=options.vocab, hidden=options.hidden, device="cuda")
     record = {
         "date": date.today().isoformat(),
@@ -247,6 +256,7 @@ def main(arguments: list[str]) -> int:
         "options": {key: value for key, value in vars(options).items() if key not in ("out", "name")},
         "runs": runs,
         "truth": [one.record() for one in found],
+        "conversion": conversion,
     }
     (options.out / f"{options.name}.json").write_text(json.dumps(record, indent=2) + "\n")
     (options.out / f"{options.name}.md").write_text(page(record))

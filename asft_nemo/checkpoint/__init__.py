@@ -6,6 +6,7 @@ Usable without NeMo or Megatron being imported.
 from __future__ import annotations
 
 from asft_nemo.checkpoint.convert import ExportReport, ImportReport, export_hf, import_hf
+from asft_nemo.checkpoint.inspection import Inspection, inspect
 from asft_nemo.checkpoint.lora_import import PeftImportReport, import_peft
 from asft_nemo.checkpoint.lora_merge import export_merged
 from asft_nemo.checkpoint.lora_peft import export_peft
@@ -14,6 +15,7 @@ from asft_nemo.checkpoint.verify import TensorDifference, VerifyReport, verify
 __all__ = [
     "ExportReport",
     "ImportReport",
+    "Inspection",
     "PeftImportReport",
     "TensorDifference",
     "VerifyReport",
@@ -22,5 +24,6 @@ __all__ = [
     "export_peft",
     "import_hf",
     "import_peft",
+    "inspect",
     "verify",
 ]

@@ -1,6 +1,6 @@
 """Reading blocks of rows from a torch distributed checkpoint without running its pickles.
 
-Two pickles lie in such a checkpoint: `.metadata`, which says what tensors there are and where their chunks
+Two pickles lie in such a checkpoint: `.metadata` (see `dist_metadata`), which says what tensors there are and where their chunks
 lie, and one small one inside every chunk (a chunk is a `torch.save` archive: a zip file whose records are
 stored uncompressed). Both are read with unpicklers that build plain values only. The numbers themselves are
 read straight from the file, just the rows asked for, so that even a chunk that holds a whole embedding costs
@@ -23,30 +23,16 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
 
+from asft_nemo.checkpoint.dist_metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+    read_metadata,
+)
 from asft_nemo.checkpoint.safetensors_io import read_into
 from asft_nemo.errors import CheckpointError
 
-_METADATA_CLASSES: dict[tuple[str, str], Any] = {
-    ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
-    for name in (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,  # pyright: ignore
-    ("torch", "Size"): torch.Size,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    # Megatron-core's own class adds a field we do not need; the plain one takes its state as well.
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): metadata.Metadata,
-}
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -56,32 +42,6 @@ _STORAGE_DTYPES = {
     "IntStorage": torch.int32,
     "ByteStorage": torch.uint8,
 }
-
-
-class _Inert:
-    """Stands for any class that is not needed: it accepts what a pickle gives it and does nothing."""
-
-    def __new__(cls, *_: Any, **__: Any) -> _Inert:
-        return object.__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        return _METADATA_CLASSES.get((module, name), _Inert)
 
 
 @dataclass(frozen=True)
@@ -160,27 +120,15 @@ class DistReader:
             CheckpointError: the directory holds no complete distributed checkpoint.
         """
         self.weights_dir = Path(weights_dir)
-        path = self.weights_dir / ".metadata"
-        if not path.is_file():
-            raise CheckpointError(
-                f"{self.weights_dir} holds no distributed checkpoint (.metadata is missing): give the"
-                " directory of a"
-                " checkpoint that was written to its end"
-            )
-        try:
-            with path.open("rb") as stream:
-                loaded = _MetadataUnpickler(stream).load()
-            described: dict[str, Any] = loaded.state_dict_metadata
-            self._storage: dict[metadata.MetadataIndex, Any] = loaded.storage_data
-        except Exception as error:
-            raise CheckpointError(f"{path} cannot be read ({error!r}): copy the checkpoint again") from error
-        self.tensors: dict[str, metadata.TensorStorageMetadata] = {
+        loaded = read_metadata(self.weights_dir)
+        self._storage = loaded.storage_data
+        self.tensors: dict[str, TensorStorageMetadata] = {
             key: value
-            for key, value in described.items()
-            if isinstance(value, metadata.TensorStorageMetadata)
+            for key, value in loaded.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata)
         }
         self._descriptors: dict[Path, int] = {}
-        self._records: dict[metadata.MetadataIndex, _Record] = {}
+        self._records: dict[MetadataIndex, _Record] = {}
         self._lock = threading.Lock()
 
     def dtype(self, key: str) -> torch.dtype:
@@ -227,13 +175,13 @@ class DistReader:
     def _read_box(
         self,
         key: str,
-        chunk: metadata.ChunkStorageMetadata,
+        chunk: ChunkStorageMetadata,
         inside: list[int],
         lead: int,
         piece: torch.Tensor,
     ) -> None:
         """Reads whole rows of a chunk, then takes from them the columns that `piece` wants."""
-        record = self._record(metadata.MetadataIndex(key, chunk.offsets), chunk)
+        record = self._record(MetadataIndex(key, chunk.offsets), chunk)
         row_shape = tuple(chunk.sizes[lead + 1 :])
         row_numel = math.prod(row_shape)
         row = inside[lead] if lead == 0 else inside[0] * chunk.sizes[1] + inside[1]
@@ -248,13 +196,13 @@ class DistReader:
             rows = rows.narrow(dim, first, size)
         piece.copy_(rows)
 
-    def _record(self, index: metadata.MetadataIndex, chunk: metadata.ChunkStorageMetadata) -> _Record:
+    def _record(self, index: MetadataIndex, chunk: ChunkStorageMetadata) -> _Record:
         with self._lock:
             if index not in self._records:
                 self._records[index] = self._locate(index, chunk)
             return self._records[index]
 
-    def _locate(self, index: metadata.MetadataIndex, chunk: metadata.ChunkStorageMetadata) -> _Record:
+    def _locate(self, index: MetadataIndex, chunk: ChunkStorageMetadata) -> _Record:
         info = self._storage[index]
         path = self.weights_dir / info.relative_path
         if Path(info.relative_path).name != info.relative_path or not path.is_file():

@@ -27,7 +27,16 @@ def add_checkpoints(add: Add) -> None:
     exporter.add_argument(
         "--base", type=Path, help="Hugging Face directory to take config and tokenizer from"
     )
-    exporter.add_argument("--max-shard-bytes", type=int, help="largest size of one safetensors file")
+    exporter.add_argument(
+        "--max-shard-size",
+        type=_size,
+        help="largest safetensors file, for example 5GB or 500MB (default: 5GB)",
+    )
+    exporter.add_argument(
+        "--adapters",
+        choices=("merge", "peft"),
+        help="of a LoRA checkpoint: merged into the base's weights (fp32, then cast), or as a directory that PEFT loads",
+    )
     verifier = add(
         "verify", _verify, "compare a NeMo checkpoint with a Hugging Face directory: every bit, then logits"
     )
@@ -78,18 +87,39 @@ def _import(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    from asft_nemo.checkpoint.convert import export_hf
+def _size(text: str) -> int:
+    """Bytes from a number with a unit, in powers of ten as Hugging Face counts."""
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
+    number = text.upper().rstrip("GMKB")
+    unit = units.get(text.upper().removeprefix(number))
+    try:
+        size = round(float(number) * (unit or 0))
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no size: write for example 5GB, 500MB or a number of bytes"
+        )
+    return size
 
+
+def _export(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {"dtype": arguments.dtype, "base_dir": arguments.base}
-    if arguments.max_shard_bytes is not None:
-        options["max_shard_bytes"] = arguments.max_shard_bytes
+    if arguments.max_shard_size is not None and arguments.adapters != "peft":
+        options["max_shard_bytes"] = arguments.max_shard_size
+    if arguments.adapters == "merge":
+        from asft_nemo.checkpoint.lora_merge import export_merged as export
+    elif arguments.adapters == "peft":
+        from asft_nemo.checkpoint.lora_peft import export_peft as export
+    else:
+        from asft_nemo.checkpoint.convert import export_hf as export
     with progress_of("export") as progress:
-        report = export_hf(arguments.ckpt_dir, arguments.out_dir, progress=progress, **options)
+        report = export(arguments.ckpt_dir, arguments.out_dir, progress=progress, **options)
+    done = {"merge": "merged", "peft": "wrote adapters of"}.get(arguments.adapters, "exported")
     answer(
         arguments,
         _conversion(report),
-        f"exported {report.num_tensors} tensors ({report.nbytes} bytes) to {report.path}",
+        f"{done} {report.num_tensors} tensors ({report.nbytes} bytes) to {report.path}",
     )
     return DONE
 
@@ -157,7 +187,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from asft_nemo.checkpoint.inspect import inspect
+    from asft_nemo.checkpoint.inspection import inspect
 
     found = inspect(arguments.path)
     values = found.to_json()

@@ -168,11 +168,17 @@ def test_the_page_says_what_it_was_measured_on() -> None:
         "options": {"hidden": 64, "forms": ["sft"]},
         "runs": RUNS,
         "truth": [],
+        "conversion": [
+            {"what": "asft import", "seconds": 2.0, "peak_rss_bytes": 3 << 20},
+            {"what": "NeMo", "skipped": "why"},
+        ],
     }
     page = gpu_check.page(record)
     assert "A GPU, 80 GiB; CUDA 12.9. torch 2.13.0. Commit abc." in page
     assert "Options: hidden=64." in page
     assert gpu_check.memory_table(RUNS) in page
+    assert "| asft import | 2.0 | 3 |" in page
+    assert "| NeMo | skipped: why | |" in page
 
 
 def test_one_broken_form_does_not_stop_the_others(

@@ -1,0 +1,134 @@
+"""What `.metadata` of a torch distributed checkpoint says, read without running its pickle.
+
+The classes here stand for those of `torch.distributed.checkpoint.metadata` (torch 2.13) of the same names and hold the same fields. Nothing of
+that package is imported: it takes a second, and a pickle can then make nothing but these plain values.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asft_nemo.errors import CheckpointError
+
+
+@dataclass
+class ChunkStorageMetadata:
+    """Where a chunk lies in its tensor: first index and size in each dim."""
+
+    offsets: torch.Size
+    sizes: torch.Size
+
+
+@dataclass
+class TensorProperties:
+    """A tensor's dtype; what else a pickle says of it is not read."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = state[0]
+
+
+@dataclass
+class TensorStorageMetadata:
+    """A tensor on disk: dtype, shape and chunks."""
+
+    properties: TensorProperties
+    size: torch.Size
+    chunks: list[ChunkStorageMetadata]
+
+
+@dataclass(frozen=True)
+class MetadataIndex:
+    """A chunk's key: the tensor's name and the chunk's offsets."""
+
+    fqn: str
+    offset: torch.Size | None = None
+    index: int | None = field(hash=False, compare=False, default=None)
+
+
+@dataclass
+class StorageInfo:
+    """Where a chunk lies on disk: file, first byte, bytes."""
+
+    relative_path: str
+    offset: int
+    length: int
+
+
+@dataclass
+class Metadata:
+    """Everything: name -> tensor (or something inert, for objects), and chunk -> place."""
+
+    state_dict_metadata: dict[str, Any]
+    storage_data: dict[MetadataIndex, StorageInfo]
+
+
+class _Inert:
+    """Stands for any class that is not needed: it accepts what a pickle gives it and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+
+_TORCH = "torch.distributed.checkpoint"
+_CLASSES: dict[tuple[str, str], Any] = {
+    (f"{_TORCH}.metadata", "ChunkStorageMetadata"): ChunkStorageMetadata,
+    (f"{_TORCH}.metadata", "TensorProperties"): TensorProperties,
+    (f"{_TORCH}.metadata", "TensorStorageMetadata"): TensorStorageMetadata,
+    (f"{_TORCH}.metadata", "MetadataIndex"): MetadataIndex,
+    (f"{_TORCH}.metadata", "Metadata"): Metadata,
+    (f"{_TORCH}.filesystem", "_StorageInfo"): StorageInfo,
+    # Megatron-core's own class adds a field we do not need.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
+    ("torch", "Size"): torch.Size,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return _CLASSES.get((module, name), _Inert)
+
+
+def read_metadata(weights_dir: Path) -> Metadata:
+    """Returns the metadata of a torch distributed checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = weights_dir / ".metadata"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{weights_dir} holds no distributed checkpoint (.metadata is missing): give the directory of a checkpoint that was written to "
+            "its end"
+        )
+    try:
+        with path.open("rb") as stream:
+            loaded = _Unpickler(stream).load()
+        if not isinstance(loaded, Metadata):
+            raise TypeError("it describes no checkpoint")
+        _ = loaded.state_dict_metadata.items(), loaded.storage_data.items()
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({error!r}): copy the checkpoint again") from error
+    return loaded
