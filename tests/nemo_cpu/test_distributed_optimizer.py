@@ -15,6 +15,8 @@ from models import make_model
 from ranks import RankGroup
 from test_training import VALID, all_tensors, metrics, settings_of, without_times
 
+from asft_nemo.checkpoint import export_hf
+
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
 OVERLAPPED = {
@@ -79,6 +81,11 @@ def test_training_is_that_of_the_ordinary_optimizer(
     one, other = (weights_of(tmp_path / name) for name in runs)
     assert set(one) == set(other)
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    if not case.startswith("lora"):
+        for name in runs:
+            export_hf(tmp_path / name / "checkpoints" / "latest", tmp_path / f"{name}_hf")
+        files = [(tmp_path / f"{name}_hf" / "model.safetensors").read_bytes() for name in runs]
+        assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("case", ["resident_tp2_dp2_sp_bf16", "resident_pp2_vpp2_dp2", "lora_tp2_dp2"])

@@ -258,7 +258,10 @@ def test_a_cache_that_does_not_fit_is_refused(
     for field, change in (
         ("data", {"data.train": [str(other)]}),
         ("sequence_length", {"data.sequence_length": 24}),
-        ("template", {"data.template": "alpaca", "data.on_too_long": "truncate", "data.sequence_length": 128}),
+        (
+            "template",
+            {"data.template": "alpaca", "data.on_too_long": "truncate", "data.sequence_length": 128},
+        ),
         *((field, {"model.path": str(base)}) for field, base in bases.items()),
     ):
         settings = {**cached, **change, "run.dir": str(tmp_path / f"run_{field}")}

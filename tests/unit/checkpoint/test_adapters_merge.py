@@ -12,6 +12,7 @@ import torch
 from adapter_cases import updates, write_adapters, write_base
 from hf_cases import KEPT, assert_same_bits, read_hf
 
+from asft_nemo import cli
 from asft_nemo.checkpoint import export_hf, import_hf, shards
 from asft_nemo.checkpoint.adapters import TARGETS, AdapterDescription, adapter_description
 from asft_nemo.checkpoint.lora_merge import export_merged
@@ -194,3 +195,24 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path: Path, edit_confi
     assert adapter_description(checkpoint) == ALL
     shutil.rmtree(checkpoint / "weights")
     refused("holds no weights/")
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """export says what it wants of adapters, writes both forms, and inspect tells all three apart."""
+    base = write_base(tmp_path / "base")
+    write_adapters(tmp_path / "ckpt", tmp_path / "base", adapters=ALL)
+    given = [str(tmp_path / "ckpt"), str(tmp_path / "out")]
+    assert cli.main(["export", *given]) == 2
+    assert "choose --adapters merge or --adapters peft" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert cli.main(["export", *given, "--adapters", "merge", "--max-shard-size", "40KB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_tensors"] == len(base)
+    peft = [str(tmp_path / "ckpt"), str(tmp_path / "peft"), "--base", str(tmp_path / "base")]
+    assert cli.main(["export", *peft, "--adapters", "peft"]) == 0
+    assert capsys.readouterr().out.startswith("wrote adapters of 42 tensors")
+    kinds = {}
+    for name in ("ckpt", "out", "peft"):
+        assert cli.main(["inspect", str(tmp_path / name), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        kinds[name] = (found["kind"], found["adapters"] and found["adapters"]["rank"])
+    assert kinds == {"ckpt": ("nemo adapters", 4), "out": ("huggingface", None), "peft": ("peft adapters", 4)}
