@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from asft_nemo.config.load import compose
 from asft_nemo.config.paths import project_dir
 from asft_nemo.config.schema import RunConfig
-from asft_nemo.errors import CheckpointError, DataError
+from asft_nemo.errors import CheckpointError, DataError, UserError
 from asft_nemo.launch_local import launch_logits
-from asft_nemo.model import read_model_spec
+from asft_nemo.model import check_trainable, read_model_spec
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,12 @@ def compare_logits(
     """
     ckpt_dir, hf_dir = Path(ckpt_dir), Path(hf_dir)
     spec = read_model_spec(hf_dir)
-    run = _run_config(hf_dir, overrides, min(_TOKENS, spec.max_position_embeddings))
+    try:
+        check_trainable(spec)
+    except UserError as error:
+        raise UserError(f"{error}; its weights can be compared with --weights-only") from error
+    limits = (_TOKENS, spec.max_position_embeddings, spec.attention_window)
+    run = _run_config(hf_dir, overrides, min(limit for limit in limits if limit is not None))
     tokens_NS = _tokens(
         hf_dir, text, length=run.data.sequence_length, sequences=max(_SEQUENCES, run.parallel.pp_size)
     )

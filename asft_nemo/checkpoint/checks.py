@@ -76,7 +76,11 @@ def check_megatron_tensors(reader: DistReader, spec: ModelSpec) -> None:
     missing = [key for key in table if key not in found]
     leftover = [key for key in found if key not in table]
     if missing or leftover:
-        adapters = ", or for a LoRA checkpoint choose --adapters merge or --adapters peft" if any("adapter" in key for key in leftover) else ""
+        adapters = (
+            ", or for a LoRA checkpoint choose --adapters merge or --adapters peft"
+            if any("adapter" in key for key in leftover)
+            else ""
+        )
         raise CheckpointError(
             f"{reader.weights_dir} does not hold the tensors config.json describes ("
             f"{_named('missing', missing)}"

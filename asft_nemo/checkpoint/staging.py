@@ -122,7 +122,7 @@ def _lock(staging: Path) -> int:
 
 def _clear(staging: Path, journal: Journal | None) -> None:
     """Removes everything but the journal and the files it names."""
-    kept = frozenset() if journal is None else journal.names | {JOURNAL_NAME}
+    kept: frozenset[str] = frozenset() if journal is None else journal.names | {JOURNAL_NAME}
     files = [path for path in staging.rglob("*") if not path.is_dir() or path.is_symlink()]
     leftovers = [path for path in files if str(path.relative_to(staging)) not in kept]
     if journal is not None and journal.names:

@@ -111,15 +111,15 @@ class PrepassCallback(Callback):
 
     def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
         """NeMo's hook: the same step with the prepass in front."""
+        report = None  # a validation says nothing of the step before it
         if not step.forward_only:
             assert step.step_i is not None
+            report = functools.partial(self._record, step.step_i)
             if self.reference is not None:
                 self.reference.start_step(step.step_i)
             if self.snapshot is not None:
                 self._refresh_when_due(self.snapshot, step)
         fields = {item.name: getattr(step, item.name) for item in dataclasses.fields(MegatronStep)}
-        # A validation says nothing of the step before it.
-        report = None if step.forward_only else functools.partial(self._record, step.step_i)
         return AnchoredStep(**fields, prepass=self.prepass, report=report)
 
     def _refresh_when_due(self, snapshot: PolicySnapshot, step: MegatronStep) -> None:
