@@ -58,9 +58,10 @@ class AdapterDescription:
         """What B A is multiplied with."""
         return self.alpha / self.rank
 
-    def to_json(self) -> str:
-        """The text of `context/adapter.json`."""
-        return json.dumps({"format": 1, **asdict(self)}, indent=2) + "\n"
+    def to_json(self, *, base_sample: str | None = None) -> str:
+        """The text of `context/adapter.json`; with `base_weights.base_sample` of the base, where it is known."""
+        sample = {} if base_sample is None else {"base_sample": base_sample}
+        return json.dumps({"format": 1, **asdict(self), **sample}, indent=2) + "\n"
 
 
 def adapter_description(checkpoint: Path) -> AdapterDescription | None:
@@ -86,6 +87,15 @@ def adapter_description(checkpoint: Path) -> AdapterDescription | None:
             "upgrade asft_nemo"
         )
     return found
+
+
+def recorded_sample(checkpoint: Path) -> str | None:
+    """Returns `base_weights.base_sample` of the base that a checkpoint's adapters were trained on, None where it is not recorded."""
+    try:
+        values = json.loads((checkpoint / CONTEXT / ADAPTER_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values.get("base_sample") if isinstance(values, dict) else None
 
 
 def weight_mapping(spec: ModelSpec, target: str) -> TensorMapping:

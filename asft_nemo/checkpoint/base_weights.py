@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,10 +15,10 @@ from asft_nemo.checkpoint import hf_files
 from asft_nemo.checkpoint.blocks import MODULE_PREFIX, hf_block
 from asft_nemo.checkpoint.checks import check_hf_tensors, check_megatron_tensors
 from asft_nemo.checkpoint.dist_read import DistReader
-from asft_nemo.checkpoint.families import HfTensor
-from asft_nemo.checkpoint.safetensors_io import SafetensorsReader
+from asft_nemo.checkpoint.families import HfTensor, hf_tensors
+from asft_nemo.checkpoint.safetensors_io import SafetensorsReader, byte_view
 from asft_nemo.errors import CheckpointError
-from asft_nemo.model import ModelSpec, model_spec, read_hf_config
+from asft_nemo.model import ModelSpec, model_spec, read_hf_config, read_model_spec
 
 # Two bases may differ in these and still be the same function of their weights.
 _NOT_THE_FUNCTION = ("max_position_embeddings", "attention_dropout", "initializer_range", "architecture")
@@ -131,6 +133,26 @@ def open_base(directory: Path, *, spec: ModelSpec) -> BaseWeights:
             "Hugging Face directory the run started from"
         )
     return DistBase(directory, spec, config) if nemo else HfBase(directory, spec)
+
+
+def base_sample(base: BaseWeights, spec: ModelSpec) -> str:
+    """Returns a SHA-256 (hex) over the first and the middle row of every tensor, rounded to bf16.
+
+    Rounded, a base has the same sample as a Hugging Face directory and as its import, in whatever dtype.
+    """
+    digest = hashlib.sha256()
+    for tensor in hf_tensors(spec):
+        digest.update(tensor.name.encode())
+        for row in (0, tensor.shape[0] // 2):
+            digest.update(byte_view(base.rows(tensor, row, row + 1).to(torch.bfloat16)))
+    return digest.hexdigest()
+
+
+def nemo_base_sample(checkpoint: Path) -> str:
+    """Returns `base_sample` of a base in NeMo form; raises as `open_base`."""
+    spec = read_model_spec(hf_files.hf_files_directory(checkpoint, None))
+    with closing(open_base(checkpoint, spec=spec)) as base:
+        return base_sample(base, spec)
 
 
 def own_files(checkpoint: Path, base_dir: str | Path | None) -> Path:

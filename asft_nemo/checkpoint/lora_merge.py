@@ -13,8 +13,15 @@ from pathlib import Path
 import torch
 
 from asft_nemo.checkpoint import hf_files
-from asft_nemo.checkpoint.adapters import AdapterReader
-from asft_nemo.checkpoint.base_weights import BaseWeights, find_base, hf_only, open_base, own_files
+from asft_nemo.checkpoint.adapters import AdapterReader, recorded_sample
+from asft_nemo.checkpoint.base_weights import (
+    BaseWeights,
+    base_sample,
+    find_base,
+    hf_only,
+    open_base,
+    own_files,
+)
 from asft_nemo.checkpoint.blocks import Progress, ProgressCounter
 from asft_nemo.checkpoint.convert import (
     MAX_SHARD_BYTES,
@@ -26,6 +33,7 @@ from asft_nemo.checkpoint.journal import files_identity
 from asft_nemo.checkpoint.safetensors_io import INDEX_NAME, index_text, plan_shards
 from asft_nemo.checkpoint.shards import OutRows, ProduceRows, write_shards
 from asft_nemo.checkpoint.staging import resumable_directory, write_synced
+from asft_nemo.errors import CheckpointError
 from asft_nemo.model import read_model_spec
 
 logger = logging.getLogger(__name__)
@@ -67,6 +75,12 @@ def export_merged(
         AdapterReader(ckpt_dir, spec) as adapters,
         closing(open_base(find_base(ckpt_dir, base_dir), spec=spec)) as base,
     ):
+        trained_on = recorded_sample(ckpt_dir)
+        if trained_on is not None and trained_on != base_sample(base, spec):
+            raise CheckpointError(
+                f"{base.files[0].parent} does not hold the weights that the adapters of {ckpt_dir} were trained on: pass --base HF_DIR, the Hugging "
+                "Face directory the run started from"
+            )
         tensors = {tensor.name: tensor for tensor in hf_tensors(spec)}
         update = _updates(adapters)
         out = {

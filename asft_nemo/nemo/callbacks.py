@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from asft_nemo.checkpoint.adapters import ADAPTER_FILE, AdapterDescription
+from asft_nemo.checkpoint.base_weights import nemo_base_sample
 from asft_nemo.errors import UserError
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.schedule import PrepassCallback
@@ -301,7 +302,9 @@ class CheckpointCallback(Callback):
             shutil.copytree(self.base_dir / "context", partial / "context")
             shutil.copy(self.dir.parent / "run.json", partial / "context" / "run.json")
             if self.adapters is not None:
-                (partial / "context" / ADAPTER_FILE).write_text(self.adapters.to_json())
+                (partial / "context" / ADAPTER_FILE).write_text(
+                    self.adapters.to_json(base_sample=nemo_base_sample(self.base_dir))
+                )
             partial.rename(final)
             point_latest_at(self.dir, final.name)
             for old in [done for done in checkpoint_steps(self.dir) if done <= step][: -self.keep]:

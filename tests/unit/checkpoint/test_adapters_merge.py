@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import updates, write_adapters, write_base
-from hf_cases import KEPT, assert_same_bits, read_hf
+from hf_cases import KEPT, assert_same_bits, read_hf, write_hf
 
 from asft_nemo import cli
 from asft_nemo.checkpoint import export_hf, import_hf, shards
 from asft_nemo.checkpoint.adapters import TARGETS, AdapterDescription, adapter_description
+from asft_nemo.checkpoint.base_weights import nemo_base_sample
 from asft_nemo.checkpoint.lora_merge import export_merged
 from asft_nemo.errors import CheckpointError
 
@@ -216,3 +217,26 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         found = json.loads(capsys.readouterr().out)
         kinds[name] = (found["kind"], found["adapters"] and found["adapters"]["rank"])
     assert kinds == {"ckpt": ("nemo adapters", 4), "out": ("huggingface", None), "peft": ("peft adapters", 4)}
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_another_base_of_the_same_architecture_is_refused(tmp_path: Path, where: str) -> None:
+    """A checkpoint records a sample of its base: the same for the Hugging Face directory and its import in any dtype, another for other weights."""
+    tensors = write_base(tmp_path / "base", torch.bfloat16)
+    write_adapters(tmp_path / "ckpt", tmp_path / "base", adapters=ALL)
+    import_hf(tmp_path / "base", tmp_path / "nemo", dtype="fp32")
+    (tmp_path / "ckpt" / "context" / "adapter.json").write_text(
+        ALL.to_json(base_sample=nemo_base_sample(tmp_path / "nemo"))
+    )
+    assert adapter_description(tmp_path / "ckpt") == ALL
+    export_merged(tmp_path / "ckpt", tmp_path / "one")
+    export_merged(tmp_path / "ckpt", tmp_path / "two", base_dir=tmp_path / "nemo")
+    assert_same_bits(read_hf(tmp_path / "one"), read_hf(tmp_path / "two"))
+    other = {name: tensor.clone() for name, tensor in tensors.items()}
+    other[where][0] += 1
+    write_hf(tmp_path / "other", dtype=torch.bfloat16, tensors=other)
+    with pytest.raises(
+        CheckpointError, match=r"other does not hold the weights that the adapters of .* were trained on"
+    ):
+        export_merged(tmp_path / "ckpt", tmp_path / "three", base_dir=tmp_path / "other")
+    assert not (tmp_path / "three").exists()
