@@ -2,6 +2,7 @@
 
 from asft_nemo.data.dataset import FILLER, LoadReport, SupervisedDataset, inspect_files
 from asft_nemo.data.fingerprint import fingerprint
+from asft_nemo.data.packing import PackedDataset
 from asft_nemo.data.prepare import Prepared, prepare
 from asft_nemo.data.sampler import GlobalBatchSampler, SequentialBatchSampler, num_steps
 from asft_nemo.data.sources import BadRow, Record, domain_names, read_records
@@ -14,6 +15,7 @@ __all__ = [
     "BadRow",
     "GlobalBatchSampler",
     "LoadReport",
+    "PackedDataset",
     "Prepared",
     "Record",
     "Rendered",

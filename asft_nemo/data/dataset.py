@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 FILLER = -1  # index (and sample id) of an item without any learned token
 _CHUNK = 1024  # records tokenised at once
 
+# An example within the sequence length: tokens, int32, and whether each is learned, bool.
+Example = tuple[np.ndarray, np.ndarray]
+
 
 @dataclass
 class LoadReport:
@@ -85,7 +88,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        examples: Sequence[Tokenized],
+        examples: Sequence[Example],
         sample_ids: Sequence[int],
         domain_ids: Sequence[int],
         *,
@@ -95,19 +98,17 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
     ):
         self.sequence_length, self.pad_id = sequence_length, pad_id
         self.report = report or LoadReport(rows=len(examples), kept=len(examples))
-        lengths = [len(example.tokens) for example in examples]
+        lengths = [len(tokens) for tokens, _ in examples]
         if max(lengths, default=0) > sequence_length + 1:
             raise ValueError(
                 f"an example of {max(lengths)} tokens does not fit sequence_length={sequence_length}"
             )
         # One flat array instead of a list of lists: 4 bytes a token, and forked workers share it.
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self._tokens = np.fromiter(
-            (token for example in examples for token in example.tokens),
-            dtype=np.int32,
-            count=int(self._starts[-1]),
-        )
-        self._response_starts = np.asarray([example.response_start for example in examples], dtype=np.int64)
+        self._tokens = np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in examples)])
+        self._learned = np.concatenate([np.empty(0, np.bool_), *(learned for _, learned in examples)])
+        # The first token is never a label.
+        self._labels = np.asarray([int(learned[1:].sum()) for _, learned in examples], dtype=np.int64)
         self._sample_ids = np.asarray(sample_ids, dtype=np.int64)
         self._domain_ids = np.asarray(domain_ids, dtype=np.int64)
 
@@ -161,11 +162,20 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         """The id of every item, int64 [items]."""
         return self._sample_ids
 
+    @property
+    def domain_ids(self) -> np.ndarray:
+        """The place of every item's file among the files, int64 [items]."""
+        return self._domain_ids
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Input tokens of every item, padding excluded, int64 [items]."""
+        return np.diff(self._starts) - 1
+
     def learned_tokens(self, sample_ids: Iterable[int]) -> int:
         """Labels that count in the examples of these ids, as far as they are here."""
         chosen = np.isin(self._sample_ids, np.fromiter(sample_ids, dtype=np.int64))
-        first_label = np.maximum(self._response_starts - 1, 0)
-        return int((np.diff(self._starts) - 1 - first_label)[chosen].sum())
+        return int(self._labels[chosen].sum())
 
     def numbered_from(self, first: int) -> SupervisedDataset:
         """The same items with ids that begin at `first`, so that two sets of a run share none."""
@@ -187,7 +197,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
             count = len(whole) - 1
             tokens[:count], labels[:count] = whole[:-1], whole[1:]
             # Label i is token i + 1, so the first learned label stands one place before the response.
-            loss_mask[max(0, int(self._response_starts[index]) - 1) : count] = True
+            loss_mask[:count] = torch.from_numpy(self._learned[start + 1 : stop])
             sample_id, domain_id = int(self._sample_ids[index]), int(self._domain_ids[index])
         return {
             "tokens": tokens,
@@ -214,8 +224,8 @@ def inspect_files(files: Iterable[str | Path], data: DataConfig, *, tokenizer: T
 
 def _load(
     files: Iterable[str | Path], data: DataConfig, tokenizer: TextTokenizer, report: LoadReport
-) -> tuple[list[Tokenized], list[int], list[int]]:
-    examples: list[Tokenized] = []
+) -> tuple[list[Example], list[int], list[int]]:
+    examples: list[Example] = []
     sample_ids: list[int] = []
     domain_ids: list[int] = []
     records = read_records(files, data.fields)
@@ -236,29 +246,31 @@ def _load(
                 sample_ids.append(number)
                 domain_ids.append(record.domain)
                 report.kept += 1
-                report.tokens += len(fitted.tokens) - 1
-                report.learned_tokens += len(fitted.tokens) - max(1, fitted.response_start)
+                report.tokens += len(fitted[0]) - 1
+                report.learned_tokens += int(fitted[1][1:].sum())
     return examples, sample_ids, domain_ids
 
 
-def _fit(example: Tokenized, record: Record, data: DataConfig, report: LoadReport) -> Tokenized | None:
+def _fit(example: Tokenized, record: Record, data: DataConfig, report: LoadReport) -> Example | None:
     """The example within the sequence length, or None where it is left out."""
-    response_start = 0 if data.loss_on == "all" else example.response_start
     most = data.sequence_length + 1  # the last token is only ever a label
-    if len(example.tokens) <= most:
-        return Tokenized(example.tokens, response_start)
-    if data.on_too_long == "fail":
-        raise DataError(
-            f"{record.file}:{record.line}: {len(example.tokens)} tokens do not fit data.sequence_length="
-            f"{data.sequence_length}: raise it, or set data.on_too_long=drop or truncate"
-        )
-    report.too_long += 1
-    if data.on_too_long == "drop":
-        return None
-    if example.response_start >= most:
-        report.no_response_left += 1
-        return None
-    return Tokenized(example.tokens[:most], response_start)
+    tokens, learned = (
+        np.asarray(example.tokens, np.int32)[:most],
+        np.asarray(example.learned, np.bool_)[:most],
+    )
+    if len(example.tokens) > most:
+        if data.on_too_long == "fail":
+            raise DataError(
+                f"{record.file}:{record.line}: {len(example.tokens)} tokens do not fit data.sequence_length="
+                f"{data.sequence_length}: raise it, or set data.on_too_long=drop or truncate"
+            )
+        report.too_long += 1
+        if data.on_too_long == "drop":
+            return None
+        if not learned.any():
+            report.no_response_left += 1
+            return None
+    return tokens, np.ones_like(learned) if data.loss_on == "all" else learned
 
 
 def _nothing_left(report: LoadReport, data: DataConfig) -> str:

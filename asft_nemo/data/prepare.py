@@ -7,8 +7,9 @@ from pathlib import Path
 
 from asft_nemo.config.model_shape import read_model_shape
 from asft_nemo.config.schema import RunConfig
-from asft_nemo.data.dataset import SupervisedDataset
+from asft_nemo.data.dataset import LoadReport, SupervisedDataset
 from asft_nemo.data.fingerprint import fingerprint
+from asft_nemo.data.packing import PackedDataset
 from asft_nemo.data.sampler import num_steps
 from asft_nemo.data.tokenization import TextTokenizer
 from asft_nemo.errors import DataError
@@ -19,15 +20,15 @@ class Prepared:
     """The data of one run.
 
     Attributes:
-        train: the training items.
+        train: the training items; rows of several examples with `data.packing`.
         validation: held-out items, or None where `data.validation` is empty; their ids go on after the training rows.
         max_steps: optimizer steps of the whole run.
         fingerprint: SHA-256 over all files, the settings that shape items, and the tokenizer.
         summary: one line that says what there is and how it will be used.
     """
 
-    train: SupervisedDataset
-    validation: SupervisedDataset | None
+    train: SupervisedDataset | PackedDataset
+    validation: SupervisedDataset | PackedDataset | None
     max_steps: int
     fingerprint: str
     summary: str
@@ -48,12 +49,16 @@ def prepare(run: RunConfig, *, tokenizer_dir: str | Path) -> Prepared:
         raise DataError("data.train is empty: set data.train=[file.jsonl]")
     tokenizer = TextTokenizer.load(tokenizer_dir)
     vocab_size = read_model_shape(tokenizer_dir).vocab_size
-    train = SupervisedDataset.from_files(data.train, data, tokenizer=tokenizer, vocab_size=vocab_size)
-    validation = None
+    train: SupervisedDataset | PackedDataset = SupervisedDataset.from_files(
+        data.train, data, tokenizer=tokenizer, vocab_size=vocab_size
+    )
+    validation: SupervisedDataset | PackedDataset | None = None
     if data.validation:
         validation = SupervisedDataset.from_files(
             data.validation, data, tokenizer=tokenizer, vocab_size=vocab_size
         ).numbered_from(train.report.rows)
+    if data.packing:
+        train, validation = PackedDataset(train), None if validation is None else PackedDataset(validation)
     max_steps = num_steps(len(train), run.trainer)
     return Prepared(
         train=train,
@@ -64,8 +69,12 @@ def prepare(run: RunConfig, *, tokenizer_dir: str | Path) -> Prepared:
     )
 
 
-def _summary(run: RunConfig, train: SupervisedDataset, max_steps: int) -> str:
-    report, batch = train.report, run.trainer.global_batch_size
+def _summary(run: RunConfig, train: SupervisedDataset | PackedDataset, max_steps: int) -> str:
+    report: LoadReport = train.report
+    batch, what, packed = run.trainer.global_batch_size, "examples", ""
+    if isinstance(train, PackedDataset):
+        what = "rows"
+        packed = f"packed into {len(train)} rows, {100 * train.efficiency:.1f} % of their places used; "
     left_out = {
         "bad": len(report.bad),
         "too long": report.too_long if run.data.on_too_long == "drop" else 0,
@@ -73,7 +82,7 @@ def _summary(run: RunConfig, train: SupervisedDataset, max_steps: int) -> str:
     }
     dropped = ", ".join(f"{number} {why}" for why, number in left_out.items() if number)
     return (
-        f"data: {report.rows} rows, {len(train)} examples{f' ({dropped}: left out)' if dropped else ''}, "
-        f"{report.tokens} tokens, {100 * report.learned_tokens / report.tokens:.0f} % of them learned; "
-        f"{max_steps} steps x {batch} examples = {max_steps * batch / len(train):.2f} epochs"
+        f"data: {report.rows} rows, {report.kept} examples{f' ({dropped}: left out)' if dropped else ''}, "
+        f"{report.tokens} tokens, {100 * report.learned_tokens / report.tokens:.0f} % of them learned; {packed}"
+        f"{max_steps} steps x {batch} {what} = {max_steps * batch / len(train):.2f} epochs"
     )

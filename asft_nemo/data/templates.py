@@ -1,8 +1,8 @@
-"""From a record to the text the model sees, and which of its characters are learned. Adding a template =
-one function + one row.
+"""From a record to the text the model sees, and which of its characters are learned. Adding a template for one
+prompt and one response = one function + one row; conversations are the chat template's (`asft_nemo.data.chat`).
 
-The end token belongs to no template: it is appended as a token after the text has been tokenised, so it is
-learned exactly once.
+The end token belongs to no template of this table: it is appended as a token after the text has been tokenised, so it
+is learned exactly once.
 """
 
 from __future__ import annotations
@@ -22,10 +22,19 @@ ALPACA = (
 
 
 class Rendered(NamedTuple):
-    """A whole example as text; characters from `response_start` on are the response."""
+    """A whole example as one text.
+
+    Attributes:
+        text: all of it; a chat template's own control tokens stand in guards (`asft_nemo.data.marking`).
+        learned: spans [start, stop) of characters whose tokens are learned, ascending and disjoint.
+        begin: the tokenizer's begin tokens are put in front; a chat template writes its own.
+        end: the end token is appended and learned; False where the text ends its last turn itself.
+    """
 
     text: str
-    response_start: int
+    learned: tuple[tuple[int, int], ...]
+    begin: bool = True
+    end: bool = True
 
 
 def alpaca_prompt(instruction: str) -> str:
@@ -43,7 +52,7 @@ PROMPTS: Mapping[str, Callable[[str], str]] = MappingProxyType({"alpaca": alpaca
 
 
 def render(template: str, prompt: str, response: str) -> Rendered:
-    """The example's text under a template.
+    """The example's text under a template; the response is learned.
 
     Raises:
         DataError: no template has this name.
@@ -51,4 +60,4 @@ def render(template: str, prompt: str, response: str) -> Rendered:
     if template not in PROMPTS:
         raise DataError(f"unknown data.template={template}: set one of {', '.join(PROMPTS)}")
     start = PROMPTS[template](prompt)
-    return Rendered(start + response, len(start))
+    return Rendered(start + response, ((len(start), len(start) + len(response)),))

@@ -1,8 +1,8 @@
 """From rendered text to tokens and the tokens that are learned.
 
-The text is tokenised as a whole and the boundary found through the tokenizer's character offsets.
-Tokenising prompt and response apart can give other tokens than the whole has, and then the model learns
-text it never sees at inference.
+The text is tokenised as a whole and the boundaries found through the tokenizer's character offsets: a token that
+holds a character of a learned span is learned. Tokenising prompt and response apart can give other tokens than the
+whole has, and then the model learns text it never sees at inference.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from asft_nemo.data.marking import CLOSE, OPEN, marked_tokenizer
 from asft_nemo.data.templates import Rendered
 from asft_nemo.errors import DataError
 
@@ -21,21 +24,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A whole example as tokens; from `response_start` on they hold the response, then the end token."""
+    """A whole example as tokens; `learned` says of each whether the model learns to say it."""
 
     tokens: list[int]
-    response_start: int
+    learned: list[bool]
 
 
 class TextTokenizer:
     """A fast Hugging Face tokenizer used in one fixed way: begin tokens as the tokenizer sets them, the end
-    token once, and the text of special tokens inside a record read as plain text.
+    token once, and the text of control tokens inside a record read as plain text.
 
     Attributes:
         eos_id: the end token.
         pad_id: the padding token, or the end token where the tokenizer has none; never learned either way.
         begin_ids: tokens the tokenizer puts before every text, for example BOS.
         size: number of token ids, added tokens included.
+        folder: where it was read from.
+        control: the control tokens (special tokens of the tokenizer), ids to names.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -49,11 +54,13 @@ class TextTokenizer:
             raise DataError(
                 f"the tokenizer in {name} has no end token: set eos_token in its tokenizer_config.json"
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self.folder = tokenizer, name
         self.eos_id = int(end)
         pad: Any = tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else int(pad)
         self.size = max(tokenizer.get_vocab().values()) + 1
+        backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009 (the base class does not declare it)
+        self._marked, self._moved, self.control = marked_tokenizer(backend)
         self.begin_ids = self._find_begin_ids()
 
     @classmethod
@@ -78,27 +85,38 @@ class TextTokenizer:
             ) from error
 
     def encode(self, examples: Sequence[Rendered]) -> list[Tokenized]:
-        """Tokenises whole examples: begin tokens, text, end token."""
-        if not examples:
-            return []
-        texts = [example.text for example in examples]
-        encoded: Any = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            split_special_tokens=True,
-            verbose=False,
+        """Tokenises whole examples: begin tokens, text, end token, as each example asks for them.
+
+        A token is learned when it holds a character of a learned span: one that lies across the beginning of a span is learned,
+        otherwise the response's first characters would not be.
+        """
+        encoded = self._marked.encode_batch([example.text for example in examples], add_special_tokens=False)
+        return [
+            self._assemble(example, found.ids, found.offsets)
+            for example, found in zip(examples, encoded, strict=True)
+        ]
+
+    def _assemble(self, example: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> Tokenized:
+        if self._moved:
+            ids = [self._moved.get(number, number) for number in ids]
+        places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        if OPEN in example.text:
+            # A control token may swallow blanks beside it, whose place says nothing about whose token it is.
+            for i, number in enumerate(ids):
+                if number in self.control and example.text.find(OPEN, *offsets[i]) >= 0:
+                    start = example.text.index(OPEN, *offsets[i])
+                    places[i] = start, example.text.index(CLOSE, start) + 1
+        learned = np.zeros(len(ids), dtype=bool)
+        for start, stop in example.learned:
+            first = np.flatnonzero(places[:, 1] > start)[:1]
+            # Offsets of blanks can be empty, so a span that reaches the end of the text takes all that is left.
+            last = np.flatnonzero(places[:, 0] < stop)[-1:] if stop < len(example.text) else [len(ids) - 1]
+            if len(first) and len(last):
+                learned[first[0] : last[0] + 1] = True
+        begin, end = self.begin_ids if example.begin else [], [self.eos_id] if example.end else []
+        return Tokenized(
+            [*begin, *ids, *end], [*(False for _ in begin), *learned.tolist(), *(True for _ in end)]
         )
-        result: list[Tokenized] = []
-        for example, ids, offsets in zip(
-            examples, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            # A token across the boundary is learned: otherwise the response's first characters would not be.
-            first = next((i for i, (_, end) in enumerate(offsets) if end > example.response_start), len(ids))
-            result.append(Tokenized([*self.begin_ids, *ids, self.eos_id], len(self.begin_ids) + first))
-        return result
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special tokens included."""

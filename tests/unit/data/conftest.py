@@ -63,10 +63,29 @@ def sentencepiece_like() -> Tokenizer:
     return tokenizer
 
 
+def unigram_like() -> Tokenizer:
+    """SentencePiece's Unigram as Hugging Face converts it: Metaspace in front of the first word alone; control tokens are pieces, too."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150,
+        special_tokens=["<unk>", BOS, EOS, PAD],
+        unk_token="<unk>",
+        initial_alphabet=[chr(code) for code in range(32, 127)] + list("\n\té東京ü"),
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return tokenizer
+
+
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "gpt2_like": gpt2_like,
     "tiktoken_like": tiktoken_like,
     "sentencepiece_like": sentencepiece_like,
+    "unigram_like": unigram_like,
     "merges_anything": byte_level,
 }
 
@@ -81,7 +100,7 @@ def tokenizer_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             tokenizer_object=tokenizer,
             eos_token=EOS,
             pad_token=PAD,
-            bos_token=BOS if name == "sentencepiece_like" else None,
+            bos_token=BOS if name in ("sentencepiece_like", "unigram_like") else None,
         )
         fast.save_pretrained(root / name)
         shape = {

@@ -135,7 +135,7 @@ def test_truncated_keeps_its_beginning_without_end_token(
     item = dataset[1]
     assert item["tokens"].tolist() == whole.tokens[:30]
     assert item["labels"].tolist() == whole.tokens[1:31]
-    assert int(item["loss_mask"].sum()) == 31 - whole.response_start
+    assert int(item["loss_mask"].sum()) == 31 - whole.learned.index(True)
     assert gpt2.eos_id not in item["labels"].tolist()
     assert "1 of 2 examples are longer than data.sequence_length=30 and were truncated" in caplog.text
 

@@ -21,17 +21,21 @@ TEXTS = st.text(st.sampled_from("aT:h e\n4é東\t'{}"), min_size=1, max_size=30)
 
 
 def learned(tokenizer: TextTokenizer, example: Tokenized) -> list[int]:
-    return example.tokens[example.response_start :]
+    return [token for token, counts in zip(example.tokens, example.learned, strict=True) if counts]
+
+
+def first_learned(example: Tokenized) -> int:
+    return example.learned.index(True)
 
 
 def test_alpaca_is_the_papers_text_byte_for_byte() -> None:
     rendered = render("alpaca", "add {two} numbers", "42")
     assert rendered.text.encode() == ALPACA_BYTES
-    assert rendered.text[rendered.response_start :] == "42"
+    assert [rendered.text[slice(*span)] for span in rendered.learned] == ["42"]
 
 
 def test_raw_adds_nothing() -> None:
-    assert render("raw", "a", "b") == ("ab", 1)
+    assert render("raw", "a", "b")[:2] == ("ab", ((1, 2),))
 
 
 def test_unknown_template_names_the_known_ones() -> None:
@@ -45,7 +49,7 @@ def test_learned_tokens_are_the_response_and_one_end_token(tokenizer: TextTokeni
     assert tokens[-1] == tokenizer.eos_id
     assert example.tokens.count(tokenizer.eos_id) == 1
     text = tokenizer.decode(tokens[:-1])
-    if tokenizer.decode(example.tokens[: example.response_start]).endswith("Response:"):
+    if tokenizer.decode(example.tokens[: first_learned(example)]).endswith("Response:"):
         assert text == "The answer is 42."
     else:  # one token holds the colon and the response's first characters
         assert text.endswith("The answer is 42.")
@@ -55,7 +59,7 @@ def test_a_token_across_the_boundary_is_learned(tokenizer_dirs: dict[str, Path])
     tokenizer = TextTokenizer.load(tokenizer_dirs["merges_anything"])
     rendered = render("raw", "### Response:", "The answer")
     [example] = tokenizer.encode([rendered])
-    first = tokenizer.decode(example.tokens[example.response_start : example.response_start + 1])
+    first = tokenizer.decode(example.tokens[first_learned(example) : first_learned(example) + 1])
     # The case this test is about must really occur: the token holds characters of both sides.
     assert first not in "The answer"
     assert first not in "### Response:"
@@ -95,7 +99,7 @@ def test_begin_tokens_come_once_and_first(tokenizer_dirs: dict[str, Path]) -> No
     assert len(llama.begin_ids) == 1
     assert example.tokens[0] == llama.begin_ids[0]
     assert example.tokens.count(llama.begin_ids[0]) == 1
-    assert example.response_start >= 1
+    assert first_learned(example) >= 1
     assert TextTokenizer.load(tokenizer_dirs["gpt2_like"]).begin_ids == []
 
 
