@@ -245,6 +245,19 @@ def _ignored(facts: Facts) -> Iterator[str]:
         yield "trainer.max_steps and trainer.epochs both say how long to train: give one of them"
 
 
+def _packing(facts: Facts) -> Iterator[str]:
+    run = facts.run
+    if not run.data.packing:
+        return
+    if run.trainer.micro_batch_size != 1:
+        yield (
+            f"data.packing=true with trainer.micro_batch_size={run.trainer.micro_batch_size}: a packed row is a micro batch already, and "
+            "Transformer Engine takes one: set trainer.micro_batch_size=1"
+        )
+    if run.reference.micro_batch_size not in (None, 1):
+        yield "reference.micro_batch_size does not go with data.packing=true, where a packed row is a micro batch: leave it out"
+
+
 def _overlaps(facts: Facts) -> Iterator[str]:
     optim = facts.run.optim
     if optim.overlap_param_gather and not (optim.distributed and optim.overlap_grad_reduce):
@@ -395,6 +408,17 @@ def _validation(facts: Facts) -> Iterator[str]:
         yield f"trainer.validate_every={every} has nothing to measure: set data.validation=[file.jsonl]"
 
 
+def _fields(facts: Facts) -> Iterator[str]:
+    fields = facts.run.data.fields
+    pair = {"prompt": fields.prompt, "response": fields.response}
+    missing = [name for name, value in pair.items() if value is None]
+    if fields.messages is not None and (len(missing) < 2 or fields.input is not None):
+        yield "data.fields.messages names a whole conversation: leave out data.fields.prompt, input and response"
+    elif len(missing) == 1 or (missing and fields.input is not None):
+        names = " and ".join(f"data.fields.{name}" for name in missing)
+        yield f"data.fields names some fields and not the others: set {names} too"
+
+
 def _data_files(facts: Facts) -> Iterator[str]:
     files = facts.run.data.train
     if not files:
@@ -456,6 +480,7 @@ SETTINGS: tuple[Rule, ...] = (
     _fp8_reference,
     _ignored,
     _overlaps,
+    _packing,
     _world,
     _batches,
     _whole_sequences,
@@ -466,6 +491,7 @@ SETTINGS: tuple[Rule, ...] = (
     _model_positions,
     _model_window,
     _validation,
+    _fields,
     _not_yet,
 )
 INPUTS: tuple[Rule, ...] = (_data_files, _machine, _fp8_machine, _adapter_directory, _run_dir)

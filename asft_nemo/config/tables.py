@@ -122,7 +122,6 @@ NOT_YET = (
         "set peft=none",
     ),
     NotYet("data.template=chat", lambda run: run.data.template == "chat", "set data.template=alpaca or raw"),
-    NotYet("data.packing=true", lambda run: run.data.packing, "set data.packing=false"),
     NotYet(
         "data.weights",
         lambda run: bool(run.data.weights),

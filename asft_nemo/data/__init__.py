@@ -4,6 +4,7 @@ from asft_nemo.data.dataset import FILLER, LoadReport, SupervisedDataset, inspec
 from asft_nemo.data.fingerprint import fingerprint
 from asft_nemo.data.packing import PackedDataset
 from asft_nemo.data.prepare import Prepared, prepare
+from asft_nemo.data.records import Conversation
 from asft_nemo.data.sampler import GlobalBatchSampler, SequentialBatchSampler, num_steps
 from asft_nemo.data.sources import BadRow, Record, domain_names, read_records
 from asft_nemo.data.templates import PROMPTS, Rendered, render
@@ -13,6 +14,7 @@ __all__ = [
     "FILLER",
     "PROMPTS",
     "BadRow",
+    "Conversation",
     "GlobalBatchSampler",
     "LoadReport",
     "PackedDataset",

@@ -56,13 +56,21 @@ class Parts:
     prepass: PrepassCallback
 
 
+def _kernels(run: RunConfig) -> dict[str, Any]:
+    """Megatron's switches for kernels that this machine or this data cannot have."""
+    if backend.active():
+        return _CPU_ONLY
+    # The fused causal softmax of Megatron's own layers sees no mask; Transformer Engine's attention does not look at this.
+    return {"masked_softmax_fusion": False} if run.data.packing else {}
+
+
 def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
     """The model's configuration: architecture from the checkpoint, layout and objective from the run."""
     options = {name: getattr(run.objective, name) for name in OBJECTIVE_OPTIONS}
     layout, dtype = run.parallel, precision_row(run.precision).compute_dtype
     return AnchoredGPTConfig(
         **megatron_config_kwargs(spec),
-        **(_CPU_ONLY if backend.active() else {}),
+        **_kernels(run),
         vocab_size=padded_vocab_size(spec.vocab_size, tp_size=layout.tp_size),
         hf_vocab_size=spec.vocab_size,
         seq_length=run.data.sequence_length,

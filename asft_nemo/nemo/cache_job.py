@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core import parallel_state
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.cpu import backend
-from asft_nemo.data import FILLER, Prepared, SupervisedDataset
+from asft_nemo.data import FILLER, PackedDataset, Prepared, SupervisedDataset
 from asft_nemo.model import ModelSpec
 from asft_nemo.nemo.build import model_config
 from asft_nemo.nemo.cache import all_sample_ids, cache_identity, layout_of, on_first_rank, this_place, writes
@@ -41,6 +41,8 @@ from asft_nemo.reference.resident import ResidentReference
 from asft_nemo.run_dir import cache_dir
 
 logger = logging.getLogger(__name__)
+
+Items: TypeAlias = SupervisedDataset | PackedDataset
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -76,7 +78,7 @@ def reference_micro_batch_size(run: RunConfig) -> int:
 
 
 def micro_batches(
-    data: Prepared, items: list[tuple[SupervisedDataset, int]], run: RunConfig
+    data: Prepared, items: list[tuple[Items, int]], run: RunConfig
 ) -> Iterator[list[dict[str, Any]]]:
     """This rank's items as passes of micro batches of a training run's shape; the last pass is filled up with filler items."""
     size = reference_micro_batch_size(run)
@@ -95,16 +97,16 @@ def micro_batches(
 
 def missing_items(
     data: Prepared, reader: CacheReader, *, dp_rank: int, dp_size: int
-) -> list[tuple[SupervisedDataset, int]]:
-    """(dataset, index) of the examples this data-parallel rank computes: every dp_size-th of those that are not stored."""
+) -> list[tuple[Items, int]]:
+    """(dataset, index) of the rows this data-parallel rank computes: every dp_size-th of those with an example that is not stored."""
     missing = set(reader.missing(all_sample_ids(data)))
-    found = [
-        (dataset, index)
-        for dataset in (data.train, data.validation)
-        if dataset is not None
-        for index, sample in enumerate(dataset.sample_ids.tolist())
-        if sample in missing
-    ]
+    found: list[tuple[Items, int]] = []
+    for dataset in (data.train, data.validation):
+        if isinstance(dataset, PackedDataset):
+            found += [(dataset, index) for index in dataset.rows_with(missing)]
+        elif dataset is not None:
+            ids = dataset.sample_ids.tolist()
+            found += [(dataset, index) for index, sample in enumerate(ids) if sample in missing]
     return found[dp_rank::dp_size]
 
 

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 
-from asft_nemo.data import GlobalBatchSampler, SequentialBatchSampler
+from asft_nemo.data import GlobalBatchSampler, PackedDataset, SequentialBatchSampler
 
 
 class AnchoredDataSampler(MegatronDataSampler):
@@ -84,6 +84,8 @@ class AnchoredDataModule(pl.LightningDataModule):
         if self._coming is None:
             self._coming = self._sampler()
         indices = self._coming.of_step(step * self.global_batch_size)
+        if isinstance(self.train, PackedDataset):
+            return self.train.ids_of(indices).tolist()
         return self.train.sample_ids[indices].tolist()  # type: ignore[attr-defined]
 
     def validation_micro_batches(self) -> tuple[Iterator[dict[str, torch.Tensor]], int]:

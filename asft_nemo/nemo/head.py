@@ -33,7 +33,7 @@ class LossInputs:
         ref_head_VH: the reference's head, this rank's vocabulary rows, or None.
         ref_logprob_BS: the reference's log probability of each label, [B, S], or None.
         old_logprob_BS: the same of the snapshot of the policy.
-        segment_ids_BS: int64 [B, S], the sequence each token belongs to; None where every example is one sequence.
+        segment_ids_BS: int64 [B, S], the sequence each token belongs to, numbered from 0 in each row; None where every row is one sequence.
     """
 
     labels_BS: Tensor
@@ -46,10 +46,11 @@ class LossInputs:
 
     def per_token(self) -> dict[str, Any]:
         """The losses' per-token arguments, each [T] in the order of the hidden states' leading dimensions."""
-        segment_ids_BS = self.segment_ids_BS
-        if segment_ids_BS is None:
-            examples = torch.arange(self.labels_BS.shape[0], device=self.labels_BS.device)
-            segment_ids_BS = examples.unsqueeze(1).expand_as(self.labels_BS)
+        rows, length = self.labels_BS.shape
+        first_B1 = length * torch.arange(rows, device=self.labels_BS.device).unsqueeze(1)
+        # numbered in each row, of which there are fewer than tokens: so no two rows share a number
+        segments = 0 if self.segment_ids_BS is None else self.segment_ids_BS
+        segment_ids_BS = (first_B1 + segments).expand_as(self.labels_BS)
         return {
             "labels_T": _by_token(self.labels_BS),
             "loss_mask_T": _by_token(self.loss_mask_BS),

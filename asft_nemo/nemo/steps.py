@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from asft_nemo.nemo.head import LossInputs
+from asft_nemo.nemo.packed_attention import attention_arguments
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "segment_ids", "domain_id")
 
@@ -23,21 +24,20 @@ def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
 
     Returns:
         ``tokens``, ``labels``, ``position_ids`` int64 [B, S], ``loss_mask`` bool [B, S], ``segment_ids`` int64 [B, S] where examples
-        are packed, ``domain_id`` int64 [B], the training file of each, and, on the last stage, what the prepass put there (see
+        are packed, ``domain_id`` int64 [B], the training file of each, ``attention``, what keeps packed examples apart, and, on the last stage, what the prepass put there (see
         `asft_nemo.nemo.prepass`).
     """
     batch = unwrap_batch(next(dataloader_iter))
     device = torch.cuda.current_device()
-    return {
+    moved = {
         key: value.to(device, non_blocking=True) if key in BATCH_KEYS and isinstance(value, Tensor) else value
         for key, value in batch.items()
     }
+    return {**moved, "attention": attention_arguments(moved.get("segment_ids"))}
 
 
 def forward_step(model: Any, batch: dict[str, Any]) -> Any:
     """Runs the model on one micro batch.
-
-    `attention_mask=None` means causal for every layer spec in use: padding is on the right, so no valid token sees it.
 
     Returns:
         The pipeline's hidden states, or on the last stage the `LossOutput`.
@@ -45,7 +45,7 @@ def forward_step(model: Any, batch: dict[str, Any]) -> Any:
     return model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
-        attention_mask=None,
+        **batch["attention"],
         labels=LossInputs(
             labels_BS=batch["labels"],
             loss_mask_BS=batch["loss_mask"],

@@ -17,9 +17,14 @@ def _keep_hidden(output: Tensor, non_loss_data: bool = True) -> Tensor:
     return output.detach()
 
 
+_CAUSAL = {"attention_mask": None}  # where the micro batch says nothing of it
+
+
 def _forward_step(batches: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(batches)
-    output = model(input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None)
+    output = model(
+        input_ids=batch["tokens"], position_ids=batch["position_ids"], **batch.get("attention", _CAUSAL)
+    )
     return output, partial(_keep_hidden)
 
 
@@ -34,7 +39,8 @@ def forward_hidden(
 
     Args:
         chunks: this rank's frozen model chunks, one per virtual stage; the last stage's returns final hidden states.
-        micro_batches: ``tokens`` and ``position_ids``, int64 [B, S], on this rank's device.
+        micro_batches: ``tokens`` and ``position_ids``, int64 [B, S], on this rank's device; ``attention``, what the model gets beside
+            them to keep packed examples apart, where rows are packed.
         sequence_length: S of the whole micro batch (tensor-parallel ranks together).
         micro_batch_size: B.
 

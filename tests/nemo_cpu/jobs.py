@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -22,6 +23,7 @@ class RandomTokens(Dataset):
 
     def __init__(self, *, size: int, sequence_length: int, valid: list[int]):
         self.size, self.length, self.valid = size, sequence_length, valid
+        self.sequence_length = sequence_length
 
     def __len__(self) -> int:
         return self.size
@@ -41,6 +43,33 @@ class RandomTokens(Dataset):
             "position_ids": torch.arange(self.length),
             "sample_id": torch.tensor(index),
         }
+
+
+class ShortTokens(RandomTokens):
+    """Examples of 3 to 29 tokens, padded: what can be packed."""
+
+    SIZES = (5, 9, 14, 3, 29, 4)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.asarray([self.SIZES[index % len(self.SIZES)] for index in range(self.size)])
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        return np.arange(self.size)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = super().__getitem__(index)
+        item["loss_mask"][0 if index < 0 else self.lengths[index] :] = False
+        return item
+
+
+def examples(run: Any, size: int, valid: list[int]) -> Dataset:
+    """Random examples of the run's sequence length, packed where it says so."""
+    from asft_nemo.data import PackedDataset
+
+    given = {"size": size, "sequence_length": run.data.sequence_length, "valid": valid}
+    return PackedDataset(ShortTokens(**given)) if run.data.packing else RandomTokens(**given)
 
 
 def run_config(settings: dict[str, Any]) -> Any:
@@ -89,10 +118,9 @@ def fit(
     resume = resume_from(run)
     if is_first_rank():
         open_run_dir(run, data_fingerprint="random tokens").release()
-    length = run.data.sequence_length
     data = SimpleNamespace(
-        train=RandomTokens(size=size, sequence_length=length, valid=valid),
-        validation=RandomTokens(size=validation, sequence_length=length, valid=valid) if validation else None,
+        train=examples(run, size, valid),
+        validation=examples(run, validation, valid) if validation else None,
         max_steps=run.trainer.max_steps,
     )
     parts = build(
@@ -395,7 +423,8 @@ def reading_ahead(settings: dict[str, Any]) -> dict[str, list[list[int]]]:
     def watched(self: Any) -> Any:
         result = step(self)
         if not self.forward_only:
-            taken.append([sample for batch in seen[-1] for sample in batch["sample_id"].tolist()])
+            ids = torch.cat([batch["sample_id"].flatten() for batch in seen[-1]]).unique_consecutive()
+            taken.append([sample for sample in ids.tolist() if sample >= 0])
         return result
 
     seen: list[Any] = []

@@ -24,6 +24,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2_vpp2_dp2": {"parallel.tp_size": 1, "parallel.vpp_size": 2},
     "tp2_dp2": {"parallel.pp_size": 1},
     "dp4": {"parallel.tp_size": 1, "parallel.pp_size": 1},
+    "tp2_pp2_sp_packed": {
+        "parallel.sequence_parallel": True,
+        "data.packing": True,
+        "data.sequence_length": 64,
+    },
 }
 CASES = [("fp32", layout) for layout in LAYOUTS if layout != "dp4"] + [("bf16", "tp2_pp2_sp")]
 STEPS = 4

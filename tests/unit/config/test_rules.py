@@ -170,7 +170,14 @@ ONE_RULE = [
     (["objective=asft_sft", "objective.alpha=-1"], "objective.alpha=-1.0 is out of range"),
     (["objective=psft", "objective.clip_low=2"], "objective.clip_low=2.0 is out of range"),
     (["objective=asft", "data.template=chat"], "data.template=chat is not available yet"),
-    (["objective=asft", "data.packing=true"], "data.packing=true is not available yet"),
+    (
+        ["objective=asft", "data.packing=true", "trainer.micro_batch_size=2"],
+        "a packed row is a micro batch already",
+    ),
+    (
+        ["objective=asft", "data.packing=true", "reference.micro_batch_size=4"],
+        "reference.micro_batch_size does not go with data.packing=true",
+    ),
     (["objective=asft", "data.weights=[1]"], "data.weights is not available yet"),
     (["objective=asft", "data.loss_on=last_assistant"], "loss on chosen turns is not available yet"),
     (["objective=asft", "trainer.keep=best:validation_nll"], "trainer.keep=best:... is not available yet"),
