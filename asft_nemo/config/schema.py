@@ -110,10 +110,12 @@ class ModelConfig(Section):
 
 @dataclass(unsafe_hash=True)
 class FieldsConfig(Section):
-    """Names of the record's fields."""
+    """Names of the record's fields; all None = the first row of each file shows its form."""
 
-    prompt: str = "instruction"
-    response: str = "response"
+    prompt: str | None = None
+    input: str | None = None  # follows the prompt on a new line where it is not blank
+    response: str | None = None
+    messages: str | None = None  # instead: the field that holds a conversation
 
 
 @dataclass(unsafe_hash=True)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from asft_nemo.config.schema import DataConfig
 from asft_nemo.data.sources import BadRow, Record, bad_rows_error, read_records
-from asft_nemo.data.templates import render
+from asft_nemo.data.templates import Rendered, render
 from asft_nemo.data.tokenization import TextTokenizer, Tokenized
 from asft_nemo.errors import DataError
 
@@ -230,15 +230,16 @@ def _load(
     domain_ids: list[int] = []
     records = read_records(files, data.fields)
     while chunk := list(islice(records, _CHUNK)):
-        usable: list[tuple[int, Record]] = []
+        usable: list[tuple[int, Record, Rendered]] = []
         for number, record in enumerate(chunk, start=report.rows):
-            if isinstance(record, BadRow):
-                report.bad.append(record)
-            else:
-                usable.append((number, record))
+            rendered = record if isinstance(record, BadRow) else _render(record, data)
+            if isinstance(rendered, BadRow):
+                report.bad.append(rendered)
+            elif isinstance(record, Record):
+                usable.append((number, record, rendered))
         report.rows += len(chunk)
-        tokenized = tokenizer.encode([render(data.template, row.prompt, row.response) for _, row in usable])
-        for (number, record), example in zip(usable, tokenized, strict=True):
+        tokenized = tokenizer.encode([rendered for _, _, rendered in usable])
+        for (number, record, _), example in zip(usable, tokenized, strict=True):
             report.lengths.append(len(example.tokens))
             fitted = _fit(example, record, data, report)
             if fitted is not None:
@@ -249,6 +250,15 @@ def _load(
                 report.tokens += len(fitted[0]) - 1
                 report.learned_tokens += int(fitted[1][1:].sum())
     return examples, sample_ids, domain_ids
+
+
+def _render(record: Record, data: DataConfig) -> Rendered | BadRow:
+    pair = record.conversation.pair()
+    if pair is None:
+        count = len(record.conversation.messages)
+        reason = f"a conversation of {count} messages does not fit data.template={data.template}, which has one prompt and one response"
+        return BadRow(record.file, record.line, f"{reason}: set data.template=chat")
+    return render(data.template, *pair)
 
 
 def _fit(example: Tokenized, record: Record, data: DataConfig, report: LoadReport) -> Example | None:

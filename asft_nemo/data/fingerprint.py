@@ -27,7 +27,7 @@ def fingerprint(files: Iterable[str | Path], data: DataConfig, *, tokenizer_dir:
     """
     settings = {
         "template": data.template,
-        "fields": [data.fields.prompt, data.fields.response],
+        "fields": _field_names(data),
         "sequence_length": data.sequence_length,
         "packing": data.packing,
         "loss_on": data.loss_on,
@@ -59,7 +59,19 @@ def tokenizer_fingerprint(tokenizer_dir: str | Path) -> str:
 
 def template_fingerprint(data: DataConfig) -> str:
     """The settings that turn a record into tokens and say which are learned, readable."""
-    return f"{data.template}, prompt={data.fields.prompt}, response={data.fields.response}, loss_on={data.loss_on}"
+    prompt, response, *others = _field_names(data)
+    more = "".join(f", {name}" for name in others)
+    return f"{data.template}, prompt={prompt}, response={response}{more}, loss_on={data.loss_on}"
+
+
+def _field_names(data: DataConfig) -> list[str | None]:
+    """All of `data.fields`; those of conversations and inputs only where set, so that older fingerprints hold."""
+    others = {"input": data.fields.input, "messages": data.fields.messages}
+    return [
+        data.fields.prompt,
+        data.fields.response,
+        *(f"{name}={value}" for name, value in others.items() if value is not None),
+    ]
 
 
 def _digest(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Records from files: JSON Lines, one object a line, two of its fields are the prompt and the response.
+"""Records from files: JSON Lines, one object a line.
 
 Every line that cannot be used is reported with file, line and reason; the readers never raise for a bad
 row, so that all of them can be counted. A file that cannot be read at all raises `DataError`.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from asft_nemo.config.schema import FieldsConfig
+from asft_nemo.data.records import Conversation, Form, form_of, kind, no_form, read_row
 from asft_nemo.errors import DataError
 
+MOST_BYTES = 10 << 20  # of a row; longer ones are bad rows and never wholly in memory
 SHOWN_ROWS = 20  # bad rows listed in an error
 _ENCODINGS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, whose mark is a prefix of it
@@ -44,10 +46,9 @@ class BadRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One example as text."""
+    """One usable row."""
 
-    prompt: str
-    response: str
+    conversation: Conversation
     file: str
     line: int
     domain: int  # which of the files, counted from 0
@@ -80,17 +81,23 @@ def read_records(files: Iterable[str | Path], fields: FieldsConfig) -> Iterator[
         DataError: a file is missing, is not text in UTF-8, or has no line.
     """
     for domain, file in enumerate(files):
-        empty = True
+        empty, form = True, None
         for line, raw in _lines(Path(file)):
             empty = False
             parsed = _parse(raw)
-            result = parsed if isinstance(parsed, str) else _pick(parsed, fields)
+            if isinstance(parsed, dict) and form is None:
+                form = form_of(parsed, fields)
+            result = parsed if isinstance(parsed, str) else _read(parsed, form)
             if isinstance(result, str):
                 yield BadRow(str(file), line, result)
             else:
-                yield Record(*result, file=str(file), line=line, domain=domain)
+                yield Record(result, file=str(file), line=line, domain=domain)
         if empty:
             raise DataError(f"data file {file} is empty: give a file with one JSON object a line")
+
+
+def _read(row: dict[str, Any], form: Form | None) -> Conversation | str:
+    return no_form(row) if form is None else read_row(row, form)
 
 
 def bad_rows_error(rows: list[BadRow]) -> DataError:
@@ -107,17 +114,33 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"data file {path} does not exist (looked in {Path.cwd()}): correct data.train")
     try:
         with path.open("rb") as stream:
+            first = True
             _refuse_other_formats(path, stream.read(4))
             stream.seek(0)
-            for number, raw in enumerate(stream, start=1):
+            for number, raw in enumerate(_split(stream), start=1):
                 if number == 1 and raw.startswith(codecs.BOM_UTF8):
                     raw = raw[len(codecs.BOM_UTF8) :]
-                if raw.strip():
-                    yield number, raw
+                if not raw.strip():
+                    continue
+                if first and raw.lstrip().startswith(b"["):
+                    raise DataError(
+                        f"data file {path} is one JSON array: write one object a line (jq -c '.[]' does it)"
+                    )
+                first = False
+                yield number, raw
     except OSError as error:
         raise DataError(
             f"data file {path} cannot be read ({error.strerror}): correct its permissions"
         ) from error
+
+
+def _split(stream: IO[bytes]) -> Iterator[bytes]:
+    """Lines; of one that is too long, its first bytes alone."""
+    while raw := stream.readline(MOST_BYTES + 1):
+        rest = raw
+        while len(rest) > MOST_BYTES and not rest.endswith(b"\n"):
+            rest = stream.readline(MOST_BYTES + 1)
+        yield raw
 
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:
@@ -131,6 +154,8 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
 
 def _parse(raw: bytes) -> dict[str, Any] | str:
     """A line's object, or why it is none."""
+    if len(raw) > MOST_BYTES:
+        return f"longer than {MOST_BYTES >> 20} MiB: split it"
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -144,43 +169,5 @@ def _parse(raw: bytes) -> dict[str, Any] | str:
     if isinstance(value, list):
         return "a JSON array where one object a line is needed"
     if not isinstance(value, dict):
-        return f"a JSON {_kind(value)} where an object is needed"
+        return f"a JSON {kind(value)} where an object is needed"
     return value
-
-
-def _pick(row: Mapping[str, Any], fields: FieldsConfig) -> tuple[str, str] | str:
-    """Prompt and response of a row, or why there are none."""
-    texts: list[str] = []
-    for key, name in (("prompt", fields.prompt), ("response", fields.response)):
-        if name not in row:
-            there = ", ".join(sorted(row)) or "none"
-            return f"no field '{name}', its fields are {there}: set data.fields.{key}"
-        value = row[name]
-        if not isinstance(value, str):
-            return f"field '{name}' is {_kind(value)} where text is needed"
-        if not value.strip():
-            return f"field '{name}' is empty"
-        if not _encodable(value):
-            return f"field '{name}' holds half of a surrogate pair"
-        texts.append(value)
-    return texts[0], texts[1]
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _kind(value: Any) -> str:
-    names = {
-        bool: "true or false",
-        int: "number",
-        float: "number",
-        str: "text",
-        list: "array",
-        dict: "object",
-    }
-    return "null" if value is None else names[type(value)]

@@ -246,8 +246,13 @@ def test_data_check_as_json(bad_rows: Path, capsys: pytest.CaptureFixture[str]) 
     assert captured.err == ""
 
 
+def test_data_check_finds_the_form_of_the_rows_itself(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "check", str(rows)]) == 0
+    assert "9 rows, 9 usable, 0 bad" in capsys.readouterr().out
+
+
 def test_data_check_of_wholly_bad_files(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["data", "check", str(rows)]) == 2
+    assert cli.main(["data", "check", str(rows), "data=alpaca"]) == 2
     captured = capsys.readouterr()
     assert "9 rows, 0 usable, 9 bad" in captured.out
     assert "no field 'instruction', its fields are answer, question: set data.fields.prompt" in captured.err

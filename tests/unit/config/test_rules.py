@@ -179,8 +179,20 @@ ONE_RULE = [
         "reference.micro_batch_size does not go with data.packing=true",
     ),
     (["objective=asft", "data.weights=[1]"], "data.weights is not available yet"),
+    (
+        ["objective=asft", "data.fields.prompt=q"],
+        "data.fields names some fields and not the others: set data.fields.response too",
+    ),
+    (
+        ["objective=asft", "data.fields.input=x"],
+        "not the others: set data.fields.prompt and data.fields.response too",
+    ),
+    (
+        ["objective=asft", "data=gsm8k", "data.fields.messages=m"],
+        "data.fields.messages names a whole conversation: leave out data.fields.prompt, input and response",
+    ),
     (["objective=asft", "data.loss_on=last_assistant"], "loss on chosen turns is not available yet"),
-    (["objective=asft", "trainer.keep=best:validation_nll"], "trainer.keep=best:... is not available yet"),
+    (["objective=asft", "trainer.keep=best:validation_nll"], "needs validations: set data.validation"),
     (
         ["objective=asft", "trainer.max_skips=3"],
         "trainer.max_skips does nothing with trainer.on_nonfinite=stop",

@@ -20,7 +20,12 @@ ROW = {"q": "add two numbers", "a": "The answer is 42."}
 
 
 def config(**changes: object) -> DataConfig:
-    values = {"fields": FieldsConfig("q", "a"), "template": "raw", "sequence_length": 64, **changes}
+    values = {
+        "fields": FieldsConfig(prompt="q", response="a"),
+        "template": "raw",
+        "sequence_length": 64,
+        **changes,
+    }
     return DataConfig(**values)  # type: ignore[arg-type]
 
 

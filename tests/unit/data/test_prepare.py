@@ -90,7 +90,7 @@ def test_fingerprint_follows_content_not_names(
                 {"loss_on": "all"},
                 {"on_too_long": "truncate"},
                 {"on_bad_row": "skip"},
-                {"fields": FieldsConfig("q", "a")},
+                {"fields": FieldsConfig(prompt="q", response="a")},
             )
         ),
     ]
@@ -108,6 +108,6 @@ def test_real_gsm8k_has_no_bad_row() -> None:
     file = Path(os.environ.get("ASFT_DATA_DIR", "../shared/data")) / "math" / "gsm8k_train.jsonl"
     if not file.is_file():
         pytest.skip(f"{file} is absent: set ASFT_DATA_DIR")
-    rows = list(read_records([file], FieldsConfig("question", "answer")))
+    rows = list(read_records([file], FieldsConfig(prompt="question", response="answer")))
     assert len(rows) == 7473
     assert not any(isinstance(row, BadRow) for row in rows)

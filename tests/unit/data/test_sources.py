@@ -16,7 +16,7 @@ from asft_nemo.data import BadRow, Record, domain_names, read_records
 from asft_nemo.data.sources import _lines, _parse, bad_rows_error
 from asft_nemo.errors import DataError
 
-FIELDS = FieldsConfig("q", "a")
+FIELDS = FieldsConfig(prompt="q", response="a")
 Writer = Callable[..., Path]
 
 BAD = [
@@ -45,8 +45,10 @@ BAD = [
 def test_bad_row_is_located_and_explained(jsonl: Writer, row: object, reason: str) -> None:
     path = jsonl({"q": "1", "a": "2"}, row, {"q": "3", "a": "4"})
     first, bad, last = read_records([path], FIELDS)
-    assert first == Record("1", "2", str(path), 1, 0)
-    assert last == Record("3", "4", str(path), 3, 0)
+    assert isinstance(first, Record)
+    assert isinstance(last, Record)
+    assert (first.conversation.pair(), first.file, first.line, first.domain) == (("1", "2"), str(path), 1, 0)
+    assert (last.conversation.pair(), last.file, last.line, last.domain) == (("3", "4"), str(path), 3, 0)
     assert isinstance(bad, BadRow)
     assert (bad.file, bad.line) == (str(path), 2)
     assert reason in bad.reason
@@ -83,7 +85,7 @@ def test_domain_names_are_short_and_apart(files: list[str], names: tuple[str, ..
 def test_byte_order_mark_carriage_returns_and_missing_last_newline(tmp_path: Path) -> None:
     path = tmp_path / "windows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"q": "1", "a": "2"}\r\n{"q": "3", "a": "4"}')
-    assert [record.response for record in read_records([path], FIELDS)] == ["2", "4"]  # type: ignore[union-attr]
+    assert [record.conversation.pair()[1] for record in read_records([path], FIELDS)] == ["2", "4"]  # type: ignore[union-attr, index]
 
 
 @pytest.mark.parametrize(
