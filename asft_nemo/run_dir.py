@@ -342,9 +342,9 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def point_latest_at(folder: Path, name: str) -> None:
-    """Moves the link ``latest`` to `name` in one step."""
-    link = folder / ".latest.new"
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    os.replace(link, folder / "latest")
+def point_at(folder: Path, link: str, name: str) -> None:
+    """Moves a link, ``latest`` or ``best``, to `name` in one step."""
+    new = folder / f".{link}.new"
+    new.unlink(missing_ok=True)
+    new.symlink_to(name)
+    os.replace(new, folder / link)

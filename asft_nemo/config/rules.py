@@ -109,6 +109,23 @@ def _keep(facts: Facts) -> Iterator[str]:
     number_fits = kind == "last" and what.isdecimal() and int(what) >= 1
     if not number_fits and not (kind == "best" and what):
         yield f"trainer.keep={keep} is unknown: set last:N with N at least 1, or best:<metric>"
+    elif kind == "best":
+        yield from _keep_best(facts.run, what)
+
+
+def _keep_best(run: RunConfig, metric: str) -> Iterator[str]:
+    known = tables.OBJECTIVES.get(run.objective.name)
+    divergence = {"forward": "kl", "reverse": "kl_reverse"}.get(run.objective.kl_direction, "kl")
+    reads = known is not None and known.has_divergence and run.objective.kl_weight
+    metrics = ["loss", "nll", "weighted_nll", *([divergence] if reads else [])]
+    if metric not in [f"validation_{name}" for name in metrics]:
+        choices = ", ".join(f"best:validation_{name}" for name in metrics)
+        yield f"trainer.keep=best:{metric} is no metric that a smaller value of is better: set one of {choices}, or last:N"
+    if not (run.data.validation and run.trainer.validate_every):
+        yield (
+            f"trainer.keep=best:{metric} needs validations: set data.validation=[file.jsonl] and trainer.validate_every=N, or "
+            "trainer.keep=last:N"
+        )
 
 
 def _chunk_tokens(facts: Facts) -> Iterator[str]:

@@ -132,11 +132,6 @@ NOT_YET = (
         lambda run: run.data.loss_on.endswith("_assistant"),
         "set data.loss_on=response or all",
     ),
-    NotYet(
-        "trainer.keep=best:...",
-        lambda run: run.trainer.keep.startswith("best:") and run.trainer.keep != "best:",
-        "set trainer.keep=last:N",
-    ),
     NotYet("context parallelism", lambda run: run.parallel.cp_size > 1, "set parallel.cp_size=1"),
     NotYet("FP8 training", lambda run: run.precision.startswith("fp8"), "set precision=bf16"),
 )

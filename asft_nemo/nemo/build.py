@@ -22,6 +22,7 @@ from asft_nemo.nemo.callbacks import CheckpointCallback, MetricsCallback
 from asft_nemo.nemo.compat import AnchoredStrategy
 from asft_nemo.nemo.datamodule import AnchoredDataModule
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, ASFTModel
+from asft_nemo.nemo.keep import Keep
 from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.optim import WarmupSchedule
@@ -54,6 +55,11 @@ class Parts:
     model: ASFTModel
     data: AnchoredDataModule
     prepass: PrepassCallback
+
+
+def _several(files: tuple[str, ...]) -> list[str]:
+    """Names of files whose metrics are kept apart; none where there is one file."""
+    return list(domain_names(files)) if len(files) > 1 else []
 
 
 def _kernels(run: RunConfig) -> dict[str, Any]:
@@ -93,7 +99,8 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
         loss_implementation=run.loss.implementation,
         loss_chunk_tokens=run.loss.chunk_tokens,
         normalize_by=run.loss.normalize_by,
-        domains=list(domain_names(run.data.train)) if len(run.data.train) > 1 else [],
+        domains=_several(run.data.train),
+        validation_domains=_several(run.data.validation),
         adapters=adapter_spec(run),
     )
 
@@ -209,9 +216,10 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         base_dir,
         prepass,
         adapters=adapter_description(run),
+        metrics=metrics,
         every=run.trainer.checkpoint_every,
         max_steps=max_steps,
-        keep=int(run.trainer.keep.removeprefix("last:")),
+        keep=Keep(run.trainer.keep, run_dir),
     )
     ranks_here, machines = _machines(run)
     started = None if resume is not None else initial_adapters(run, base_dir)

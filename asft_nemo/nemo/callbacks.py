@@ -21,9 +21,10 @@ from tqdm import tqdm
 from asft_nemo.checkpoint.adapters import ADAPTER_FILE, AdapterDescription
 from asft_nemo.checkpoint.base_weights import nemo_base_sample
 from asft_nemo.errors import UserError
+from asft_nemo.nemo.keep import Keep
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.schedule import PrepassCallback
-from asft_nemo.run_dir import checkpoint_steps, drop_steps_after, point_latest_at
+from asft_nemo.run_dir import drop_steps_after, point_at
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +66,15 @@ def _strict(value: Any) -> Any:
 def _scalars(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a step's object under their names in TensorBoard: ``nll``, and ``nll/<domain>`` of a domain."""
     apart = {
-        f"{metric}/{domain}": value
-        for domain, values in line.get("domains", {}).items()
+        f"{prefix}{metric}/{domain}": value
+        for prefix in ("", "validation_")
+        for domain, values in line.get(f"{prefix}domains", {}).items()
         for metric, value in values.items()
     }
     return (
         (name, value)
         for name, value in {**line, **apart}.items()
-        if value is not None and name not in ("step", "domains")
+        if value is not None and name not in ("step", "domains", "validation_domains")
     )
 
 
@@ -90,6 +92,9 @@ class MetricsCallback(Callback):
         max_initial_kl: bound on the KL of the run's very first step, nats per token; None when no KL is measured.
         validate_every: steps between validations, None for none.
         description: shown in front of the progress bar.
+
+    Attributes:
+        validated: the last step after which there was a validation.
     """
 
     def __init__(
@@ -113,6 +118,8 @@ class MetricsCallback(Callback):
         self._bar: tqdm | None = None
         self._events: Any = None
         self._writes = False
+        self.validated: int | None = None
+        self._validation: dict[str, float] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Opens the files on the writing rank; after a resume, lines of steps that will be run again are dropped."""
@@ -161,11 +168,13 @@ class MetricsCallback(Callback):
         """Writes the step's object; validation, when due, adds its values to the same object."""
         seconds = time.perf_counter() - self._started
         step = trainer.global_step
-        validation = {}
+        validation: dict[str, float] = {}
         reduction = pl_module.training_loss_reduction
         last = reduction.last
+        domains: dict[str, dict[str, float]] = {}
         if self.validate_every and step % self.validate_every == 0:
-            validation = validate(trainer, pl_module)
+            validation, domains = validate(trainer, pl_module)
+            self.validated, self._validation = step, validation
         if not self._writes:
             return
         grad_norm = None if self.guard.skipped else trainer.callback_metrics.get("grad_norm")
@@ -183,6 +192,7 @@ class MetricsCallback(Callback):
             "skipped": self.guard.skipped,
             **({"domains": reduction.last_of_domains} if reduction.domains else {}),
             **{f"validation_{key}": validation.get(key) for key in METRIC_KEYS if validation},
+            **({"validation_domains": domains} if domains else {}),
         }
         line = _strict(line)
         with self.path.open("a") as out:
@@ -190,6 +200,10 @@ class MetricsCallback(Callback):
         for name, value in _scalars(line):
             self._events.add_scalar(name, value, step)
         self._show(line)
+
+    def validation_value(self, name: str) -> float:
+        """A value of the last validation by its name in metrics.jsonl; infinity where this rank does not know it."""
+        return self._validation.get(name.removeprefix("validation_"), math.inf)
 
     def _show(self, line: dict[str, Any]) -> None:
         assert self._bar is not None
@@ -217,32 +231,51 @@ class MetricsCallback(Callback):
             self._events.close()
 
 
-def validate(trainer: Any, pl_module: Any) -> dict[str, float]:
+def validate(trainer: Any, pl_module: Any) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Means over the validation set by the same model, reference and loss as training, without gradients.
 
     Collectives: those of the forward passes and one reduction per global batch; every rank must call it.
 
     Returns:
-        The values on the writing rank, weighted by valid tokens; elsewhere an empty or partial dict.
+        The values on the writing rank, weighted by valid tokens, and those of each validation file where there are several; elsewhere
+        empty or partial dicts.
     """
     batches, count = trainer.datamodule.validation_micro_batches()
     parallel = trainer.strategy.megatron_parallel
     reduction = pl_module.validation_loss_reduction
-    totals: dict[str, float] = {}
-    tokens = 0.0
+    whole, domains = _Means(), {name: _Means() for name in reduction.domains}
     for chunk in parallel:
         chunk.eval()
     with torch.no_grad():
         for _ in range(count):
-            reduction.last = {}
+            reduction.last, reduction.last_of_domains = {}, {}
             parallel.validation_step(batches, step_i=trainer.global_step)
-            weight = reduction.last.get("tokens", 0.0)
-            tokens += weight
-            for name, value in reduction.last.items():
-                totals[name] = totals.get(name, 0.0) + value * weight
+            whole.add(reduction.last)
+            for name, values in reduction.last_of_domains.items():
+                domains[name].add(values)
     for chunk in parallel:
         chunk.train()
-    return {name: total / tokens for name, total in totals.items()} if tokens else {}
+    return whole.means(), {name: means for name, one in domains.items() if (means := one.means())}
+
+
+class _Means:
+    """Means over several global batches, weighted by valid tokens, whose number is under ``tokens``."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, float] = {}
+        self._tokens = 0
+
+    def add(self, values: dict[str, float]) -> None:
+        weight = values.get("tokens", 0)
+        self._tokens += int(weight)
+        for name, value in values.items():
+            self._totals[name] = self._totals.get(name, 0.0) + value * weight
+
+    def means(self) -> dict[str, float]:
+        if not self._tokens:
+            return {}
+        means = {name: total / self._tokens for name, total in self._totals.items()}
+        return {**means, "tokens": self._tokens}
 
 
 class CheckpointCallback(Callback):
@@ -256,9 +289,10 @@ class CheckpointCallback(Callback):
         base_dir: the base checkpoint; its `context/` goes along, so that a checkpoint exports on its own.
         prepass: holds the snapshot of the policy, where there is one.
         adapters: what the checkpoint's `context/` says of them; None where it holds the whole model.
+        metrics: tells what a validation found; comes before this callback.
         every: steps between checkpoints, None for only the last.
         max_steps: last step of the run.
-        keep: how many of the latest checkpoints stay.
+        keep: which checkpoints stay.
     """
 
     def __init__(
@@ -268,25 +302,33 @@ class CheckpointCallback(Callback):
         prepass: PrepassCallback,
         *,
         adapters: AdapterDescription | None,
+        metrics: MetricsCallback,
         every: int | None,
         max_steps: int,
-        keep: int,
+        keep: Keep,
     ):
         self.dir = run_dir / "checkpoints"
         self.base_dir = base_dir
         self.prepass = prepass
-        self.adapters = adapters
+        self.adapters, self.metrics = adapters, metrics
         self.every, self.max_steps, self.keep = every, max_steps, keep
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves when due."""
-        step = trainer.global_step
-        if step == self.max_steps or (self.every and step % self.every == 0):
-            self.save(trainer, step)
+        """Saves when due, and where a validation was the best. Collective: one all-reduce of one value after a validation."""
+        step, best = trainer.global_step, False
+        if self.keep.metric is not None and self.metrics.validated == step:
+            # only the writing rank knows it; the others are below whatever it says
+            best = self.keep.is_best(-most_of_ranks(-self.metrics.validation_value(self.keep.metric)))
+        if best or step == self.max_steps or (self.every and step % self.every == 0):
+            self.save(trainer, step, best=best)
 
-    def save(self, trainer: Any, step: int) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Finds what was best before a resume."""
+        self.keep.restore()
+
+    def save(self, trainer: Any, step: int, *, best: bool) -> None:
         """Writes the checkpoint of `step`. Collective over all ranks."""
         partial, final = self.dir / f"partial_step_{step}", self.dir / f"step_{step}"
         if trainer.is_global_zero:
@@ -306,7 +348,6 @@ class CheckpointCallback(Callback):
                     self.adapters.to_json(base_sample=nemo_base_sample(self.base_dir))
                 )
             partial.rename(final)
-            point_latest_at(self.dir, final.name)
-            for old in [done for done in checkpoint_steps(self.dir) if done <= step][: -self.keep]:
-                shutil.rmtree(self.dir / f"step_{old}")
+            point_at(self.dir, "latest", final.name)
+            self.keep.tidy(step, best=best)
         trainer.strategy.barrier()

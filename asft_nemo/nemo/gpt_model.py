@@ -72,7 +72,7 @@ class AnchoredGPTConfig(GPTConfig):
         loss_implementation: a key of `asft_nemo.nemo.head.IMPLEMENTATIONS`.
         loss_chunk_tokens: see `asft_nemo.losses.fused_linear_loss`.
         normalize_by: ``tokens`` (one global mean) or ``micro_batch`` (mean of micro-batch means, as the authors average).
-        domains: names of the training files, where there are several: their metrics are kept apart.
+        domains, validation_domains: names of the training and the validation files, where there are several: their metrics are kept apart.
         hf_vocab_size: vocabulary rows of the Hugging Face checkpoint; `vocab_size` is padded for tensor parallelism.
         adapters: the policy's LoRA adapters, None for full fine-tuning.
         rope_scaling, rope_scaling_factor: Megatron's arguments for the scaled rotary embeddings of Llama 3.1 and later.
@@ -86,6 +86,7 @@ class AnchoredGPTConfig(GPTConfig):
     loss_chunk_tokens: Any = "auto"
     normalize_by: str = ""
     domains: list[str] = field(default_factory=list)
+    validation_domains: list[str] = field(default_factory=list)
     hf_vocab_size: int = 0
     adapters: AdapterSpec | None = None
     rope_scaling: bool = False
@@ -195,8 +196,10 @@ class ASFTModel(GPTModel):
 
     @property
     def validation_loss_reduction(self) -> TokenLossReduction:  # type: ignore[override]
-        """Validation reduces like training, all of its files together."""
+        """Validation reduces like training."""
         config: Any = self.config
         if self._validation_loss_reduction is None:
-            self._validation_loss_reduction = TokenLossReduction(normalize_by=config.normalize_by)
+            self._validation_loss_reduction = TokenLossReduction(
+                normalize_by=config.normalize_by, domains=config.validation_domains
+            )
         return self._validation_loss_reduction

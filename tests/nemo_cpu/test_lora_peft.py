@@ -19,7 +19,7 @@ from test_training import VALID, metrics, without_times
 from asft_nemo.checkpoint.lora_merge import export_merged
 from asft_nemo.checkpoint.lora_peft import export_peft
 from asft_nemo.objectives import objective
-from asft_nemo.run_dir import point_latest_at
+from asft_nemo.run_dir import point_at
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 __all__ = ["model", "models"]  # fixtures
@@ -85,7 +85,7 @@ def test_merged_peft_and_megatron_compute_the_same_and_training_goes_on(
     assert lines[1]["loss"] == pytest.approx(loss, rel=1e-5)
 
     shutil.move(steps / "step_2", tmp_path / "straight")
-    point_latest_at(steps, "step_1")
+    point_at(steps, "latest", "step_1")
     shutil.rmtree(tmp_path / "given")
     shutil.rmtree(tmp_path / "run" / "adapter")
     ranks4.run("jobs:train_steps", settings={**settings, "trainer.resume": "must"}, valid=[32])

@@ -389,3 +389,50 @@ def test_a_gradient_that_is_not_finite_stops_with_a_sentence(ranks4: RankGroup, 
     settings = own_data(tmp_path, optim__lr=1e30, optim__warmup_ratio=0.0)
     with pytest.raises(RankError, match=r"UserError: .* not finite"):
         ranks4.run("jobs:train_itself", settings=settings)
+
+
+def test_metrics_of_validation_files(ranks4: RankGroup, tmp_path: Path) -> None:
+    """Each file's means, weighted by tokens, make up those of all; held against a validation on that file alone."""
+    both = two_files(tmp_path, "both")
+    files = both["data.train"]
+    both |= {"data.validation": files, "trainer.validate_every": 1, "trainer.max_steps": 1}
+    ranks4.run("jobs:train_itself", settings=both)
+    (line,) = metrics(tmp_path / "both")
+    domains = line["validation_domains"]
+    assert set(domains) == {"copy/rows", "reverse/rows"}
+    tokens = sum(values["tokens"] for values in domains.values())
+    for key in ("nll", "weighted_nll", "token_weight", "kl"):
+        total = sum(values["tokens"] * values[key] for values in domains.values())
+        assert line[f"validation_{key}"] == pytest.approx(total / tokens, rel=1e-6, abs=1e-12), key
+    alone = {**both, "data.validation": files[:1], "run.dir": str(tmp_path / "alone")}
+    ranks4.run("jobs:train_itself", settings=alone)
+    (other,) = metrics(tmp_path / "alone")
+    assert "validation_domains" not in other
+    assert other["validation_nll"] == pytest.approx(domains["copy/rows"]["nll"], rel=1e-5)
+
+
+def test_the_best_checkpoint_stays(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    """Validated at every step of a run that learns too fast: the best and the latest checkpoint stay, also over a resume."""
+    settings = settings_of(
+        model,
+        tmp_path / "run",
+        trainer__max_steps=6,
+        trainer__validate_every=1,
+        trainer__keep="best:validation_nll",
+        optim__lr=0.03,
+        optim__warmup_ratio=0.0,
+    )
+    ranks4.run("jobs:train_steps", settings=settings, valid=VALID, validation=8)
+    folder = tmp_path / "run" / "checkpoints"
+    values = [line["validation_nll"] for line in metrics(tmp_path / "run")]
+    best = 1 + values.index(min(values))
+    assert 1 <= best < 6, values
+    assert (folder / "best").resolve().name == f"step_{best}"
+    assert {entry.name for entry in folder.glob("step_*")} == {f"step_{best}", "step_6"}
+    # as if it had been killed right after its best: the later steps are no better, and the best is still known
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to(f"step_{best}")
+    ranks4.run("jobs:train_steps", settings={**settings, "trainer.resume": "must"}, valid=VALID, validation=8)
+    assert [line["validation_nll"] for line in metrics(tmp_path / "run")] == values
+    assert (folder / "best").resolve().name == f"step_{best}"
+    assert {entry.name for entry in folder.glob("step_*")} == {f"step_{best}", "step_6"}

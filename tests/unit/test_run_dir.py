@@ -21,7 +21,7 @@ from asft_nemo.run_dir import (
     drop_steps_after,
     initial_adapters,
     open_run_dir,
-    point_latest_at,
+    point_at,
     resume_from,
 )
 
@@ -48,7 +48,7 @@ def with_checkpoint(run: RunConfig) -> Path:
     folder = Path(run.run.dir) / "checkpoints"
     folder.mkdir(parents=True)
     import_hf(TINY, folder / "step_2")
-    point_latest_at(folder, "step_2")
+    point_at(folder, "latest", "step_2")
     return folder
 
 
@@ -110,7 +110,7 @@ def test_one_process_at_a_time(run: RunConfig) -> None:
 
 def test_a_link_to_nowhere_is_said(run: RunConfig) -> None:
     folder = with_checkpoint(run)
-    point_latest_at(folder, "step_9")
+    point_at(folder, "latest", "step_9")
     with pytest.raises(CheckpointError, match=r"step_9, which is not there: point it at one of \['step_2'\]"):
         resume_from(replace(run, {"trainer.resume": "if_exists"}))
 
@@ -167,8 +167,8 @@ def test_the_base_is_imported_once(run: RunConfig) -> None:
 def test_latest_moves_and_steps_are_read(tmp_path: Path) -> None:
     for name in ("step_2", "step_10", "partial_step_12"):
         (tmp_path / name).mkdir()
-    point_latest_at(tmp_path, "step_2")
-    point_latest_at(tmp_path, "step_10")
+    point_at(tmp_path, "latest", "step_2")
+    point_at(tmp_path, "latest", "step_10")
     assert (tmp_path / "latest").resolve().name == "step_10"
     assert checkpoint_steps(tmp_path) == [2, 10]
 

@@ -1,0 +1,70 @@
+"""Which checkpoints stay: the last ones, or the best by a validation metric beside the latest."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+from asft_nemo.run_dir import checkpoint_steps, point_at
+
+logger = logging.getLogger(__name__)
+
+BEST = "best"
+
+
+class Keep:
+    """`trainer.keep`: ``last:N``, or ``best:METRIC``, where smaller is better.
+
+    With ``best:METRIC`` every validation that beats all before it asks for a checkpoint; that one and the latest stay, and the link
+    ``checkpoints/best`` leads to it. After a resume, what was best is read from its step's line in metrics.jsonl.
+
+    Args:
+        text: the setting.
+        run_dir: folder of the run.
+    """
+
+    def __init__(self, text: str, run_dir: Path):
+        kind, _, what = text.partition(":")
+        self.metric = what if kind == "best" else None
+        self._number = int(what) if kind == "last" else 1
+        self._run_dir, self._folder = run_dir, run_dir / "checkpoints"
+        self._best: float | None = None
+
+    def restore(self) -> None:
+        """Looks for the best so far, once, when training starts."""
+        if self.metric is None:
+            return
+        step = self._best_step()
+        if step is None:
+            return
+        for text in (self._run_dir / "metrics.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            if line["step"] == step and line.get(self.metric) is not None:
+                self._best = line[self.metric]
+
+    def is_best(self, value: float) -> bool:
+        """Whether a validation's value beats all before it, which it then replaces; infinity and NaN never do."""
+        if not math.isfinite(value) or (self._best is not None and value >= self._best):
+            return False
+        self._best = value
+        return True
+
+    def tidy(self, step: int, *, best: bool) -> None:
+        """After the checkpoint of `step` is complete: moves the link to the best, removes what does not stay. One rank calls it."""
+        if best:
+            point_at(self._folder, BEST, f"step_{step}")
+            logger.info("step %d is the best so far: %s %.6g", step, self.metric, self._best)
+        kept = self._best_step()
+        done = [number for number in checkpoint_steps(self._folder) if number <= step]
+        for number in done[: -self._number]:
+            if number != kept:
+                shutil.rmtree(self._folder / f"step_{number}")
+
+    def _best_step(self) -> int | None:
+        link = self._folder / BEST
+        if self.metric is None or not link.is_dir():
+            return None
+        return int(link.resolve().name.removeprefix("step_"))
