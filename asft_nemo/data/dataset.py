@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from asft_nemo.config.schema import DataConfig
+from asft_nemo.data.records import Conversation
 from asft_nemo.data.sources import BadRow, Record, bad_rows_error, read_records
 from asft_nemo.data.templates import Rendered, render
 from asft_nemo.data.tokenization import TextTokenizer, Tokenized
@@ -229,10 +230,11 @@ def _load(
     sample_ids: list[int] = []
     domain_ids: list[int] = []
     records = read_records(files, data.fields)
+    renderer = _renderer(data, tokenizer)
     while chunk := list(islice(records, _CHUNK)):
         usable: list[tuple[int, Record, Rendered]] = []
         for number, record in enumerate(chunk, start=report.rows):
-            rendered = record if isinstance(record, BadRow) else _render(record, data)
+            rendered = record if isinstance(record, BadRow) else _render(record, renderer)
             if isinstance(rendered, BadRow):
                 report.bad.append(rendered)
             elif isinstance(record, Record):
@@ -252,13 +254,27 @@ def _load(
     return examples, sample_ids, domain_ids
 
 
-def _render(record: Record, data: DataConfig) -> Rendered | BadRow:
-    pair = record.conversation.pair()
-    if pair is None:
-        count = len(record.conversation.messages)
-        reason = f"a conversation of {count} messages does not fit data.template={data.template}, which has one prompt and one response"
-        return BadRow(record.file, record.line, f"{reason}: set data.template=chat")
-    return render(data.template, *pair)
+def _renderer(data: DataConfig, tokenizer: TextTokenizer) -> Callable[[Conversation], Rendered | str]:
+    """How a conversation becomes text, or why it does not."""
+    if data.template == "chat":
+        chat = tokenizer.chat_template()
+        return lambda conversation: chat.render(conversation, data.loss_on)
+
+    def of_pair(conversation: Conversation) -> Rendered | str:
+        pair = conversation.pair()
+        if pair is not None:
+            return render(data.template, *pair)
+        return (
+            f"a conversation of {len(conversation.messages)} messages does not fit data.template={data.template}, which has "
+            "one prompt and one response: set data.template=chat"
+        )
+
+    return of_pair
+
+
+def _render(record: Record, renderer: Callable[[Conversation], Rendered | str]) -> Rendered | BadRow:
+    rendered = renderer(record.conversation)
+    return BadRow(record.file, record.line, rendered) if isinstance(rendered, str) else rendered
 
 
 def _fit(example: Tokenized, record: Record, data: DataConfig, report: LoadReport) -> Example | None:

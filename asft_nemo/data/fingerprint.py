@@ -17,6 +17,7 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "tokenizer.model",
 )
+_CHAT_TEMPLATE = "chat_template.jinja"
 _BLOCK = 1 << 20
 
 
@@ -37,7 +38,7 @@ def fingerprint(files: Iterable[str | Path], data: DataConfig, *, tokenizer_dir:
     total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in files:
         total.update(_digest(Path(file)))
-    for name in _TOKENIZER_FILES:
+    for name in (*_TOKENIZER_FILES, *([_CHAT_TEMPLATE] if data.template == "chat" else [])):
         path = Path(tokenizer_dir) / name
         if path.is_file():
             total.update(name.encode() + _digest(path))
@@ -50,8 +51,8 @@ def files_fingerprint(files: Iterable[str | Path]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer_dir: str | Path) -> str:
-    """SHA-256 (hex) over the tokenizer's files."""
-    paths = ((name, Path(tokenizer_dir) / name) for name in _TOKENIZER_FILES)
+    """SHA-256 (hex) over the tokenizer's files, its chat template included."""
+    paths = ((name, Path(tokenizer_dir) / name) for name in (*_TOKENIZER_FILES, _CHAT_TEMPLATE))
     return hashlib.sha256(
         b"".join(name.encode() + _digest(path) for name, path in paths if path.is_file())
     ).hexdigest()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from asft_nemo.data.chat import ChatTemplate
 from asft_nemo.data.marking import CLOSE, OPEN, marked_tokenizer
 from asft_nemo.data.templates import Rendered
 from asft_nemo.errors import DataError
@@ -84,6 +85,14 @@ class TextTokenizer:
                 f"no tokenizer can be read from {folder} ({reason}): add its tokenizer.json"
             ) from error
 
+    def chat_template(self) -> ChatTemplate:
+        """The tokenizer's own.
+
+        Raises:
+            DataError: it has none.
+        """
+        return ChatTemplate(self._tokenizer, list(self.control.values()))
+
     def encode(self, examples: Sequence[Rendered]) -> list[Tokenized]:
         """Tokenises whole examples: begin tokens, text, end token, as each example asks for them.
 
@@ -101,11 +110,7 @@ class TextTokenizer:
             ids = [self._moved.get(number, number) for number in ids]
         places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
         if OPEN in example.text:
-            # A control token may swallow blanks beside it, whose place says nothing about whose token it is.
-            for i, number in enumerate(ids):
-                if number in self.control and example.text.find(OPEN, *offsets[i]) >= 0:
-                    start = example.text.index(OPEN, *offsets[i])
-                    places[i] = start, example.text.index(CLOSE, start) + 1
+            self._place_control_tokens(example.text, ids, places)
         learned = np.zeros(len(ids), dtype=bool)
         for start, stop in example.learned:
             first = np.flatnonzero(places[:, 1] > start)[:1]
@@ -117,6 +122,20 @@ class TextTokenizer:
         return Tokenized(
             [*begin, *ids, *end], [*(False for _ in begin), *learned.tolist(), *(True for _ in end)]
         )
+
+    def _place_control_tokens(self, text: str, ids: list[int], places: np.ndarray) -> None:
+        """Corrects the offsets of control tokens: one may swallow blanks beside it, whose place says nothing about whose it is."""
+        found = 0
+        for i, number in enumerate(ids):
+            start = text.find(OPEN, *places[i].tolist()) if number in self.control else -1
+            if start >= 0:
+                places[i] = start, text.index(CLOSE, start) + 1
+                found += 1
+        if found != text.count(OPEN):
+            raise DataError(
+                f"the tokenizer in {self.folder} does not read each control token of its chat template as one token: set "
+                "data.template=alpaca or raw"
+            )
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special tokens included."""

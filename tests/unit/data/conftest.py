@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from asft_nemo.data import TextTokenizer
 
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
 EOS, PAD, BOS = "<|end|>", "<|pad|>", "<s>"
 SENTENCES = [
     "### Response:The answer is 42. The answer is 7.",
@@ -96,6 +97,7 @@ def tokenizer_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tokenizers")
     for name, build in KINDS.items():
         tokenizer = build()
+        tokenizer.add_special_tokens(CHAT_TOKENS)
         fast = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             eos_token=EOS,
