@@ -121,16 +121,10 @@ NOT_YET = (
         lambda run: run.objective.name == "psft" and run.peft.name == "lora",
         "set peft=none",
     ),
-    NotYet("data.template=chat", lambda run: run.data.template == "chat", "set data.template=alpaca or raw"),
     NotYet(
         "data.weights",
         lambda run: bool(run.data.weights),
         "leave it empty: every example is then seen once an epoch",
-    ),
-    NotYet(
-        "loss on chosen turns",
-        lambda run: run.data.loss_on.endswith("_assistant"),
-        "set data.loss_on=response or all",
     ),
     NotYet("context parallelism", lambda run: run.parallel.cp_size > 1, "set parallel.cp_size=1"),
     NotYet("FP8 training", lambda run: run.precision.startswith("fp8"), "set precision=bf16"),

@@ -169,7 +169,6 @@ ONE_RULE = [
     ),
     (["objective=asft_sft", "objective.alpha=-1"], "objective.alpha=-1.0 is out of range"),
     (["objective=psft", "objective.clip_low=2"], "objective.clip_low=2.0 is out of range"),
-    (["objective=asft", "data.template=chat"], "data.template=chat is not available yet"),
     (
         ["objective=asft", "data.packing=true", "trainer.micro_batch_size=2"],
         "a packed row is a micro batch already",
@@ -191,7 +190,6 @@ ONE_RULE = [
         ["objective=asft", "data=gsm8k", "data.fields.messages=m"],
         "data.fields.messages names a whole conversation: leave out data.fields.prompt, input and response",
     ),
-    (["objective=asft", "data.loss_on=last_assistant"], "loss on chosen turns is not available yet"),
     (["objective=asft", "trainer.keep=best:validation_nll"], "needs validations: set data.validation"),
     (
         ["objective=asft", "trainer.max_skips=3"],
@@ -248,6 +246,7 @@ GOOD = [
     ["objective=asft", "loss.implementation=dense", "loss.normalize_by=micro_batch"],
     ["objective=asft", "peft=lora", "reference=adapter_disabled", "parallel.tp_size=2", "parallel.pp_size=2"],
     ["objective=asft", "peft=lora", "peft.rank=4", "peft.targets=[linear_qkv]", "reference=resident"],
+    ["objective=asft", "data.template=chat", "data.loss_on=all_assistant", "data.fields.messages=dialogue"],
     ["objective=asft", "data.template=raw", "data.on_too_long=truncate", "data.loss_on=all", "data.on_bad_row=skip"],
 ]  # fmt: skip
 
