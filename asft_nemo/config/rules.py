@@ -8,6 +8,7 @@ are checked.
 from __future__ import annotations
 
 import enum
+import glob
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -272,7 +273,7 @@ def _packing(facts: Facts) -> Iterator[str]:
             "Transformer Engine takes one: set trainer.micro_batch_size=1"
         )
     if run.reference.micro_batch_size not in (None, 1):
-        yield "reference.micro_batch_size does not go with data.packing=true, where a packed row is a micro batch: leave it out"
+        yield "reference.micro_batch_size cannot be used with data.packing=true, where a packed row is a micro batch: leave it out"
 
 
 def _overlaps(facts: Facts) -> Iterator[str]:
@@ -441,7 +442,7 @@ def _data_files(facts: Facts) -> Iterator[str]:
     if not files:
         yield "data.train is empty: set data.train=[file.jsonl]"
     for name in (*files, *facts.run.data.validation):
-        if not Path(name).is_file():
+        if not (Path(name).exists() or glob.glob(name, recursive=True)):
             yield f"data file {name} does not exist (looked in {Path.cwd()}): correct data.train"
 
 

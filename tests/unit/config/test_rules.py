@@ -174,8 +174,13 @@ ONE_RULE = [
         "a packed row is a micro batch already",
     ),
     (
-        ["objective=asft", "data.packing=true", "reference.micro_batch_size=4"],
-        "reference.micro_batch_size does not go with data.packing=true",
+        [
+            "objective=asft",
+            "data.packing=true",
+            "trainer.micro_batch_size=1",
+            "reference.micro_batch_size=4",
+        ],
+        "reference.micro_batch_size cannot be used with data.packing=true",
     ),
     (["objective=asft", "data.weights=[1]"], "data.weights is not available yet"),
     (
