@@ -26,7 +26,7 @@ def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
         "words",
         nargs="+",
         metavar="FILE | KEY=VALUE",
-        help="JSON Lines files, and settings such as data.fields.prompt=question or model.path=DIR (tokenizer)",
+        help="files or directories, and settings such as data.template=chat or model.path=DIR (tokenizer)",
     )
     check.set_defaults(command=_data_check)
     for name in ("prepare", "download"):
@@ -35,10 +35,10 @@ def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    files = [word for word in arguments.words if "=" not in word or Path(word).is_file()]
+    files = [word for word in arguments.words if "=" not in word or Path(word).exists()]
     overrides = [word for word in arguments.words if word not in files]
     if not files:
-        raise UserError("asft data check got no file: name at least one JSON Lines file")
+        raise UserError("asft data check got no file: name at least one")
     from asft_nemo.config.load import compose
 
     given = {word.partition("=")[0] for word in overrides}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from asft_nemo.config.schema import DataConfig
+from asft_nemo.data.files import expand
 
 # What turns text into tokens, and nothing else of a Hugging Face directory.
 _TOKENIZER_FILES = (
@@ -36,8 +37,8 @@ def fingerprint(files: Iterable[str | Path], data: DataConfig, *, tokenizer_dir:
         "on_too_long": data.on_too_long,
     }
     total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for file in files:
-        total.update(_digest(Path(file)))
+    for path in _parts(files):
+        total.update(_digest(path))
     for name in (*_TOKENIZER_FILES, *([_CHAT_TEMPLATE] if data.template == "chat" else [])):
         path = Path(tokenizer_dir) / name
         if path.is_file():
@@ -47,7 +48,7 @@ def fingerprint(files: Iterable[str | Path], data: DataConfig, *, tokenizer_dir:
 
 def files_fingerprint(files: Iterable[str | Path]) -> str:
     """SHA-256 (hex) over the files' bytes in order: which example has which number."""
-    return hashlib.sha256(b"".join(_digest(Path(file)) for file in files)).hexdigest()
+    return hashlib.sha256(b"".join(map(_digest, _parts(files)))).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer_dir: str | Path) -> str:
@@ -73,6 +74,10 @@ def _field_names(data: DataConfig) -> list[str | None]:
         data.fields.response,
         *(f"{name}={value}" for name, value in others.items() if value is not None),
     ]
+
+
+def _parts(files: Iterable[str | Path]) -> Iterator[Path]:
+    return (path for file in files for path in expand(file))
 
 
 def _digest(path: Path) -> bytes:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from asft_nemo.config.schema import FieldsConfig
 from asft_nemo.data import BadRow, Record, domain_names, read_records
-from asft_nemo.data.sources import _lines, _parse, bad_rows_error
+from asft_nemo.data.files import lines, parse
+from asft_nemo.data.sources import bad_rows_error
 from asft_nemo.errors import DataError
 
 FIELDS = FieldsConfig(prompt="q", response="a")
@@ -93,8 +94,14 @@ def test_byte_order_mark_carriage_returns_and_missing_last_newline(tmp_path: Pat
     [
         ('{"q": "x"}'.encode("utf-16"), "UTF-16"),
         ('{"q": "x"}'.encode("utf-32"), "UTF-32"),
-        (gzip.compress(b'{"q": "x"}'), "gzip"),
-        (b"PAR1....", "Parquet"),
+        (gzip.compress(b'{"q": "x"}' * 99)[:-12], "is cut off or damaged"),
+        (gzip.compress('{"q": "x"}'.encode("utf-16")), "UTF-16"),
+        (b"\x1f\x8bnonsense", "is cut off or damaged"),
+        (b"\x28\xb5\x2f\xfdnonsense", "is cut off or damaged"),
+        (b"PAR1....", "is cut off or damaged"),
+        (b"PK\x03\x04", "is zip"),
+        (b'[{"q": "x", "a": "y"}]', "is one JSON array"),
+        (b'[\n{"q": "x", "a": "y"}]', "is one JSON array"),
         (b"", "is empty"),
         (b" \n\n", "is empty"),
     ],
@@ -109,7 +116,7 @@ def test_a_file_that_is_no_jsonl_is_refused_whole(tmp_path: Path, content: bytes
 def test_missing_file_names_where_it_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         list(read_records([tmp_path / "nowhere.jsonl"], FIELDS))
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="holds no data file"):
         list(read_records([tmp_path], FIELDS))
 
 
@@ -124,7 +131,7 @@ def test_error_lists_twenty_rows_and_counts_all() -> None:
 
 @given(st.binary(max_size=60))
 def test_no_line_of_bytes_raises(raw: bytes) -> None:
-    parsed = _parse(raw)
+    parsed = parse(raw)
     assert isinstance(parsed, (dict, str))
 
 
@@ -134,4 +141,5 @@ def test_written_rows_are_read_back(
 ) -> None:
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows))
-    assert [json.loads(raw) for _, raw in _lines(path)] == rows
+    with path.open("rb") as stream:
+        assert [json.loads(raw) for _, raw in lines(stream, path)] == rows

@@ -1,0 +1,218 @@
+"""Files as rows: JSON Lines (plain, gzip, zstd), Parquet, and Arrow as `datasets.save_to_disk` writes it. Adding a format = one
+function + one row of `_FORMATS`.
+
+The format is told by a file's first bytes, not by its name. One line or one batch of rows is in memory at a time. What is wrong with
+a row is its reason; a file that cannot be read at all raises `DataError`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from asft_nemo.data.records import kind
+from asft_nemo.errors import DataError
+
+MOST_BYTES = 10 << 20  # of a line; longer ones are bad rows and never wholly in memory
+_BATCH = 1024  # rows of a Parquet file at once
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".parquet")  # what a directory is searched for
+_ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, whose mark is a prefix of it
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+Rows = Iterator[tuple[int, "dict[str, Any] | str"]]
+
+
+def expand(name: str | Path) -> list[Path]:
+    """The files that an entry of `data.train` stands for: itself, a pattern's matches, or what a directory holds; sorted.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _directory(path)
+    found = sorted(Path(match) for match in glob.glob(str(name), recursive=True))
+    found = [match for match in found if match.is_file()]
+    if not found:
+        raise DataError(
+            f"data file {name} does not exist (looked in {Path.cwd()}): correct data.train, and save a dataset of the Hugging Face "
+            "hub to a directory first (save_to_disk)"
+        )
+    return found
+
+
+def rows(path: Path) -> Rows:
+    """All rows with their numbers (lines, or rows of a Parquet file; 1 for the first), each as an object or the reason why it is none.
+    Blank lines are skipped.
+
+    Raises:
+        DataError: the file cannot be read, is damaged, or is of another format or encoding.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(10)
+        read = next((read for mark, read in _FORMATS if start.startswith(mark)), None)
+        if read is None:
+            read = _arrow if path.suffix == ".arrow" else _plain
+        yield from read(path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged(path, error) from error
+    except OSError as error:
+        if error.strerror is None:  # of Arrow's codecs, not of the system
+            raise _damaged(path, error) from error
+        raise DataError(
+            f"data file {path} cannot be read ({error.strerror}): correct its permissions"
+        ) from error
+
+
+def parse(raw: bytes) -> dict[str, Any] | str:
+    """A line's object, or why it is none."""
+    if len(raw) > MOST_BYTES:
+        return f"longer than {MOST_BYTES >> 20} MiB: split it"
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: byte {raw[error.start]:#04x} at column {error.start + 1}"
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} at column {error.colno}"
+    except RecursionError:
+        return "not JSON that can be read: nested too deeply"
+    except ValueError:  # Python reads no number of thousands of digits
+        return "not JSON that can be read: a number is too long"
+    if isinstance(value, list):
+        return "a JSON array where one object a line is needed"
+    if not isinstance(value, dict):
+        return f"a JSON {kind(value)} where an object is needed"
+    return value
+
+
+def lines(stream: IO[bytes] | io.BufferedIOBase, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Non-blank lines with their numbers."""
+    first = True
+    for number, raw in enumerate(_split(stream), start=1):
+        if number == 1:
+            for mark, encoding in _ENCODINGS:
+                if raw.startswith(mark):
+                    raise DataError(f"data file {path} is {encoding} text: convert it to UTF-8")
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        if not raw.strip():
+            continue
+        if first and raw.lstrip().startswith(b"["):
+            raise DataError(
+                f"data file {path} is one JSON array: write one object a line (jq -c '.[]' does it)"
+            )
+        first = False
+        yield number, raw
+
+
+def _split(stream: IO[bytes] | io.BufferedIOBase) -> Iterator[bytes]:
+    """Lines; of one that is too long, its first bytes alone."""
+    while raw := stream.readline(MOST_BYTES + 1):
+        rest = raw
+        while len(rest) > MOST_BYTES and not rest.endswith(b"\n"):
+            rest = stream.readline(MOST_BYTES + 1)
+        yield raw
+
+
+def _plain(path: Path) -> Rows:
+    with path.open("rb") as stream:
+        for number, raw in lines(stream, path):
+            yield number, parse(raw)
+
+
+def _gzip(path: Path) -> Rows:
+    with gzip.open(path, "rb") as stream:
+        for number, raw in lines(stream, path):
+            yield number, parse(raw)
+
+
+def _zstd(path: Path) -> Rows:
+    import pyarrow
+
+    with pyarrow.input_stream(str(path), compression="zstd") as native, io.BufferedReader(native) as stream:
+        for number, raw in lines(stream, path):
+            yield number, parse(raw)
+
+
+def _parquet(path: Path) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield from _numbered(file.iter_batches(batch_size=_BATCH))
+    except pyarrow.ArrowException as error:
+        raise _damaged(path, error) from error
+
+
+def _arrow(path: Path) -> Rows:
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+            yield from _numbered(stream)
+    except pyarrow.ArrowException as error:
+        raise _damaged(path, error) from error
+
+
+def _numbered(batches: Iterable[Any]) -> Rows:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH):
+            for row in batch.slice(start, _BATCH).to_pylist():
+                number += 1
+                yield number, row
+
+
+def _zip(path: Path) -> Rows:
+    raise DataError(f"data file {path} is zip, which is not read: unpack it to JSON Lines")
+
+
+_FORMATS: tuple[tuple[bytes, Callable[[Path], Rows]], ...] = (
+    (b"\x1f\x8b", _gzip),
+    (b"\x28\xb5\x2f\xfd", _zstd),
+    (b"PAR1", _parquet),
+    (b"PK\x03\x04", _zip),
+)
+
+
+def _directory(folder: Path) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = ", ".join(str(path.parent) for path in sorted(folder.glob("*/state.json")))
+        raise DataError(f"{folder} holds several splits of a dataset: name one of {splits}")
+    state = folder / "state.json"
+    if state.is_file():  # what datasets.save_to_disk wrote
+        try:
+            parts = [folder / part["filename"] for part in json.loads(state.read_text())["_data_files"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{state} is not what save_to_disk writes: save the dataset again") from error
+        missing = [part for part in parts if not part.is_file()]
+        if missing:
+            raise DataError(f"{missing[0]} of the dataset in {folder} is missing: save the dataset again")
+        return parts
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(_SUFFIXES))
+    if not found:
+        raise DataError(
+            f"data directory {folder} holds no data file (none ends with {', '.join(_SUFFIXES)}): correct data.train"
+        )
+    return found
+
+
+def _damaged(path: Path, error: BaseException) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(f"data file {path} is cut off or damaged ({reason}): fetch it again")
