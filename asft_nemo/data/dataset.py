@@ -233,15 +233,19 @@ def _load(
     renderer = _renderer(data, tokenizer)
     while chunk := list(islice(records, _CHUNK)):
         usable: list[tuple[int, Record, Rendered]] = []
+        bad: dict[int, BadRow] = {}
         for number, record in enumerate(chunk, start=report.rows):
             rendered = record if isinstance(record, BadRow) else _render(record, renderer)
             if isinstance(rendered, BadRow):
-                report.bad.append(rendered)
+                bad[number] = rendered
             elif isinstance(record, Record):
                 usable.append((number, record, rendered))
         report.rows += len(chunk)
         tokenized = tokenizer.encode([rendered for _, _, rendered in usable])
         for (number, record, _), example in zip(usable, tokenized, strict=True):
+            if not any(example.learned[1:]):  # the first token is never a label
+                bad[number] = BadRow(record.file, record.line, "no token of it would be learned")
+                continue
             report.lengths.append(len(example.tokens))
             fitted = _fit(example, record, data, report)
             if fitted is not None:
@@ -251,6 +255,7 @@ def _load(
                 report.kept += 1
                 report.tokens += len(fitted[0]) - 1
                 report.learned_tokens += int(fitted[1][1:].sum())
+        report.bad += [row for _, row in sorted(bad.items())]
     return examples, sample_ids, domain_ids
 
 

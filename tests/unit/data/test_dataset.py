@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from asft_nemo.config.schema import DataConfig, FieldsConfig
-from asft_nemo.data import FILLER, SupervisedDataset, TextTokenizer, inspect_files, render
+from asft_nemo.data import (
+    FILLER,
+    Rendered,
+    SupervisedDataset,
+    TextTokenizer,
+    Tokenized,
+    inspect_files,
+    render,
+)
 from asft_nemo.errors import DataError
 
 Writer = Callable[..., Path]
@@ -180,6 +189,61 @@ def test_bad_rows_fail_or_are_skipped(
     assert "2 bad rows skipped" in caplog.text
     with pytest.raises(DataError, match="all 1 rows are bad"):
         SupervisedDataset.from_files([jsonl("oops")], config(on_bad_row="skip"), tokenizer=gpt2)
+
+
+def chat_model(folder: Path, target: Path) -> TextTokenizer:
+    shutil.copytree(folder, target)
+    (target / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return TextTokenizer.load(target)
+
+
+def test_conversations_become_items_under_the_chat_template(
+    tokenizer_dirs: dict[str, Path], jsonl: Writer, tmp_path: Path
+) -> None:
+    tokenizer = chat_model(tokenizer_dirs["gpt2_like"], tmp_path / "model")
+    talk = [("user", "a"), ("assistant", "The"), ("user", "b"), ("assistant", "fox")]
+    row = {"messages": [{"role": role, "content": text} for role, text in talk]}
+    unlearned = {"messages": [*row["messages"][:3], {**row["messages"][3], "weight": 0}]}
+    path = jsonl(row, unlearned, {"messages": []})
+
+    def said(loss_on: str) -> list[str]:
+        data = config(template="chat", loss_on=loss_on, fields=FieldsConfig(), on_bad_row="skip")
+        dataset = SupervisedDataset.from_files([path], data, tokenizer=tokenizer)
+        items = [dataset[i] for i in range(len(dataset))]
+        assert dataset.report.learned_tokens == sum(int(item["loss_mask"].sum()) for item in items)
+        assert dataset.learned_tokens([0]) == int(items[0]["loss_mask"].sum())
+        return [tokenizer.decode(item["labels"][item["loss_mask"]].tolist()) for item in items]
+
+    assert said("response") == said("last_assistant") == ["fox<|im_end|>"]
+    assert said("all_assistant") == ["The<|im_end|>fox<|im_end|>", "The<|im_end|>"]
+    assert said("all")[0].startswith("user\na<|im_end|>")
+    strict = config(template="chat", fields=FieldsConfig())
+    with pytest.raises(DataError, match="2 bad rows") as caught:
+        SupervisedDataset.from_files([path], strict, tokenizer=tokenizer)
+    assert f"{path}:2: no message is learned: the weight of each is 0" in str(caught.value)
+    assert f"{path}:3: field 'messages' is empty" in str(caught.value)
+    with pytest.raises(DataError, match=r"a conversation of 4 messages does not fit data\.template=raw"):
+        SupervisedDataset.from_files([path], config(fields=FieldsConfig()), tokenizer=tokenizer)
+
+
+def test_an_example_without_a_learned_token_is_a_bad_row(
+    gpt2: TextTokenizer, jsonl: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(ROW, "oops", ROW)
+    whole = TextTokenizer.encode
+
+    def nothing_in_the_first(self: TextTokenizer, examples: Sequence[Rendered]) -> list[Tokenized]:
+        first, *rest = whole(self, examples)
+        return [Tokenized(first.tokens, [True] + [False] * (len(first.tokens) - 1)), *rest]
+
+    monkeypatch.setattr(TextTokenizer, "encode", nothing_in_the_first)
+    report = inspect_files([path], config(), tokenizer=gpt2)
+    assert str(report.bad[0]) == f"{path}:1: no token of it would be learned"
+    assert [row.line for row in report.bad] == [1, 2]
+    assert report.kept == 1
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(gpt2: TextTokenizer, jsonl: Writer) -> None:
