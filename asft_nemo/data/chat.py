@@ -168,8 +168,12 @@ class ChatTemplate:
 
     def _hide(self, value: Any) -> Any:
         """The value with every control token's name inside its texts broken by a private first character."""
-        if isinstance(value, str) and self._control is not None:
-            return self._control.sub(lambda found: self._hidden[found[0][0]] + found[0][1:], value)
+        if isinstance(value, str):
+            while self._control is not None and self._control.search(
+                value
+            ):  # again: one name may hold another
+                value = self._control.sub(lambda found: self._hidden[found[0][0]] + found[0][1:], value)
+            return value
         if isinstance(value, Mapping):
             return {key: self._hide(inside) for key, inside in value.items()}
         return [self._hide(inside) for inside in value] if isinstance(value, (list, tuple)) else value

@@ -155,6 +155,16 @@ def test_control_tokens_in_a_message_stay_text(tokenizer: TextTokenizer) -> None
     assert ids.count(end) == 2
 
 
+def test_a_control_token_inside_anothers_name_stays_text(tokenizer_dirs: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dirs["gpt2_like"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<SYS>", "<<SYS>>"]})
+    tokenizer.chat_template = CHATML
+    ours = TextTokenizer(tokenizer)
+    example = encoded(ours, talk("a <<SYS>> <SYS>", "b <<SYS>>"))
+    assert not set(example.tokens) & set(tokenizer.convert_tokens_to_ids(["<SYS>", "<<SYS>>"]))
+    assert learned(ours, example) == "b <<SYS>><|im_end|>"
+
+
 def test_a_template_that_rewrites_history_is_refused_where_it_matters(
     tokenizer_dirs: dict[str, Path],
 ) -> None:
