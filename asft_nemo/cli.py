@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         arguments, unknown = parser().parse_known_args(words)
+        if hasattr(arguments, "layout"):  # argparse takes words of a list in one place only
+            arguments.layout += [word for word in unknown if word.startswith("parallel.")]
+            unknown = [word for word in unknown if not word.startswith("parallel.")]
         if unknown and arguments.command is not not_yet:
             raise UserError(f"unrecognized arguments: {' '.join(unknown)}: see asft --help")
         set_up_logging()

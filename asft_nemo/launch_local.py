@@ -106,6 +106,7 @@ def _prepare(run: RunConfig, held: ExitStack) -> bool:
     from asft_nemo.run_dir import (
         base_checkpoint,
         cache_dir,
+        check_initial_adapters,
         hf_dir,
         initial_adapters,
         open_run_dir,
@@ -113,6 +114,8 @@ def _prepare(run: RunConfig, held: ExitStack) -> bool:
     )
 
     check_trainable(read_model_spec(hf_dir(run)))
+    if resume_from(run) is None:
+        check_initial_adapters(run)
     prepared = prepare(run, tokenizer_dir=hf_dir(run))
     logger.info("%s", prepared.summary)
     held.callback(open_run_dir(run, data_fingerprint=prepared.fingerprint).release)

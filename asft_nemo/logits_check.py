@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from asft_nemo.config import rules
 from asft_nemo.config.load import compose
 from asft_nemo.config.paths import project_dir
-from asft_nemo.config.schema import RunConfig
+from asft_nemo.config.schema import RunConfig, replace
 from asft_nemo.errors import CheckpointError, DataError, UserError
 from asft_nemo.launch_local import launch_logits
 from asft_nemo.model import check_trainable, read_model_spec
@@ -62,18 +63,12 @@ class LogitsReport:
         return {**asdict(self), "equal": self.equal}
 
 
-def compare_logits(
-    ckpt_dir: str | Path,
-    hf_dir: str | Path,
-    *,
-    overrides: Sequence[str] = (),
-    text: str | Path | None = None,
-    tolerance: float = TOLERANCE,
-) -> LogitsReport:
+class LogitsCheck:
     """Runs both models in fp32 over the same tokens and compares their logits.
 
     The weights are read as fp32, whatever dtype they are stored in, so that a difference is an error of the conversion or of the model and
-    not of a precision. Both models are whole in memory, one after the other: 4 bytes a parameter.
+    not of a precision. Both models are whole in memory, one after the other: 4 bytes a parameter. Settings, text and tokenizer are
+    looked at when it is made, the models when it runs.
 
     Args:
         ckpt_dir: NeMo checkpoint.
@@ -83,26 +78,54 @@ def compare_logits(
         tolerance: largest difference, as a share of the largest logit.
 
     Raises:
-        UserError: settings, checkpoint, text or tokenizer that cannot be used.
+        UserError: settings, text or tokenizer that cannot be used.
     """
-    ckpt_dir, hf_dir = Path(ckpt_dir), Path(hf_dir)
-    spec = read_model_spec(hf_dir)
-    try:
-        check_trainable(spec)
-    except UserError as error:
-        raise UserError(f"{error}; its weights can be compared with --weights-only") from error
-    limits = (_TOKENS, spec.max_position_embeddings, spec.attention_window)
-    run = _run_config(hf_dir, overrides, min(limit for limit in limits if limit is not None))
-    tokens_NS = _tokens(
-        hf_dir, text, length=run.data.sequence_length, sequences=max(_SEQUENCES, run.parallel.pp_size)
-    )
-    with tempfile.TemporaryDirectory(prefix="asft-verify-") as scratch:
-        tokens_file, logits_file = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({"tokens": tokens_NS}, tokens_file)
-        logger.info("Megatron: %d sequences of %d tokens", *tokens_NS.shape)
-        launch_logits(run, weights_dir=ckpt_dir / "weights", tokens_file=tokens_file, out_file=logits_file)
-        logger.info("transformers: the same")
-        return _compare(hf_dir, tokens_NS, logits_file, run=run, tolerance=tolerance)
+
+    def __init__(
+        self,
+        ckpt_dir: str | Path,
+        hf_dir: str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        text: str | Path | None = None,
+        tolerance: float = TOLERANCE,
+    ):
+        self.ckpt_dir, self.hf_dir, self.tolerance = Path(ckpt_dir), Path(hf_dir), tolerance
+        spec = read_model_spec(hf_dir)
+        try:
+            check_trainable(spec)
+        except UserError as error:
+            raise UserError(f"{error}; its weights can be compared with --weights-only") from error
+        limits = (_TOKENS, spec.max_position_embeddings, spec.attention_window)
+        length = min(limit for limit in limits if limit is not None)
+        self.run_config = _run_config(self.hf_dir, overrides, length)
+        self.tokens_NS = _tokens(
+            self.hf_dir, text, length=length, sequences=max(_SEQUENCES, self.run_config.parallel.pp_size)
+        )
+
+    def run(self) -> LogitsReport:
+        """Computes and compares.
+
+        Raises:
+            UserError: the checkpoint cannot be used, or the machine cannot run the layout.
+        """
+        with tempfile.TemporaryDirectory(prefix="asft-verify-") as scratch:
+            tokens_file, logits_file = (
+                Path(scratch) / "tokens.safetensors",
+                Path(scratch) / "logits.safetensors",
+            )
+            save_file({"tokens": self.tokens_NS}, tokens_file)
+            logger.info("Megatron: %d sequences of %d tokens", *self.tokens_NS.shape)
+            launch_logits(
+                self.run_config,
+                weights_dir=self.ckpt_dir / "weights",
+                tokens_file=tokens_file,
+                out_file=logits_file,
+            )
+            logger.info("transformers: the same")
+            return _compare(
+                self.hf_dir, self.tokens_NS, logits_file, run=self.run_config, tolerance=self.tolerance
+            )
 
 
 def _run_config(hf_dir: Path, overrides: Sequence[str], length: int) -> RunConfig:
@@ -110,9 +133,11 @@ def _run_config(hf_dir: Path, overrides: Sequence[str], length: int) -> RunConfi
     wrong = sorted(key for key in given if not key.startswith("parallel."))
     if wrong:
         raise DataError(f"{wrong[0]} is no setting of a layout: asft verify takes parallel.* settings only")
-    settings = ["recipe=tiny_cpu", "objective=sft", "precision=fp32", f"model.path={hf_dir}"]
-    settings += [f"data.sequence_length={length}", "trainer.global_batch_size=64"]
-    return compose([*settings, *overrides], check_inputs=False)
+    settings = ["recipe=tiny_cpu", "objective=sft", "precision=fp32", f"data.sequence_length={length}"]
+    run = compose([*settings, "trainer.global_batch_size=64", *overrides], check_inputs=False)
+    run = replace(run, {"model.path": str(hf_dir)})  # not through a grammar that reads more than a path
+    rules.check(run)
+    return run
 
 
 def _tokens(hf_dir: Path, text: str | Path | None, *, length: int, sequences: int) -> torch.Tensor:
@@ -127,10 +152,11 @@ def _tokens(hf_dir: Path, text: str | Path | None, *, length: int, sequences: in
             f"{file} cannot be read as text ({error}): give a UTF-8 text file with --text"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise whatever they meet
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"{hf_dir} holds no tokenizer that transformers loads ({str(error).splitlines()[0]}): copy the tokenizer files there, or compare "
+            f"{hf_dir} holds no tokenizer that transformers loads ({reason}): copy the tokenizer files there, or compare "
             "the weights alone with --weights-only"
         ) from error
     ids: list[int] = tokenizer(content)["input_ids"]
@@ -147,7 +173,11 @@ def _compare(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        hf_dir, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        hf_dir,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
     ).eval()
     largest = farthest = total = 0.0
     agreed = wrong = 0

@@ -169,19 +169,38 @@ def initial_adapters(run: RunConfig, base_dir: Path) -> Path | None:
     if described is None or source is None:
         return None
     from asft_nemo.checkpoint import adapters
+    from asft_nemo.checkpoint.journal import files_identity
     from asft_nemo.checkpoint.lora_import import import_peft
 
     target = Path(run.run.dir) / ADAPTER_FOLDER
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target.parent / ".adapter.lock")):
+        origin = target.parent / ".adapter.origin"
+        given = Path(source)  # may be gone once it has been read
+        now = json.dumps(files_identity(given.glob("*"))) if given.is_dir() else None
         if not target.is_dir():
+            origin.write_text(now or "")
             hf_files = base_dir / "context" / "hf"
             import_peft(source, target, hf_dir=hf_files, adapters=described, seed=run.run.seed)
-        elif adapters.adapter_description(target) != described:
+        elif adapters.adapter_description(target) != described or now not in (None, origin.read_text()):
             raise CheckpointError(
-                f"{target} was made with other settings of peft: remove it, or choose another run.dir"
+                f"{target} was made with other settings of peft, or from other adapters than {source} holds now: remove it, or choose another "
+                "run.dir"
             )
     return target
+
+
+def check_initial_adapters(run: RunConfig) -> None:
+    """Checks that `peft.adapter` fits the model and the settings of `peft`; reads its headers and changes nothing.
+
+    Raises:
+        CheckpointError: as `initial_adapters`.
+    """
+    described, source = adapter_description(run), run.peft.adapter
+    if described is not None and source is not None:
+        from asft_nemo.checkpoint.lora_import import check_peft
+
+        check_peft(source, hf_dir=hf_dir(run), adapters=described)
 
 
 def check_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:

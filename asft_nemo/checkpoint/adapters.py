@@ -92,10 +92,12 @@ def adapter_description(checkpoint: Path) -> AdapterDescription | None:
 def recorded_sample(checkpoint: Path) -> str | None:
     """Returns `base_weights.base_sample` of the base that a checkpoint's adapters were trained on, None where it is not recorded."""
     try:
-        values = json.loads((checkpoint / CONTEXT / ADAPTER_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found: Any = json.loads((checkpoint / CONTEXT / ADAPTER_FILE).read_text(encoding="utf-8"))[
+            "base_sample"
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return values.get("base_sample") if isinstance(values, dict) else None
+    return str(found)
 
 
 def weight_mapping(spec: ModelSpec, target: str) -> TensorMapping:

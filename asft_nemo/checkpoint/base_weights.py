@@ -138,7 +138,7 @@ def open_base(directory: Path, *, spec: ModelSpec) -> BaseWeights:
 def base_sample(base: BaseWeights, spec: ModelSpec) -> str:
     """Returns a SHA-256 (hex) over the first and the middle row of every tensor, rounded to bf16.
 
-    Rounded, a base has the same sample as a Hugging Face directory and as its import, in whatever dtype.
+    Rounded, a base has the same sample as a Hugging Face directory and as its import in bf16 or fp32.
     """
     digest = hashlib.sha256()
     for tensor in hf_tensors(spec):

@@ -53,7 +53,11 @@ def check_hf_tensors(reader: SafetensorsReader, spec: ModelSpec) -> None:
                 f" {list(shape)}: take"
                 " config.json and weights from the same model"
             )
-        if entry.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        if entry.dtype == torch.float64:
+            raise CheckpointError(
+                f"{reader.directory}: {name} is float64, which no checkpoint is written in: save the model in fp32 first"
+            )
+        if entry.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise CheckpointError(
                 f"{reader.directory}: {name} is {dtype_name(entry.dtype)}, a quantised checkpoint:"
                 " take the"

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -136,6 +136,7 @@ def import_hf(
         counter = ProgressCounter(progress, nbytes)
         origin = _origin(spec, dtypes, reader)
         job = {
+            **conversion_identity(spec),
             "import": files_identity({entry.path for entry in reader.tensors.values()}),
             "tensors": [
                 [tensor.key, hf_files.dtype_name(tensor.dtype), *tensor.global_shape] for tensor in tensors
@@ -221,6 +222,7 @@ def export_hf(
         shards = plan_shards(sizes, max_shard_bytes)
         counter = ProgressCounter(progress, nbytes)
         job = {
+            **conversion_identity(spec),
             "export": files_identity(weights.iterdir()),
             "shards": shards,
             "dtypes": {name: hf_files.dtype_name(dtype) for name, dtype in dtypes.items()},
@@ -245,6 +247,11 @@ def export_hf(
         files=tuple(files),
         shards=len(shards),
     )
+
+
+def conversion_identity(spec: ModelSpec) -> dict[str, object]:
+    """What decides how rows are rearranged: the architecture, and the version of the mapping and of the files' form."""
+    return {"spec": asdict(spec), "version": hf_files.FORMAT_VERSION}
 
 
 def _origin(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], reader: SafetensorsReader) -> hf_files.Origin:

@@ -1,6 +1,6 @@
 """What `.metadata` of a torch distributed checkpoint says, read without running its pickle.
 
-The classes here stand for those of `torch.distributed.checkpoint.metadata` (torch 2.13) of the same names and hold the same fields. Nothing of
+Only names that torch and Megatron-core write are accepted. The classes here stand for those of `torch.distributed.checkpoint.metadata` (torch 2.13) of the same names and hold the same fields. Nothing of
 that package is imported: it takes a second, and a pickle can then make nothing but these plain values.
 """
 
@@ -104,11 +104,63 @@ _CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
+# What torch and Megatron-core write besides and nobody here reads. Megatron's own loader runs the pickle, so anything else is refused.
+_UNREAD = {
+    (f"{_TORCH}.metadata", "BytesStorageMetadata"),
+    (f"{_TORCH}.metadata", "StorageMeta"),
+    (f"{_TORCH}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_TORCH}.filesystem", "_StoragePrefix"),
+    (f"{_TORCH}.planner", "SavePlan"),
+    (f"{_TORCH}.planner", "TensorWriteData"),
+    (f"{_TORCH}.planner", "WriteItem"),
+    (f"{_TORCH}.planner", "WriteItemType"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        return _CLASSES.get((module, name), _Inert)
+        if (module, name) in _UNREAD:
+            return _Inert
+        if (module, name) not in _CLASSES:
+            raise _ForeignName(f"{module}.{name}")
+        return _CLASSES[module, name]
+
+
+class _ForeignName(Exception):
+    """A pickle names something that no checkpoint needs."""
+
+
+def _check(loaded: Any) -> None:
+    """Checks that every entry is what its place asks for.
+
+    Raises:
+        TypeError, AttributeError: one is not.
+    """
+    for key, value in loaded.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise TypeError(f"a tensor is called {key!r}")
+        if isinstance(value, TensorStorageMetadata):
+            dtype: Any = value.properties.dtype
+            sizes: list[Any] = [
+                value.size,
+                *(size for chunk in value.chunks for size in (chunk.offsets, chunk.sizes)),
+            ]
+            fits = all(isinstance(size, torch.Size) and len(size) == len(value.size) for size in sizes)
+            if not isinstance(dtype, torch.dtype) or not fits:
+                raise TypeError(f"{key} has no dtype or shape")
+    for place in loaded.storage_data.values():
+        if not (
+            isinstance(place.relative_path, str)
+            and isinstance(place.offset, int)
+            and isinstance(place.length, int)
+        ):
+            raise TypeError("a chunk has no place")
 
 
 def read_metadata(weights_dir: Path) -> Metadata:
@@ -128,7 +180,11 @@ def read_metadata(weights_dir: Path) -> Metadata:
             loaded = _Unpickler(stream).load()
         if not isinstance(loaded, Metadata):
             raise TypeError("it describes no checkpoint")
-        _ = loaded.state_dict_metadata.items(), loaded.storage_data.items()
+        _check(loaded)
+    except _ForeignName as error:
+        raise CheckpointError(
+            f"{path} names {error}, which no checkpoint needs: do not use this checkpoint"
+        ) from error
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read ({error!r}): copy the checkpoint again") from error
     return loaded

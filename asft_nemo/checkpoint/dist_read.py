@@ -203,7 +203,11 @@ class DistReader:
             return self._records[index]
 
     def _locate(self, index: MetadataIndex, chunk: ChunkStorageMetadata) -> _Record:
-        info = self._storage[index]
+        info = self._storage.get(index)
+        if info is None:
+            raise CheckpointError(
+                f"{self.weights_dir}: .metadata does not say where a chunk of {index.fqn} lies: copy the checkpoint again"
+            )
         path = self.weights_dir / info.relative_path
         if Path(info.relative_path).name != info.relative_path or not path.is_file():
             raise CheckpointError(

@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -130,7 +131,12 @@ def read_origin(checkpoint: Path) -> Origin | None:
     if not path.is_file():
         return None
     try:
-        origin = Origin(**json.loads(path.read_text(encoding="utf-8")))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        origin = Origin(**values)
+        if not isinstance(values["format_version"], int) or not isinstance(
+            values["source_dtype_exceptions"], dict
+        ):
+            raise TypeError("a field is of another type")
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise CheckpointError(f"{path} is malformed ({error}): import the base model again") from error
     if origin.format_version > FORMAT_VERSION:
@@ -150,11 +156,15 @@ def weights_directory(checkpoint: Path) -> Path:
         raise CheckpointError(f"{checkpoint} is not a directory: give the path of a checkpoint")
     weights = checkpoint / WEIGHTS
     if not weights.is_dir():
-        hint = (
-            " (this looks like a Hugging Face one: import it)"
-            if (checkpoint / "config.json").is_file()
-            else ""
-        )
+        hint = ""
+        if (checkpoint / "config.json").is_file():
+            hint = " (this looks like a Hugging Face one: import it)"
+        elif (checkpoint / "adapter_config.json").is_file():
+            hint = " (these are PEFT adapters: train on with peft.adapter, or merge them with peft)"
+        elif (checkpoint / "checkpoints" / "latest").exists():
+            hint = (
+                f" (this is a run's folder: its latest checkpoint is {checkpoint / 'checkpoints' / 'latest'})"
+            )
         raise CheckpointError(
             f"{checkpoint} holds no {WEIGHTS}/{hint}: give the directory of a NeMo checkpoint"
         )

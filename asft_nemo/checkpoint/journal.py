@@ -14,8 +14,12 @@ JOURNAL_NAME = ".journal"
 
 
 def files_identity(files: Iterable[Path]) -> list[list[object]]:
-    """What tells, without reading them, that files are those of the last time: name, bytes, time of the last change."""
-    return [[file.name, stat.st_size, stat.st_mtime_ns] for file in sorted(files) for stat in [file.stat()]]
+    """What tells, without reading them, that files are those of the last time: place, inode, bytes, times of the last changes."""
+    return [
+        [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        for file in sorted(files)
+        for stat in [file.stat()]
+    ]
 
 
 class Journal:

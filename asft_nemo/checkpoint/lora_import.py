@@ -120,6 +120,12 @@ def import_peft(
     return PeftImportReport(out_dir, adapters, nbytes, dtype, exact, time.monotonic() - started)
 
 
+def check_peft(peft_dir: str | Path, *, hf_dir: str | Path, adapters: AdapterDescription) -> None:
+    """Checks that `import_peft` can write these adapters; arguments and errors are its own."""
+    with PeftAdapter(Path(peft_dir), read_model_spec(Path(hf_dir))) as source:
+        _check_room(source, adapters)
+
+
 def _check_room(source: PeftAdapter, adapters: AdapterDescription) -> None:
     """Checks that the run's adapters can hold the directory's."""
     needed = source.description()

@@ -26,6 +26,7 @@ from asft_nemo.checkpoint.blocks import Progress, ProgressCounter
 from asft_nemo.checkpoint.convert import (
     MAX_SHARD_BYTES,
     ExportReport,
+    conversion_identity,
     set_config_dtype,
 )
 from asft_nemo.checkpoint.families import HfTensor, hf_tensors
@@ -94,6 +95,7 @@ def export_merged(
         shards = plan_shards(sizes, max_shard_bytes)
         counter = ProgressCounter(progress, nbytes)
         job = {
+            **conversion_identity(spec),
             "merge": files_identity(hf_files.weights_directory(ckpt_dir).iterdir()),
             "adapters": asdict(adapters.description),
             "base": files_identity(base.files),

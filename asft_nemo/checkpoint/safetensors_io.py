@@ -101,11 +101,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 f"{path} is not a complete safetensors file: copy or download the file again"
             )
         try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            found: Any = json.loads(stream.read(length))
+            if not isinstance(found, dict):
+                raise TypeError("it is no JSON object")
+        except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} has a malformed header ({error}): copy or download the file again"
             ) from error
+    header = cast(dict[str, Any], found)
     header.pop("__metadata__", None)
     entries: dict[str, TensorEntry] = {}
     spans: list[tuple[int, int]] = []
@@ -113,7 +116,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         try:
             dtype, shape = DTYPES[value["dtype"]], tuple(int(dim) for dim in value["shape"])
             start, stop = (int(offset) for offset in value["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"{path}: the header entry of '{name}' is malformed or of an unsupported dtype ({error!r}):"
                 " copy or download the file again"
@@ -177,9 +180,11 @@ class SafetensorsReader:
 
     def _read_index(self, index_path: Path) -> None:
         try:
-            weight_map: dict[str, str] = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+            weight_map: Any = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
             files = sorted(set(weight_map.values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            if not all(isinstance(file, str) for file in files):
+                raise TypeError("a file name is no text")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{index_path} is not a weight index ({error!r}): fetch it again"
             ) from error

@@ -107,7 +107,9 @@ def _check_room(target: Path, staging: Path, needed_bytes: int) -> None:
 def _lock(staging: Path) -> int:
     """Returns a descriptor holding the directory's lock, which ends with the process."""
     staging.mkdir(exist_ok=True)
-    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+    if staging.is_symlink():
+        raise CheckpointError(f"{staging} is a link, not a folder of ours: remove it")
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The directory may have been renamed to its target by its writer since it was opened.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_nemo.commands.output import DONE, MENDABLE, Add, answer, progress_of
+from asft_nemo.errors import UserError
 
 
 def add_checkpoints(add: Add) -> None:
@@ -25,7 +26,9 @@ def add_checkpoints(add: Add) -> None:
         "--dtype", choices=dtypes, help="of the written weights; without it the base model's"
     )
     exporter.add_argument(
-        "--base", type=Path, help="Hugging Face directory to take config and tokenizer from"
+        "--base",
+        type=Path,
+        help="the base's directory: for config and tokenizer where the checkpoint has none, and for the weights with --adapters merge",
     )
     exporter.add_argument(
         "--max-shard-size",
@@ -94,7 +97,7 @@ def _size(text: str) -> int:
     unit = units.get(text.upper().removeprefix(number))
     try:
         size = round(float(number) * (unit or 0))
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size < 1:
         raise argparse.ArgumentTypeError(
@@ -105,7 +108,11 @@ def _size(text: str) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {"dtype": arguments.dtype, "base_dir": arguments.base}
-    if arguments.max_shard_size is not None and arguments.adapters != "peft":
+    if arguments.max_shard_size is not None:
+        if arguments.adapters == "peft":
+            raise UserError(
+                "--max-shard-size does nothing with --adapters peft, which writes one file: leave it out"
+            )
         options["max_shard_bytes"] = arguments.max_shard_size
     if arguments.adapters == "merge":
         from asft_nemo.checkpoint.lora_merge import export_merged as export
@@ -137,7 +144,20 @@ def _conversion(report: Any) -> dict[str, Any]:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from asft_nemo.checkpoint.verify import verify
+    from asft_nemo.run_dir import write_json
 
+    _check_verify(arguments)
+    logits_check = None
+    if not arguments.weights_only:
+        from asft_nemo.logits_check import LogitsCheck
+
+        logits_check = LogitsCheck(
+            arguments.ckpt_dir,
+            arguments.hf_dir,
+            overrides=arguments.layout,
+            text=arguments.text,
+            tolerance=arguments.tolerance,
+        )
     with progress_of("verify") as progress:
         report = verify(arguments.ckpt_dir, arguments.hf_dir, progress=progress)
     differences = [
@@ -161,29 +181,32 @@ def _verify(arguments: argparse.Namespace) -> int:
         "logits": None,
     }
     passed = report.identical
-    if not arguments.weights_only:
-        from asft_nemo.logits_check import compare_logits
-
-        logits = compare_logits(
-            arguments.ckpt_dir,
-            arguments.hf_dir,
-            overrides=arguments.layout,
-            text=arguments.text,
-            tolerance=arguments.tolerance,
-        )
+    if logits_check is not None:
+        logits = logits_check.run()
         values["logits"], passed = logits.to_json(), passed and logits.equal
         lines.append(
             f"logits {'agree' if logits.equal else 'DISAGREE'}: {logits.sequences} x {logits.tokens} tokens, at most {logits.max_difference:.1e} "
             f"and on average {logits.mean_difference:.1e} apart (the largest is {logits.largest_logit:.1f}), same first choice at "
             f"{100 * logits.top1_agreement:.2f} % of the positions"
         )
-    from asft_nemo.run_dir import write_json
-
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "report.json", {"passed": passed, **values})
     lines.append(f"report: {arguments.out / 'report.json'}")
     answer(arguments, values, "\n".join(lines))
     return DONE if passed else MENDABLE
+
+
+def _check_verify(arguments: argparse.Namespace) -> None:
+    """What would be ignored or fail late."""
+    idle = [name for name, given in (("a layout", arguments.layout), ("--text", arguments.text)) if given]
+    if arguments.weights_only and idle:
+        raise UserError(f"{idle[0]} does nothing with --weights-only: leave one of them out")
+    if not 0 <= arguments.tolerance < 1:
+        raise UserError(
+            f"--tolerance={arguments.tolerance} is out of range: give a share of the largest logit, from 0 to below 1"
+        )
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise UserError(f"--out={arguments.out} is a file: give a folder")
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

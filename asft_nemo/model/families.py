@@ -47,7 +47,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
         CheckpointError: no family matches; the message lists the known ones.
     """
     model_type = config.get("model_type")
-    architectures: list[str] = config.get("architectures") or []
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise CheckpointError(
+            f"config.json: 'architectures' is {architectures!r} where a list is needed: take config.json from the original model"
+        )
     for family in FAMILIES.values():
         if family.model_type == model_type and (not architectures or family.architecture in architectures):
             return family

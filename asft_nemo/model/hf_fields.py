@@ -79,6 +79,11 @@ def rope(config: Mapping[str, Any], absent_theta: float) -> tuple[float, dict[st
     Both spellings are read: `rope_theta` beside `rope_scaling`, and `rope_parameters`, which holds the two
     together. A scaling of type "default" is no scaling.
     """
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise CheckpointError(
+                f"config.json: '{key}' is {config[key]!r} where an object or null is needed: take config.json from the original model"
+            )
     together: Mapping[str, Any] = config.get("rope_parameters") or {}
     theta = optional_number({**config, **together}, "rope_theta", absent_theta)
     scaling = dict(together or config.get("rope_scaling") or {})

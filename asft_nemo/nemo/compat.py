@@ -104,6 +104,11 @@ def _set_states(part: Any, model_param: torch.nn.Parameter, tensors: dict[str, t
 
 def _over_torch_adam(optimizers: Iterable[Any]) -> Iterator[Any]:
     """Megatron's distributed optimizers whose inner one is torch's own Adam."""
+    for name in ("_set_main_param_and_optimizer_states", "_get_main_param_and_optimizer_states"):
+        if not hasattr(DistributedOptimizer, name):
+            raise RuntimeError(
+                f"DistributedOptimizer.{name} (megatron-core 0.15.3) is not there any more: look at asft_nemo/nemo/compat.py"
+            )
     for wrapper in optimizers:
         whole = wrapper.mcore_optimizer
         for part in getattr(whole, "chained_optimizers", [whole]):

@@ -194,3 +194,67 @@ def test_room_is_only_needed_for_what_is_missing(tmp_path):
             == 2**20
         )
     assert os.listdir(tmp_path / "out") == ["file"]
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_corrected_config_starts_over(source, tmp_path, direction, monkeypatch):
+    """Files of another architecture with the same shapes never get into the target: queries, keys and values lie in another order."""
+    shutil.copytree(source / "hf", tmp_path / "hf")
+    shutil.copytree(source / "nemo", tmp_path / "nemo")
+    folder = tmp_path / ("hf" if direction == "import" else "nemo/context/hf")
+    right = (folder / "config.json").read_text()
+    wrong = right.replace(
+        '"num_attention_heads": 4, "num_key_value_heads": 2',
+        '"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4',
+    )
+    assert wrong != right
+    (folder / "config.json").write_text(wrong)
+    files, real = [], Journal.add
+    monkeypatch.setattr(
+        Journal,
+        "add",
+        lambda self, *facts: (real(self, *facts), files.append(facts), len(files) >= 3 and _stop()),
+    )
+    with pytest.raises(CheckpointError, match="the cable was pulled"):
+        _convert(tmp_path, tmp_path / "out", direction)
+    monkeypatch.setattr(Journal, "add", real)
+    (folder / "config.json").write_text(right)
+    said = []
+    _convert(tmp_path, tmp_path / "out", direction, lambda done, total, what: said.append(what))
+    assert "complete before" not in said
+    _same(tmp_path, tmp_path / "out", direction)
+
+
+def test_another_source_in_the_same_place_starts_over(source, tmp_path, monkeypatch):
+    """Same names, sizes and times, as an unpacked archive has them: another inode."""
+    shutil.copytree(source / "hf", tmp_path / "hf")
+    shards = sorted((tmp_path / "hf").glob("*.safetensors"))
+    for shard in shards:
+        os.utime(shard, ns=(1, 1))
+    files, real = [], Journal.add
+    monkeypatch.setattr(
+        Journal,
+        "add",
+        lambda self, *facts: (real(self, *facts), files.append(facts), len(files) >= 3 and _stop()),
+    )
+    with pytest.raises(CheckpointError, match="the cable was pulled"):
+        import_hf(tmp_path / "hf", tmp_path / "out")
+    monkeypatch.setattr(Journal, "add", real)
+    for shard in shards:
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        (tmp_path / "new").write_bytes(content)
+        (tmp_path / "new").replace(shard)
+        os.utime(shard, ns=(1, 1))
+    import_hf(tmp_path / "hf", tmp_path / "out")
+    assert verify(tmp_path / "out", tmp_path / "hf").identical
+
+
+def test_a_link_where_the_temporary_directory_goes_is_refused(source, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="is a link, not a folder of ours: remove it"):
+        import_hf(source / "hf", tmp_path / "out")
+    assert (tmp_path / "mine" / "file").read_text() == "x"
+    (tmp_path / ".out.partial").unlink()
