@@ -100,8 +100,12 @@ def _check_room(target: Path, staging: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(staging).free
     if free < needed_bytes:
         raise CheckpointError(
-            f"{target} needs {needed_bytes / 1e9:.1f} GB where {free / 1e9:.1f} GB are free: make room or choose another disk"
+            f"{target} needs {_shown(needed_bytes)} where {_shown(free)} are free: make room or choose another disk"
         )
+
+
+def _shown(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _lock(staging: Path) -> int:
