@@ -11,7 +11,9 @@ from asft_nemo.commands.output import DONE, MENDABLE, Parser, answer, not_yet
 from asft_nemo.errors import UserError
 
 if TYPE_CHECKING:
+    from asft_nemo.config.schema import FieldsConfig
     from asft_nemo.data import LoadReport
+    from asft_nemo.data.contamination import Contaminated
 
 
 def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -27,6 +29,12 @@ def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="FILE | KEY=VALUE",
         help="files or directories, and settings such as data.template=chat or model.path=DIR (tokenizer)",
+    )
+    check.add_argument(
+        "--against",
+        metavar="SUITE[,SUITE]",
+        help="evaluation suites, by name (math500, gsm8k, ...; in the folder ASFT_DATA_DIR names) or JSON Lines file with `prompt`: rows that "
+        "hold one of their questions are reported",
     )
     check.set_defaults(command=_data_check)
     for name in ("prepare", "download"):
@@ -58,10 +66,29 @@ def _data_check(arguments: argparse.Namespace) -> int:
         "tokenizer": run.model.path,
         "bad_rows": bad,
     }
-    answer(arguments, values, _data_words(report, run.data.sequence_length, run.model.path))
-    for row in report.bad if not arguments.json else ():
+    words = _data_words(report, run.data.sequence_length, run.model.path)
+    found = [] if arguments.against is None else _contaminated(files, run.data.fields, arguments.against)
+    if arguments.against is not None:
+        values["contaminated_rows"] = [row._asdict() for row in found]
+        words += f"\n{len(found)} rows hold a question of {arguments.against}"
+    answer(arguments, values, words)
+    for row in (*report.bad, *found) if not arguments.json else ():
         print(row, file=sys.stderr)
     return MENDABLE if bad else DONE
+
+
+def _contaminated(files: list[str], fields: FieldsConfig, suites: str) -> list[Contaminated]:
+    from asft_eval.errors import EvaluationError
+    from asft_eval.suites.questions import questions
+
+    from asft_nemo.data.contamination import EvaluationIndex, contaminated
+    from asft_nemo.data.sources import read_records
+
+    try:
+        index = EvaluationIndex({suite: questions(suite) for suite in suites.split(",")})
+    except EvaluationError as error:
+        raise UserError(str(error)) from error
+    return list(contaminated(read_records(files, fields), index))
 
 
 def _tokenizer_dir(model_path: str) -> Path:

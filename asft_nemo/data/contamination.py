@@ -1,0 +1,80 @@
+"""Finds the questions of evaluation suites in training data."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from asft_nemo.data.sources import BadRow, Record
+
+GRAM = 13  # words; the length GPT-3's authors looked for (Brown et al. 2020, appendix C)
+_WORD = re.compile(r"\w+")
+
+
+class Contaminated(NamedTuple):
+    """A training row that holds an evaluation question."""
+
+    file: str
+    line: int
+    suite: str
+    row: int  # of the suite, 1 for the first
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.why} row {self.row} of {self.suite}"
+
+
+def normalised(text: str) -> list[str]:
+    """The words of a text: compatibility forms unified, lower case, punctuation and spaces dropped."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+class EvaluationIndex:
+    """Questions by their words and by every run of 13 words in them.
+
+    Args:
+        suites: name -> questions.
+    """
+
+    def __init__(self, suites: Mapping[str, Iterable[str]]):
+        self._whole: dict[str, tuple[str, int]] = {}
+        self._grams: dict[str, tuple[str, int]] = {}
+        for suite, questions in suites.items():
+            for row, question in enumerate(questions, start=1):
+                words = normalised(question)
+                if words:
+                    self._whole.setdefault(" ".join(words), (suite, row))
+                for gram in _grams(words):
+                    self._grams.setdefault(gram, (suite, row))
+
+    def find(self, text: str) -> tuple[str, int, str] | None:
+        """Suite, row and what was found; None where the text is no question and shares no 13 words in a row with one."""
+        words = normalised(text)
+        whole = self._whole.get(" ".join(words)) if words else None
+        if whole is not None:
+            return (*whole, "is")
+        for gram in _grams(words):
+            if gram in self._grams:
+                return (*self._grams[gram], f"shares {GRAM} words in a row with")
+        return None
+
+
+def contaminated(records: Iterable[Record | BadRow], index: EvaluationIndex) -> Iterator[Contaminated]:
+    """Rows of which any message holds an evaluation question; bad rows are passed over."""
+    for record in records:
+        if isinstance(record, BadRow):
+            continue
+        for message in record.conversation.messages:
+            content = message["content"]
+            found = index.find(content) if isinstance(content, str) else None
+            if found is not None:
+                suite, row, why = found
+                yield Contaminated(record.file, record.line, suite, row, why)
+                break
+
+
+def _grams(words: list[str]) -> Iterator[str]:
+    for start in range(len(words) - GRAM + 1):
+        yield " ".join(words[start : start + GRAM])

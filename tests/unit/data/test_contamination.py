@@ -1,0 +1,120 @@
+"""Evaluation questions in training data are found, and little else."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from asft_nemo import cli
+from asft_nemo.data.contamination import GRAM, EvaluationIndex
+
+LONG = "A farmer has 17 sheep and all but 9 of them run away through the open gate on a cold morning"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (LONG, True),
+        (f"Solve this.\n\n{LONG.upper()}!", True),
+        (LONG.replace("sheep", "goats").replace("gate", "door"), False),
+        (" ".join(LONG.split()[2 : 2 + GRAM]), True),
+        (" ".join(LONG.split()[2 : 1 + GRAM]), False),
+        ("what is 2+2", True),
+        ("What is 2 + 2?", True),
+        ("What is 2 + 2, and why?", False),
+        ("ｗｈａｔ is 2+2", True),
+        ("", False),
+        ("?!", False),
+    ],
+)
+def test_what_counts_as_the_same(text: str, found: bool) -> None:
+    index = EvaluationIndex({"one": [LONG], "two": ["", "What is 2+2?"]})
+    assert (index.find(text) is not None) == found
+
+
+def write(file: Path, rows: list[dict[str, str]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_the_command_names_row_and_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = write(tmp_path / "suite.jsonl", [{"prompt": "other"}, {"prompt": LONG}])
+    rows = [{"question": "fine", "answer": "yes"}, {"question": f"Hear: {LONG}", "answer": "9"}]
+    train = write(tmp_path / "train.jsonl", rows)
+    assert cli.main(["data", "check", str(train), "--against", str(suite)]) == 0
+    captured = capsys.readouterr()
+    assert f"1 rows hold a question of {suite}" in captured.out
+    assert f"{train}:2: shares 13 words in a row with row 2 of {suite}" in captured.err
+    assert cli.main(["data", "check", str(train), "--json", "--against", str(suite)]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["contaminated_rows"]
+    assert (found["line"], found["row"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no suite"),
+        ('{"question": "x"}\n', "has a row without the text 'prompt'"),
+        ('{"prompt": 3}\n', "has a row without the text 'prompt'"),
+        ("not json\n", "has a row without the text 'prompt'"),
+        ("", "has a row without the text 'prompt'"),
+    ],
+)
+def test_a_suite_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, said: str
+) -> None:
+    train = write(tmp_path / "train.jsonl", [{"question": "fine", "answer": "yes"}])
+    if content is not None:
+        (tmp_path / "suite.jsonl").write_text(content)
+    assert cli.main(["data", "check", str(train), "--against", str(tmp_path / "suite.jsonl")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_suite_by_name_needs_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("ASFT_DATA_DIR", raising=False)
+    train = write(tmp_path / "train.jsonl", [{"question": "fine", "answer": "yes"}])
+    assert cli.main(["data", "check", str(train), "--against", "math500"]) == 2
+    assert "looked for in the folder that ASFT_DATA_DIR names: set it" in capsys.readouterr().err
+
+
+def test_planted_problems_are_found_among_real_ones(
+    tmp_path: Path,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """20 problems of MATH-500 among GSM8K's training rows: all found, and at most 1 % of the others."""
+    monkeypatch.setenv("ASFT_DATA_DIR", str(data_dir))
+    rows = [json.loads(line) for line in (data_dir / "math" / "gsm8k_train.jsonl").read_text().splitlines()]
+    problems = [
+        json.loads(line) for line in (data_dir / "math" / "math500_test.jsonl").read_text().splitlines()
+    ]
+    chance = random.Random(0)
+    planted = set()
+    for problem in chance.sample(problems, 20):
+        place = chance.randrange(len(rows))
+        rows.insert(place, {"question": problem["problem"], "answer": problem["answer"]})
+        planted = {line + (line > place) for line in planted} | {place + 1}
+    train = write(tmp_path / "train.jsonl", rows)
+    assert cli.main(["data", "check", str(train), "--json", "--against", "math500"]) == 0
+    found = {row["line"] for row in json.loads(capsys.readouterr().out)["contaminated_rows"]}
+    assert planted <= found
+    assert len(found - planted) <= 0.01 * len(rows)
+    print(f"{len(planted)} planted, {len(found)} found in {len(rows)} rows")
+
+
+@pytest.mark.parametrize(
+    "suite", ["math500", "gsm8k", "aime24", "medqa", "medmcqa", "mmlu_medical", "humaneval", "alpaca_eval"]
+)
+def test_every_suite_has_its_questions(data_dir: Path, monkeypatch: pytest.MonkeyPatch, suite: str) -> None:
+    from asft_eval.suites.questions import questions
+
+    monkeypatch.setenv("ASFT_DATA_DIR", str(data_dir))
+    sizes = {"math500": 500, "gsm8k": 1319, "aime24": 30, "medqa": 1273, "medmcqa": 4183}
+    sizes |= {"mmlu_medical": 2739, "humaneval": 164, "alpaca_eval": 805}
+    assert len(questions(suite)) == sizes[suite]
