@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from asft_nemo.checkpoint.dist_read import DistReader
 from asft_nemo.checkpoint.families import HfTensor, mappings_of
 from asft_nemo.checkpoint.hf_files import CONTEXT, weights_directory
 from asft_nemo.checkpoint.mapping import TensorMapping
+from asft_nemo.checkpoint.safetensors_io import ClosesFiles
 from asft_nemo.errors import CheckpointError
 from asft_nemo.model import ModelSpec
 
@@ -175,7 +175,7 @@ def seed_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-class AdapterReader:
+class AdapterReader(ClosesFiles):
     """The adapters of one checkpoint, by layer and by rows under Hugging Face names. Thread safe."""
 
     def __init__(self, checkpoint: Path, spec: ModelSpec) -> None:
@@ -226,13 +226,6 @@ class AdapterReader:
             self._reader, part, start, stop, dtype=self._reader.dtype(MODULE_PREFIX + mapping.megatron)
         )
 
-    def __enter__(self) -> AdapterReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Closes the files."""
         self._reader.close()

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -217,30 +217,67 @@ def export_hf(
             )
             for name, tensor in tensors.items()
         }
-        sizes = {name: rows.nbytes for name, rows in out.items()}
-        nbytes = sum(sizes.values())
-        shards = plan_shards(sizes, max_shard_bytes)
-        counter = ProgressCounter(progress, nbytes)
-        job = {
-            **conversion_identity(spec),
-            "export": files_identity(weights.iterdir()),
-            "shards": shards,
-            "dtypes": {name: hf_files.dtype_name(dtype) for name, dtype in dtypes.items()},
-        }
-        with resumable_directory(out_dir, needed_bytes=nbytes, job=job) as (staging, journal):
-            produce = _converted_rows(reader, tensors, out)
-            write_shards(staging, shards, out, produce, counter, journal)
-            if len(shards) > 1:
-                write_synced(staging / INDEX_NAME, index_text(shards, nbytes).encode())
-            files = hf_files.copy_hf_files(source, staging)
-            main = Counter(dtypes.values()).most_common(1)[0][0]
-            if dtype is not None:
-                set_config_dtype(staging / "config.json", main)
+        report = write_hf_directory(
+            out_dir,
+            spec,
+            out,
+            _converted_rows(reader, tensors, out),
+            source=source,
+            inputs={"export": files_identity(weights.iterdir())},
+            states_dtype=dtype is not None,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )
     logger.info("exported %s to %s", ckpt_dir, out_dir)
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def write_hf_directory(
+    out_dir: Path,
+    spec: ModelSpec,
+    out: Mapping[str, OutRows],
+    produce: ProduceRows,
+    *,
+    source: Path,
+    inputs: Mapping[str, object],
+    states_dtype: bool,
+    max_shard_bytes: int,
+    progress: Progress | None,
+) -> ExportReport:
+    """Writes a Hugging Face checkpoint from whatever makes its rows; a killed start is gone on with.
+
+    Args:
+        out_dir: directory to create.
+        spec: the model.
+        out: every tensor, in order.
+        produce: makes rows of one.
+        source: where the files that are no weights come from.
+        inputs: what else decides the content, as plain values.
+        states_dtype: config.json names the dtype that most tensors get.
+        max_shard_bytes, progress: see `export_hf`.
+    """
+    started = time.monotonic()
+    sizes = {name: rows.nbytes for name, rows in out.items()}
+    nbytes = sum(sizes.values())
+    shards = plan_shards(sizes, max_shard_bytes)
+    main = Counter(rows.dtype for rows in out.values()).most_common(1)[0][0]
+    job = {
+        **conversion_identity(spec),
+        **inputs,
+        "shards": shards,
+        "dtypes": {name: hf_files.dtype_name(rows.dtype) for name, rows in out.items()},
+    }
+    with resumable_directory(out_dir, needed_bytes=nbytes, job=job) as (staging, journal):
+        write_shards(staging, shards, out, produce, ProgressCounter(progress, nbytes), journal)
+        if len(shards) > 1:
+            write_synced(staging / INDEX_NAME, index_text(shards, nbytes).encode())
+        files = hf_files.copy_hf_files(source, staging)
+        if states_dtype:
+            _set_config_dtype(staging / "config.json", main)
     return ExportReport(
         path=out_dir,
         family=spec.family,
-        num_tensors=len(tensors),
+        num_tensors=len(out),
         nbytes=nbytes,
         dtype=main,
         seconds=time.monotonic() - started,
@@ -308,7 +345,7 @@ def _converted_rows(
     return produce
 
 
-def set_config_dtype(path: Path, dtype: torch.dtype) -> None:
+def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
     """Writes another dtype into config.json; leaves the file untouched when it says so already."""
     config = json.loads(path.read_text(encoding="utf-8"))
     key = "dtype" if "dtype" in config else "torch_dtype"

@@ -19,7 +19,6 @@ import threading
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from asft_nemo.checkpoint.dist_metadata import (
     TensorStorageMetadata,
     read_metadata,
 )
-from asft_nemo.checkpoint.safetensors_io import read_into
+from asft_nemo.checkpoint.safetensors_io import ClosesFiles, read_into
 from asft_nemo.errors import CheckpointError
 
 _STORAGE_DTYPES = {
@@ -110,7 +109,7 @@ class _FileSpan(io.RawIOBase):
         return len(data)
 
 
-class DistReader:
+class DistReader(ClosesFiles):
     """The tensors of a torch distributed checkpoint. Thread safe."""
 
     def __init__(self, weights_dir: str | Path) -> None:
@@ -253,14 +252,3 @@ class DistReader:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-
-    def __enter__(self) -> DistReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

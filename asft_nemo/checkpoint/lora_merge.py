@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,18 +21,11 @@ from asft_nemo.checkpoint.base_weights import (
     open_base,
     own_files,
 )
-from asft_nemo.checkpoint.blocks import Progress, ProgressCounter
-from asft_nemo.checkpoint.convert import (
-    MAX_SHARD_BYTES,
-    ExportReport,
-    conversion_identity,
-    set_config_dtype,
-)
+from asft_nemo.checkpoint.blocks import Progress
+from asft_nemo.checkpoint.convert import MAX_SHARD_BYTES, ExportReport, write_hf_directory
 from asft_nemo.checkpoint.families import HfTensor, hf_tensors
 from asft_nemo.checkpoint.journal import files_identity
-from asft_nemo.checkpoint.safetensors_io import INDEX_NAME, index_text, plan_shards
-from asft_nemo.checkpoint.shards import OutRows, ProduceRows, write_shards
-from asft_nemo.checkpoint.staging import resumable_directory, write_synced
+from asft_nemo.checkpoint.shards import OutRows, ProduceRows
 from asft_nemo.errors import CheckpointError
 from asft_nemo.model import read_model_spec
 
@@ -90,37 +82,23 @@ def export_merged(
             )
             for name, tensor in tensors.items()
         }
-        sizes = {name: rows.nbytes for name, rows in out.items()}
-        nbytes = sum(sizes.values())
-        shards = plan_shards(sizes, max_shard_bytes)
-        counter = ProgressCounter(progress, nbytes)
-        job = {
-            **conversion_identity(spec),
-            "merge": files_identity(hf_files.weights_directory(ckpt_dir).iterdir()),
-            "adapters": asdict(adapters.description),
-            "base": files_identity(base.files),
-            "shards": shards,
-            "dtypes": {name: hf_files.dtype_name(rows.dtype) for name, rows in out.items()},
-        }
-        with resumable_directory(out_dir, needed_bytes=nbytes, job=job) as (staging, journal):
-            write_shards(staging, shards, out, _merged_rows(base, tensors, out, update), counter, journal)
-            if len(shards) > 1:
-                write_synced(staging / INDEX_NAME, index_text(shards, nbytes).encode())
-            files = hf_files.copy_hf_files(source, staging)
-            main = Counter(rows.dtype for rows in out.values()).most_common(1)[0][0]
-            if wanted is not None:
-                set_config_dtype(staging / "config.json", wanted)
+        report = write_hf_directory(
+            out_dir,
+            spec,
+            out,
+            _merged_rows(base, tensors, out, update),
+            source=source,
+            inputs={
+                "merge": files_identity(hf_files.weights_directory(ckpt_dir).iterdir()),
+                "adapters": asdict(adapters.description),
+                "base": files_identity(base.files),
+            },
+            states_dtype=wanted is not None,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )
     logger.info("merged the adapters of %s into %s", ckpt_dir, out_dir)
-    return ExportReport(
-        path=out_dir,
-        family=spec.family,
-        num_tensors=len(tensors),
-        nbytes=nbytes,
-        dtype=main,
-        seconds=time.monotonic() - started,
-        files=tuple(files),
-        shards=len(shards),
-    )
+    return replace(report, seconds=time.monotonic() - started)
 
 
 def _merged_rows(

@@ -12,14 +12,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
 from asft_nemo.checkpoint.adapters import TARGETS, AdapterDescription, weight_mapping
 from asft_nemo.checkpoint.families import hf_name
 from asft_nemo.checkpoint.peft_config import PeftDescription, named_by, read_peft_config
-from asft_nemo.checkpoint.safetensors_io import TensorEntry, read_header, read_into
+from asft_nemo.checkpoint.safetensors_io import ClosesFiles, TensorEntry, read_header, read_into
 from asft_nemo.errors import CheckpointError
 from asft_nemo.model import ModelSpec
 
@@ -49,7 +48,7 @@ class Part:
         return self.a.shape[0]
 
 
-class PeftAdapter:
+class PeftAdapter(ClosesFiles):
     """An open PEFT directory. Thread safe.
 
     Attributes:
@@ -147,17 +146,6 @@ class PeftAdapter:
     def close(self) -> None:
         """Closes the file."""
         os.close(self._descriptor)
-
-    def __enter__(self) -> PeftAdapter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

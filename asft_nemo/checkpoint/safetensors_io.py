@@ -12,11 +12,11 @@ import json
 import math
 import os
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 
@@ -148,7 +148,21 @@ def _check_spans(path: Path, spans: list[tuple[int, int]], data_bytes: int) -> N
         )
 
 
-class SafetensorsReader:
+class ClosesFiles(ABC):
+    """Something with files open, for a `with` statement."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes the files."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SafetensorsReader(ClosesFiles):
     """The tensors of a Hugging Face checkpoint directory, one file or several with an index.
 
     Thread safe: reads carry their own offset.
@@ -220,17 +234,6 @@ class SafetensorsReader:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-
-    def __enter__(self) -> SafetensorsReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def header_bytes(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
