@@ -24,7 +24,6 @@ from asft_nemo.model import check_trainable, read_model_spec
 logger = logging.getLogger(__name__)
 
 TEXT_FILE = "assets/verify_text.txt"
-TOLERANCE = 1e-4
 _SEQUENCES, _TOKENS = 4, 128
 
 
@@ -88,7 +87,7 @@ class LogitsCheck:
         *,
         overrides: Sequence[str] = (),
         text: str | Path | None = None,
-        tolerance: float = TOLERANCE,
+        tolerance: float,
     ):
         self.ckpt_dir, self.hf_dir, self.tolerance = Path(ckpt_dir), Path(hf_dir), tolerance
         spec = read_model_spec(hf_dir)

@@ -14,11 +14,11 @@ from asft_nemo.checkpoint import hf_files
 from asft_nemo.checkpoint.adapters import AdapterDescription, adapter_description
 from asft_nemo.checkpoint.blocks import MODULE_PREFIX
 from asft_nemo.checkpoint.dist_read import DistReader
+from asft_nemo.checkpoint.peft_adapter import PEFT_WEIGHTS
+from asft_nemo.checkpoint.peft_config import PEFT_CONFIG
 from asft_nemo.checkpoint.safetensors_io import SafetensorsReader, read_header
 from asft_nemo.errors import CheckpointError
 from asft_nemo.model import ModelSpec, read_model_spec
-
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
