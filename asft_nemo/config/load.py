@@ -25,9 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from asft_nemo.config import rules
+from asft_nemo.config.facts import Level
 from asft_nemo.config.paths import project_dir
 from asft_nemo.config.recipes import known_recipes, recipe_fragment, suggest
-from asft_nemo.config.rules import Level
 from asft_nemo.config.schema import DERIVED, RunConfig, Section, describe_type, from_dict, hints
 from asft_nemo.errors import ConfigError
 

@@ -7,44 +7,17 @@ are checked.
 
 from __future__ import annotations
 
-import enum
-import glob
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 from asft_nemo.config import fp8, tables
+from asft_nemo.config.data_rules import DATA
+from asft_nemo.config.facts import Facts, Level, Rule
+from asft_nemo.config.input_rules import INPUTS
 from asft_nemo.config.model_shape import ModelShape, read_model_shape
 from asft_nemo.config.recipes import suggest
 from asft_nemo.config.schema import EvalConfig, RunConfig, data_parallel_size, num_microbatches, walk
 from asft_nemo.errors import ConfigError
-
-
-class Level(enum.IntEnum):
-    """Who gave a setting; later levels win."""
-
-    SCHEMA = 0
-    RECIPE = 1
-    EXPERIMENT = 2
-    COMMAND_LINE = 3
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a rule may look at."""
-
-    run: RunConfig
-    shape: ModelShape | None
-    level_of: Mapping[str, Level]
-
-    def asked(self, key: str, *, least: Level = Level.EXPERIMENT) -> bool:
-        """Whether an experiment or the command line gave this setting (or only the latter, with `least`)."""
-        return self.level_of.get(key, Level.SCHEMA) >= least
-
-
-Rule = Callable[[Facts], Iterator[str]]
 
 
 def reads_reference(objective: str, kl_weight: float) -> bool:
@@ -220,10 +193,6 @@ def _fp8_reference(facts: Facts) -> Iterator[str]:
     yield from fp8.settings_violations(facts.run, facts.shape)
 
 
-def _fp8_machine(facts: Facts) -> Iterator[str]:
-    yield from fp8.machine_violations(facts.run)
-
-
 def _ignored(facts: Facts) -> Iterator[str]:
     """Settings given on purpose that the rest of the run makes meaningless."""
     run, layout = facts.run, facts.run.parallel
@@ -261,19 +230,6 @@ def _ignored(facts: Facts) -> Iterator[str]:
     both = all(facts.asked(f"trainer.{name}", least=Level.COMMAND_LINE) for name in ("max_steps", "epochs"))
     if both and run.trainer.max_steps is not None:
         yield "trainer.max_steps and trainer.epochs both say how long to train: give one of them"
-
-
-def _packing(facts: Facts) -> Iterator[str]:
-    run = facts.run
-    if not run.data.packing:
-        return
-    if run.trainer.micro_batch_size != 1:
-        yield (
-            f"data.packing=true with trainer.micro_batch_size={run.trainer.micro_batch_size}: a packed row is a micro batch already, and "
-            "Transformer Engine takes one: set trainer.micro_batch_size=1"
-        )
-    if run.reference.micro_batch_size not in (None, 1):
-        yield "reference.micro_batch_size cannot be used with data.packing=true, where a packed row is a micro batch: leave it out"
 
 
 def _overlaps(facts: Facts) -> Iterator[str]:
@@ -416,76 +372,6 @@ def _not_yet(facts: Facts) -> Iterator[str]:
             yield f"{feature} is not available yet: {instead}"
 
 
-def _validation(facts: Facts) -> Iterator[str]:
-    data, every = facts.run.data, facts.run.trainer.validate_every
-    if data.validation and every is None:
-        yield (
-            "data.validation does nothing without trainer.validate_every: set trainer.validate_every=<steps>"
-        )
-    if every is not None and not data.validation:
-        yield f"trainer.validate_every={every} has nothing to measure: set data.validation=[file.jsonl]"
-
-
-def _fields(facts: Facts) -> Iterator[str]:
-    fields = facts.run.data.fields
-    pair = {"prompt": fields.prompt, "response": fields.response}
-    missing = [name for name, value in pair.items() if value is None]
-    if fields.messages is not None and (len(missing) < 2 or fields.input is not None):
-        yield "data.fields.messages names a whole conversation: leave out data.fields.prompt, input and response"
-    elif len(missing) == 1 or (missing and fields.input is not None):
-        names = " and ".join(f"data.fields.{name}" for name in missing)
-        yield f"data.fields names some fields and not the others: set {names} too"
-
-
-def _data_files(facts: Facts) -> Iterator[str]:
-    files = facts.run.data.train
-    if not files:
-        yield "data.train is empty: set data.train=[file.jsonl]"
-    for name in (*files, *facts.run.data.validation):
-        if not (Path(name).exists() or glob.glob(name, recursive=True)):
-            yield f"data file {name} does not exist (looked in {Path.cwd()}): correct data.train"
-
-
-def _machine(facts: Facts) -> Iterator[str]:
-    world, cores = facts.run.run.world_size, os.cpu_count() or 1
-    gpus = 0 if os.environ.get("ASFT_DEVICE") == "cpu" else len(list(Path("/dev").glob("nvidia[0-9]*")))
-    most = gpus or max(16, 4 * cores)
-    if world > most:
-        have = f"{gpus} GPUs" if gpus else f"{cores} CPU cores, at most {most} ranks"
-        yield (
-            f"run.world_size={world} is more ranks than this machine can run ({have}): "
-            "lower parallel.tp_size, parallel.pp_size or run.world_size"
-        )
-
-
-def _adapter_directory(facts: Facts) -> Iterator[str]:
-    given, run = facts.run.peft.adapter, facts.run
-    resumed = run.trainer.resume != "never" and (Path(run.run.dir) / "checkpoints" / "latest").exists()
-    if run.peft.name == "none" or given is None or resumed:  # a resumed run has adapters of its own
-        return
-    if not (Path(given) / "adapter_config.json").is_file():
-        yield (
-            f"peft.adapter={given} is no directory with an adapter_config.json (looked in {Path.cwd()}): set "
-            "peft.adapter=<directory that save_pretrained of peft wrote>"
-        )
-
-
-def _run_dir(facts: Facts) -> Iterator[str]:
-    folder, resume = Path(facts.run.run.dir), facts.run.trainer.resume
-    if folder.exists() and not folder.is_dir():
-        yield f"run.dir={folder} is a file: give a directory"
-    elif resume == "must" and not (folder / "checkpoints" / "latest").exists():
-        yield (
-            f"trainer.resume=must but {folder} has no checkpoint: correct run.dir, or set "
-            "trainer.resume=never"
-        )
-    elif resume == "never" and (folder / "run.json").exists():
-        yield (
-            f"run.dir={folder} holds another run: choose another run.dir, "
-            "or set trainer.resume=must to go on with it"
-        )
-
-
 SETTINGS: tuple[Rule, ...] = (
     _choices,
     _ranges,
@@ -498,7 +384,6 @@ SETTINGS: tuple[Rule, ...] = (
     _fp8_reference,
     _ignored,
     _overlaps,
-    _packing,
     _world,
     _batches,
     _whole_sequences,
@@ -508,8 +393,6 @@ SETTINGS: tuple[Rule, ...] = (
     _model_layers,
     _model_positions,
     _model_window,
-    _validation,
-    _fields,
+    *DATA,
     _not_yet,
 )
-INPUTS: tuple[Rule, ...] = (_data_files, _machine, _fp8_machine, _adapter_directory, _run_dir)

@@ -1,0 +1,67 @@
+"""Rules that look at files and at this machine, checked where a run is about to begin."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from asft_nemo.config import fp8
+from asft_nemo.config.facts import Facts, Rule
+
+
+def _data_files(facts: Facts) -> Iterator[str]:
+    files = facts.run.data.train
+    if not files:
+        yield "data.train is empty: set data.train=[file.jsonl]"
+    for name in (*files, *facts.run.data.validation):
+        if not (Path(name).exists() or glob.glob(name, recursive=True)):
+            yield f"data file {name} does not exist (looked in {Path.cwd()}): correct data.train"
+
+
+def _machine(facts: Facts) -> Iterator[str]:
+    world, cores = facts.run.run.world_size, os.cpu_count() or 1
+    gpus = 0 if os.environ.get("ASFT_DEVICE") == "cpu" else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    most = gpus or max(16, 4 * cores)
+    if world > most:
+        have = f"{gpus} GPUs" if gpus else f"{cores} CPU cores, at most {most} ranks"
+        yield (
+            f"run.world_size={world} is more ranks than this machine can run ({have}): "
+            "lower parallel.tp_size, parallel.pp_size or run.world_size"
+        )
+
+
+def _adapter_directory(facts: Facts) -> Iterator[str]:
+    given, run = facts.run.peft.adapter, facts.run
+    resumed = run.trainer.resume != "never" and (Path(run.run.dir) / "checkpoints" / "latest").exists()
+    if run.peft.name == "none" or given is None or resumed:  # a resumed run has adapters of its own
+        return
+    if not (Path(given) / "adapter_config.json").is_file():
+        yield (
+            f"peft.adapter={given} is no directory with an adapter_config.json (looked in {Path.cwd()}): set "
+            "peft.adapter=<directory that save_pretrained of peft wrote>"
+        )
+
+
+def _run_dir(facts: Facts) -> Iterator[str]:
+    folder, resume = Path(facts.run.run.dir), facts.run.trainer.resume
+    if folder.exists() and not folder.is_dir():
+        yield f"run.dir={folder} is a file: give a directory"
+    elif resume == "must" and not (folder / "checkpoints" / "latest").exists():
+        yield (
+            f"trainer.resume=must but {folder} has no checkpoint: correct run.dir, or set "
+            "trainer.resume=never"
+        )
+    elif resume == "never" and (folder / "run.json").exists():
+        yield (
+            f"run.dir={folder} holds another run: choose another run.dir, "
+            "or set trainer.resume=must to go on with it"
+        )
+
+
+def _fp8_machine(facts: Facts) -> Iterator[str]:
+    yield from fp8.machine_violations(facts.run)
+
+
+INPUTS: tuple[Rule, ...] = (_data_files, _machine, _fp8_machine, _adapter_directory, _run_dir)
