@@ -7,8 +7,9 @@ from pathlib import Path
 
 from asft_nemo.config.model_shape import read_model_shape
 from asft_nemo.config.schema import RunConfig
-from asft_nemo.data.dataset import LoadReport, SupervisedDataset
+from asft_nemo.data.dataset import SupervisedDataset
 from asft_nemo.data.fingerprint import fingerprint
+from asft_nemo.data.loading import LoadReport
 from asft_nemo.data.packing import PackedDataset
 from asft_nemo.data.sampler import num_steps
 from asft_nemo.data.tokenization import TextTokenizer

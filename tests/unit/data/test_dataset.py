@@ -98,7 +98,7 @@ def test_sample_ids_do_not_depend_on_the_chunking(
     gpt2: TextTokenizer, jsonl: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = jsonl(ROW, {"q": "x"}, ROW, ROW, {"q": 1}, ROW)
-    monkeypatch.setattr("asft_nemo.data.dataset._CHUNK", 2)
+    monkeypatch.setattr("asft_nemo.data.loading._CHUNK", 2)
     dataset = SupervisedDataset.from_files([path], config(on_bad_row="skip"), tokenizer=gpt2)
     assert [int(dataset[i]["sample_id"]) for i in range(len(dataset))] == [0, 2, 3, 5]
 
