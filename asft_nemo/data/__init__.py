@@ -2,7 +2,8 @@
 
 from asft_nemo.data.dataset import FILLER, SupervisedDataset
 from asft_nemo.data.fingerprint import fingerprint
-from asft_nemo.data.loading import LoadReport, inspect_files
+from asft_nemo.data.inspection import inspect_files
+from asft_nemo.data.loading import LoadReport
 from asft_nemo.data.packing import PackedDataset
 from asft_nemo.data.prepare import Prepared, prepare
 from asft_nemo.data.records import Conversation

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,17 +72,39 @@ class LoadReport:
         }
 
 
-def inspect_files(files: Iterable[str | Path], data: DataConfig, *, tokenizer: TextTokenizer) -> LoadReport:
-    """What would become of the rows; bad and over-long rows are counted whatever the policies say.
+class TokenizedRow(NamedTuple):
+    """A usable row: what it says, as text, as tokens."""
+
+    record: Record
+    rendered: Rendered
+    tokenized: Tokenized
+
+
+def tokenized_rows(
+    files: Iterable[str | Path], data: DataConfig, tokenizer: TextTokenizer
+) -> Iterator[TokenizedRow | BadRow]:
+    """All rows of all files in order, each tokenised whole or as the reason why it is not; a chunk of them is in memory at a time.
 
     Raises:
         DataError: a file cannot be read at all.
     """
-    report = LoadReport()
-    if data.on_too_long == "fail":
-        data = dataclasses.replace(data, on_too_long="drop")
-    load(files, data, tokenizer, report)
-    return report
+    records = read_records(files, data.fields)
+    renderer = _renderer(data, tokenizer)
+    while chunk := list(islice(records, _CHUNK)):
+        texts = [record if isinstance(record, BadRow) else _render(record, renderer) for record in chunk]
+        tokenized = iter(tokenizer.encode([text for text in texts if isinstance(text, Rendered)]))
+        for record, text in zip(chunk, texts, strict=True):
+            if isinstance(record, BadRow):
+                yield record
+                continue
+            if isinstance(text, BadRow):
+                yield text
+                continue
+            example = next(tokenized)
+            if any(example.learned[1:]):  # the first token is never a label
+                yield TokenizedRow(record, text, example)
+            else:
+                yield BadRow(record.file, record.line, "no token of it would be learned")
 
 
 def load(
@@ -97,33 +118,20 @@ def load(
     examples: list[Example] = []
     sample_ids: list[int] = []
     domain_ids: list[int] = []
-    records = read_records(files, data.fields)
-    renderer = _renderer(data, tokenizer)
-    while chunk := list(islice(records, _CHUNK)):
-        usable: list[tuple[int, Record, Rendered]] = []
-        bad: dict[int, BadRow] = {}
-        for number, record in enumerate(chunk, start=report.rows):
-            rendered = record if isinstance(record, BadRow) else _render(record, renderer)
-            if isinstance(rendered, BadRow):
-                bad[number] = rendered
-            elif isinstance(record, Record):
-                usable.append((number, record, rendered))
-        report.rows += len(chunk)
-        tokenized = tokenizer.encode([rendered for _, _, rendered in usable])
-        for (number, record, _), example in zip(usable, tokenized, strict=True):
-            if not any(example.learned[1:]):  # the first token is never a label
-                bad[number] = BadRow(record.file, record.line, "no token of it would be learned")
-                continue
-            report.lengths.append(len(example.tokens))
-            fitted = _fit(example, record, data, report)
-            if fitted is not None:
-                examples.append(fitted)
-                sample_ids.append(number)
-                domain_ids.append(record.domain)
-                report.kept += 1
-                report.tokens += len(fitted[0]) - 1
-                report.learned_tokens += int(fitted[1][1:].sum())
-        report.bad += [row for _, row in sorted(bad.items())]
+    for number, row in enumerate(tokenized_rows(files, data, tokenizer), start=report.rows):
+        report.rows += 1
+        if isinstance(row, BadRow):
+            report.bad.append(row)
+            continue
+        report.lengths.append(len(row.tokenized.tokens))
+        fitted = _fit(row.tokenized, row.record, data, report)
+        if fitted is not None:
+            examples.append(fitted)
+            sample_ids.append(number)
+            domain_ids.append(row.record.domain)
+            report.kept += 1
+            report.tokens += len(fitted[0]) - 1
+            report.learned_tokens += int(fitted[1][1:].sum())
     return examples, sample_ids, domain_ids
 
 
