@@ -1,8 +1,8 @@
 """Several examples in one row: first-fit-decreasing, and the items that come of it.
 
 A packed row holds whole examples one after another. Each is a segment: positions begin at 0 again, and attention must not look across
-(`asft_nemo.nemo.packed_attention`). Which examples share a row depends on their lengths and order alone: not on the seed, the epoch, or
-the layout.
+(`asft_nemo.nemo.packed_attention`). Which examples share a row depends on their lengths and order, and on what their lengths are rounded
+up to: not on the seed or the epoch, and on no other part of the layout than the context-parallel size.
 """
 
 from __future__ import annotations
@@ -128,18 +128,28 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     each example; `segment_ids` int64 [S], the example's number in the row, padding having one of its own; `sample_id` int64 [S], the
     example of each token, -1 for padding; `domain_id`, int64 scalar: examples of two files never share a row. Index -1 is a row of padding.
 
+    With `multiple_of` a segment is its example and padding up to the next multiple, on the right, where no token of the example sees it.
+    Context parallelism cuts each segment into equal parts (`asft_nemo.data.context_slices`).
+
     Args:
         examples: what is packed.
+        multiple_of: segments are of multiples of this many tokens; `sequence_length` is one.
+
+    Raises:
+        ValueError: `sequence_length` is none.
     """
 
-    def __init__(self, examples: Examples):
+    def __init__(self, examples: Examples, *, multiple_of: int = 1):
         self.examples, self.sequence_length = examples, examples.sequence_length
+        if self.sequence_length % multiple_of:
+            raise ValueError(f"rows of {self.sequence_length} tokens hold no multiples of {multiple_of}")
         lengths = np.asarray(examples.lengths)
+        self._segments = -(-lengths // multiple_of) * multiple_of
         domains = np.asarray(getattr(examples, "domain_ids", np.zeros(len(lengths), dtype=np.int64)))
         self.rows: list[list[int]] = []
         for domain in np.unique(domains).tolist():
             members = np.flatnonzero(domains == domain)
-            packed = first_fit_decreasing(lengths[members], self.sequence_length)
+            packed = first_fit_decreasing(self._segments[members], self.sequence_length)
             self.rows += [sorted(members[row].tolist()) for row in packed]
         self._tokens = int(lengths.sum())
         self._lengths = lengths
@@ -187,11 +197,11 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             return item
         start = 0
         for segment, member in enumerate(self.rows[index]):
-            example, stop = self.examples[member], start + int(self._lengths[member])
-            for key in _TENSORS:
+            example, stop = self.examples[member], start + int(self._segments[member])
+            for key in _TENSORS:  # an example is padded beyond its length, and nothing of that is learned
                 item[key][start:stop] = example[key][: stop - start]
             item["segment_ids"][start:stop] = segment
-            item["sample_id"][start:stop] = example["sample_id"]
+            item["sample_id"][start : start + int(self._lengths[member])] = example["sample_id"]
             item["domain_id"] = example.get("domain_id", item["domain_id"])
             start = stop
         item["segment_ids"][start:] = len(self.rows[index])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from asft_nemo.config.model_shape import read_model_shape
 from asft_nemo.config.schema import RunConfig
+from asft_nemo.data.context_slices import segment_multiple
 from asft_nemo.data.dataset import SupervisedDataset
 from asft_nemo.data.fingerprint import fingerprint
 from asft_nemo.data.loading import LoadReport
@@ -55,11 +57,14 @@ def prepare(run: RunConfig, *, tokenizer_dir: str | Path) -> Prepared:
     )
     validation: SupervisedDataset | PackedDataset | None = None
     if data.validation:
+        held_out = dataclasses.replace(data, templates=data.validation_templates)
         validation = SupervisedDataset.from_files(
-            data.validation, data, tokenizer=tokenizer, vocab_size=vocab_size
+            data.validation, held_out, tokenizer=tokenizer, vocab_size=vocab_size
         ).numbered_from(train.report.rows)
     if data.packing:
-        train, validation = PackedDataset(train), None if validation is None else PackedDataset(validation)
+        multiple = segment_multiple(run.parallel.cp_size)
+        train = PackedDataset(train, multiple_of=multiple)
+        validation = None if validation is None else PackedDataset(validation, multiple_of=multiple)
     max_steps = num_steps(len(train), run.trainer)
     return Prepared(
         train=train,
