@@ -15,10 +15,13 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from asft_nemo.data.records import kind
 from asft_nemo.errors import DataError
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
 MOST_BYTES = 10 << 20  # of a line; longer ones are bad rows and never wholly in memory
 _BATCH = 1024  # rows of a Parquet file at once
@@ -31,6 +34,9 @@ _ENCODINGS = (
 )
 
 Rows = Iterator[tuple[int, "dict[str, Any] | str"]]
+#: a row's number and its line, or the first row's number and an Arrow batch of at most `_BATCH` rows
+Piece = tuple[int, "bytes | RecordBatch"]
+Pieces = Iterator[Piece]
 
 
 def expand(name: str | Path) -> list[Path]:
@@ -57,6 +63,25 @@ def expand(name: str | Path) -> list[Path]:
 def rows(path: Path) -> Rows:
     """All rows with their numbers (lines, or rows of a Parquet file; 1 for the first), each as an object or the reason why it is none.
     Blank lines are skipped.
+
+    Raises:
+        DataError: as `pieces`.
+    """
+    for piece in pieces(path):
+        yield from decoded(piece)
+
+
+def decoded(piece: Piece) -> Rows:
+    """The rows of a piece."""
+    number, content = piece
+    if isinstance(content, bytes):
+        yield number, parse(content)
+    else:
+        yield from enumerate(content.to_pylist(), start=number)
+
+
+def pieces(path: Path) -> Pieces:
+    """A file as it is read, rows not decoded yet: what can be handed to another process.
 
     Raises:
         DataError: the file cannot be read, is damaged, or is of another format or encoding.
@@ -129,27 +154,24 @@ def _split(stream: IO[bytes] | io.BufferedIOBase) -> Iterator[bytes]:
         yield raw
 
 
-def _plain(path: Path) -> Rows:
+def _plain(path: Path) -> Pieces:
     with path.open("rb") as stream:
-        for number, raw in lines(stream, path):
-            yield number, parse(raw)
+        yield from lines(stream, path)
 
 
-def _gzip(path: Path) -> Rows:
+def _gzip(path: Path) -> Pieces:
     with gzip.open(path, "rb") as stream:
-        for number, raw in lines(stream, path):
-            yield number, parse(raw)
+        yield from lines(stream, path)
 
 
-def _zstd(path: Path) -> Rows:
+def _zstd(path: Path) -> Pieces:
     import pyarrow
 
     with pyarrow.input_stream(str(path), compression="zstd") as native, io.BufferedReader(native) as stream:
-        for number, raw in lines(stream, path):
-            yield number, parse(raw)
+        yield from lines(stream, path)
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path) -> Pieces:
     import pyarrow
     from pyarrow import parquet
 
@@ -160,7 +182,7 @@ def _parquet(path: Path) -> Rows:
         raise _damaged(path, error) from error
 
 
-def _arrow(path: Path) -> Rows:
+def _arrow(path: Path) -> Pieces:
     import pyarrow
 
     try:
@@ -170,20 +192,20 @@ def _arrow(path: Path) -> Rows:
         raise _damaged(path, error) from error
 
 
-def _numbered(batches: Iterable[Any]) -> Rows:
-    number = 0
+def _numbered(batches: Iterable[RecordBatch]) -> Pieces:
+    number = 1
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH):
-            for row in batch.slice(start, _BATCH).to_pylist():
-                number += 1
-                yield number, row
+            part = batch.slice(start, _BATCH)
+            yield number, part
+            number += part.num_rows
 
 
-def _zip(path: Path) -> Rows:
+def _zip(path: Path) -> Pieces:
     raise DataError(f"data file {path} is zip, which is not read: unpack it to JSON Lines")
 
 
-_FORMATS: tuple[tuple[bytes, Callable[[Path], Rows]], ...] = (
+_FORMATS: tuple[tuple[bytes, Callable[[Path], Pieces]], ...] = (
     (b"\x1f\x8b", _gzip),
     (b"\x28\xb5\x2f\xfd", _zstd),
     (b"PAR1", _parquet),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from asft_nemo.config.schema import FieldsConfig
-from asft_nemo.data.files import expand, rows
+from asft_nemo.data.files import Rows, expand, rows
 from asft_nemo.data.records import Conversation, Form, form_of, no_form, read_row
 from asft_nemo.errors import DataError
 
@@ -76,9 +76,26 @@ def read_records(files: Iterable[str | Path], fields: FieldsConfig) -> Iterator[
 
 
 def _of_file(path: Path, fields: FieldsConfig, domain: int) -> Iterator[Record | BadRow]:
-    file, form, empty = str(path), None, True
-    for line, row in rows(path):
+    empty = True
+    for record in records_of(rows(path), fields, file=str(path), domain=domain):
         empty = False
+        yield record
+    if empty:
+        raise empty_error(path)
+
+
+def records_of(
+    numbered: Rows, fields: FieldsConfig, *, file: str, domain: int, form: Form | None = None
+) -> Iterator[Record | BadRow]:
+    """Rows of one file, in order, each as a record or as the reason why it is none.
+
+    Args:
+        numbered: rows of the file, from its beginning or from later on.
+        fields: where to find the texts.
+        file, domain: of the records.
+        form: what earlier rows have shown the form to be; None = the first of these rows that has a known form shows it.
+    """
+    for line, row in numbered:
         if isinstance(row, dict) and form is None:
             form = form_of(row, fields)
         result = row if isinstance(row, str) else _read(row, form)
@@ -86,8 +103,11 @@ def _of_file(path: Path, fields: FieldsConfig, domain: int) -> Iterator[Record |
             yield BadRow(file, line, result)
         else:
             yield Record(result, file=file, line=line, domain=domain)
-    if empty:
-        raise DataError(f"data file {file} is empty: give a file with one JSON object a line")
+
+
+def empty_error(path: Path) -> DataError:
+    """The error about a file without a row."""
+    return DataError(f"data file {path} is empty: give a file with one JSON object a line")
 
 
 def _read(row: dict[str, Any], form: Form | None) -> Conversation | str:
