@@ -214,6 +214,7 @@ def _ignored(facts: Facts) -> Iterator[str]:
             f"loss.implementation={run.loss.implementation}",
         ),
         ("eval.", tuple(EvalConfig.__dataclass_fields__), True, "asft train; asft eval has its own options"),
+        ("data.", ("max_bad_rows",), run.data.on_bad_row == "fail", "data.on_bad_row=fail"),
         ("trainer.", ("max_skips",), run.trainer.on_nonfinite == "stop", "trainer.on_nonfinite=stop"),
         ("optim.", ("min_lr_ratio",), run.optim.schedule == "constant", "optim.schedule=constant"),
         (

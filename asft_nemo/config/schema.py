@@ -131,6 +131,7 @@ class DataConfig(Section):
     packing: bool = False
     loss_on: str = "response"
     on_bad_row: str = "fail"  # fail | skip
+    max_bad_rows: int = 100  # rows that on_bad_row=skip may skip, in all files of `train` or of `validation`
     on_too_long: str = "drop"  # drop | truncate | fail
 
 

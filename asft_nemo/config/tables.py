@@ -42,6 +42,7 @@ RANGES: dict[str, tuple[float, float | None, bool]] = {
     "peft.alpha": (0, None, False),
     "peft.dropout": (0, 1, True),
     "data.sequence_length": (2, None, True),
+    "data.max_bad_rows": (1, None, True),
     "parallel.tp_size": (1, None, True),
     "parallel.pp_size": (1, None, True),
     "parallel.vpp_size": (2, None, True),

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from asft_nemo.config.schema import DataConfig
 from asft_nemo.data.loading import Example, LoadReport, load, nothing_left, say
-from asft_nemo.data.sources import bad_rows_error
+from asft_nemo.data.sources import refuse_bad_rows
 from asft_nemo.data.tokenization import TextTokenizer
 from asft_nemo.errors import DataError
 
@@ -76,7 +76,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
             vocab_size: the model's rows; a tokenizer with more ids is refused.
 
         Raises:
-            DataError: a file cannot be read, rows are bad and `data.on_bad_row=fail`, rows are too long and
+            DataError: a file cannot be read, rows are bad and `data.on_bad_row=fail` (or more than `data.max_bad_rows`), rows are too long and
                 `data.on_too_long=fail`, or nothing is left.
         """
         if vocab_size is not None and tokenizer.size > vocab_size:
@@ -86,8 +86,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
             )
         report = LoadReport()
         examples, sample_ids, domain_ids = load(files, data, tokenizer, report)
-        if report.bad and data.on_bad_row == "fail":
-            raise bad_rows_error(report.bad)
+        refuse_bad_rows(report.bad, data)
         if not examples:
             raise DataError(nothing_left(report, data))
         say(report, data)

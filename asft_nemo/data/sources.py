@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from asft_nemo.config.schema import FieldsConfig
+from asft_nemo.config.schema import DataConfig, FieldsConfig
 from asft_nemo.data.files import Rows, expand, rows
 from asft_nemo.data.records import Conversation, Form, form_of, no_form, read_row
 from asft_nemo.errors import DataError
@@ -114,9 +114,19 @@ def _read(row: dict[str, Any], form: Form | None) -> Conversation | str:
     return no_form(row) if form is None else read_row(row, form)
 
 
-def bad_rows_error(rows: list[BadRow]) -> DataError:
-    """The error that lists bad rows: the first ones in full, and how many there are."""
+def refuse_bad_rows(rows: Sequence[BadRow], data: DataConfig) -> None:
+    """Says whether a run may go on with these bad rows left out.
+
+    Raises:
+        DataError: there is one and `data.on_bad_row=fail`, or there are more than `data.max_bad_rows`; the first ones in full.
+    """
+    most = data.max_bad_rows if data.on_bad_row == "skip" else 0
+    if len(rows) <= most:
+        return
+    plural = "rows" if len(rows) != 1 else "row"
+    what = f"{len(rows)} bad {plural}: correct them, or set data.on_bad_row=skip"
+    if data.on_bad_row == "skip":
+        what = f"{len(rows)} bad rows are more than data.max_bad_rows={most}: correct them, or raise data.max_bad_rows"
     shown = "\n".join(f"  {row}" for row in rows[:SHOWN_ROWS])
     rest = f"\n  ... and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-    plural = "rows" if len(rows) != 1 else "row"
-    return DataError(f"{len(rows)} bad {plural}: correct them, or set data.on_bad_row=skip\n{shown}{rest}")
+    raise DataError(f"{what}\n{shown}{rest}")

@@ -197,6 +197,14 @@ ONE_RULE = [
     ),
     (["objective=asft", "trainer.keep=best:validation_nll"], "needs validations: set data.validation"),
     (
+        ["objective=asft", "data.max_bad_rows=3"],
+        "data.max_bad_rows does nothing with data.on_bad_row=fail",
+    ),
+    (
+        ["objective=asft", "data.on_bad_row=skip", "data.max_bad_rows=0"],
+        "data.max_bad_rows=0 is out of range",
+    ),
+    (
         ["objective=asft", "trainer.max_skips=3"],
         "trainer.max_skips does nothing with trainer.on_nonfinite=stop",
     ),
@@ -246,6 +254,7 @@ GOOD = [
     ["objective=asft", "objective.kl_weight=0", "reference=none"],
     ["objective=asft", "precision=bf16", "run.world_size=2"],
     ["objective=asft", "parallel.tp_size=2", "parallel.pp_size=2", "parallel.vpp_size=2", "parallel.sequence_parallel=true"],
+    ["objective=asft", "data.on_bad_row=skip", "data.max_bad_rows=3"],
     ["objective=asft", "trainer.on_nonfinite=skip", "trainer.max_skips=3"],
     ["objective=asft", "trainer.resume=if_exists", "trainer.checkpoint_every=2", "trainer.keep=last:3"],
     ["objective=asft", "loss.implementation=dense", "loss.normalize_by=micro_batch"],

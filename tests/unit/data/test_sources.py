@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asft_nemo.config.schema import FieldsConfig
+from asft_nemo.config.schema import DataConfig, FieldsConfig
 from asft_nemo.data import BadRow, Record, domain_names, read_records
 from asft_nemo.data.files import lines, parse
-from asft_nemo.data.sources import bad_rows_error
+from asft_nemo.data.sources import refuse_bad_rows
 from asft_nemo.errors import DataError
 
 FIELDS = FieldsConfig(prompt="q", response="a")
@@ -121,12 +121,27 @@ def test_missing_file_names_where_it_was_looked_for(tmp_path: Path) -> None:
 
 
 def test_error_lists_twenty_rows_and_counts_all() -> None:
-    message = str(bad_rows_error([BadRow("f", line, "why") for line in range(1, 26)]))
+    rows = [BadRow("f", line, "why") for line in range(1, 26)]
+    with pytest.raises(DataError) as caught:
+        refuse_bad_rows(rows, DataConfig())
+    message = str(caught.value)
     assert message.startswith("25 bad rows: correct them, or set data.on_bad_row=skip")
     assert "f:20: why" in message
     assert "f:21" not in message
     assert "and 5 more" in message
-    assert str(bad_rows_error([BadRow("f", 1, "why")])).startswith("1 bad row:")
+    with pytest.raises(DataError, match=r"^1 bad row:"):
+        refuse_bad_rows(rows[:1], DataConfig())
+    refuse_bad_rows([], DataConfig())
+
+
+def test_no_more_than_max_bad_rows_are_skipped() -> None:
+    rows = [BadRow("f", line, "why") for line in range(1, 26)]
+    refuse_bad_rows(rows, DataConfig(on_bad_row="skip", max_bad_rows=25))
+    with pytest.raises(
+        DataError,
+        match=r"^25 bad rows are more than data\.max_bad_rows=24: .* or raise data\.max_bad_rows\n  f:1: why",
+    ):
+        refuse_bad_rows(rows, DataConfig(on_bad_row="skip", max_bad_rows=24))
 
 
 @given(st.binary(max_size=60))
