@@ -67,9 +67,12 @@ class ShortTokens(RandomTokens):
 def examples(run: Any, size: int, valid: list[int]) -> Dataset:
     """Random examples of the run's sequence length, packed where it says so."""
     from asft_nemo.data import PackedDataset
+    from asft_nemo.data.context_slices import segment_multiple
 
     given = {"size": size, "sequence_length": run.data.sequence_length, "valid": valid}
-    return PackedDataset(ShortTokens(**given)) if run.data.packing else RandomTokens(**given)
+    if not run.data.packing:
+        return RandomTokens(**given)
+    return PackedDataset(ShortTokens(**given), multiple_of=segment_multiple(run.parallel.cp_size))
 
 
 def run_config(settings: dict[str, Any]) -> Any:
@@ -289,15 +292,24 @@ def megatron_logits(settings: dict[str, Any], *, out: str) -> None:
 
 
 def train_and_die(settings: dict[str, Any], *, valid: list[int], after_step: int) -> None:
-    """Trains and raises on every rank after a step, as a killed job would end between checkpoints."""
+    """Trains and raises on every rank after a step, as a killed job would end between checkpoints. The ranks live on: starting them
+    takes longer than the test.
+    """
     from lightning.pytorch import Callback
+
+    class StoppedError(Exception):
+        pass
 
     class Die(Callback):
         def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
             if trainer.global_step == after_step:
-                raise RuntimeError("stopped by the test")
+                raise StoppedError
 
-    fit(settings, valid=valid, callbacks=(Die(),))
+    try:
+        fit(settings, valid=valid, callbacks=(Die(),))
+    except StoppedError:
+        return
+    raise AssertionError(f"the run did not reach step {after_step}")
 
 
 def has_reference(settings: dict[str, Any], *, valid: list[int]) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from jobs import RandomTokens, run_config
 from models import load64, make_model, worst_error
-from ranks import RankError, RankGroup
+from ranks import RankGroup
 from test_gradients import BATCH, BOUND, LAYOUTS, LENGTH, second_batch
 from test_training import VALID, all_tensors, metrics, settings_of, without_times
 from torch import Tensor
@@ -216,8 +216,7 @@ def test_resume_is_bit_exact_from_adapters_alone(ranks4: RankGroup, model: Path,
     straight = lora(model, tmp_path / "straight", **common)
     ranks4.run("jobs:train_steps", settings=straight, valid=VALID)
     stopped = lora(model, tmp_path / "stopped", **common)
-    with pytest.raises(RankError, match="stopped by the test"):
-        ranks4.run("jobs:train_and_die", settings=stopped, valid=VALID, after_step=3)
+    ranks4.run("jobs:train_and_die", settings=stopped, valid=VALID, after_step=3)
     stopped["trainer.resume"] = "must"
     ranks4.run("jobs:train_steps", settings=stopped, valid=VALID)
     lines = metrics(tmp_path / "straight")

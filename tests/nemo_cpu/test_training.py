@@ -10,7 +10,7 @@ import pytest
 import torch
 from jobs import VOCAB, RandomTokens
 from models import load64, make_model, read_hf
-from ranks import RankError, RankGroup
+from ranks import RankGroup
 
 from asft_nemo.checkpoint.convert import export_hf
 from asft_nemo.checkpoint.dist_read import DistReader
@@ -118,8 +118,7 @@ def test_resume_is_bit_exact_and_keeps_the_base_as_reference(
     straight = settings_of(model, tmp_path / "straight", **common)
     ranks4.run("jobs:train_steps", settings=straight, valid=VALID)
     stopped = settings_of(model, tmp_path / "stopped", **common)
-    with pytest.raises(RankError, match="stopped by the test"):
-        ranks4.run("jobs:train_and_die", settings=stopped, valid=VALID, after_step=3)
+    ranks4.run("jobs:train_and_die", settings=stopped, valid=VALID, after_step=3)
     assert (tmp_path / "stopped" / "checkpoints" / "latest").resolve().name == "step_2"
     assert len(metrics(tmp_path / "stopped")) == 3  # the third step's line is written again after the resume
     ranks4.run("jobs:train_steps", settings={**stopped, "trainer.resume": "must"}, valid=VALID)
@@ -148,8 +147,7 @@ def test_psft_resumes_between_snapshots(ranks4: RankGroup, model: Path, tmp_path
     straight = settings_of(model, tmp_path / "straight", **common)
     ranks4.run("jobs:train_steps", settings=straight, valid=VALID)
     stopped = settings_of(model, tmp_path / "stopped", **common)
-    with pytest.raises(RankError, match="stopped by the test"):
-        ranks4.run("jobs:train_and_die", settings=stopped, valid=VALID, after_step=3)
+    ranks4.run("jobs:train_and_die", settings=stopped, valid=VALID, after_step=3)
     ranks4.run("jobs:train_steps", settings={**stopped, "trainer.resume": "must"}, valid=VALID)
     expected, found = metrics(tmp_path / "straight"), metrics(tmp_path / "stopped")
     assert without_times(found) == without_times(expected)
@@ -380,15 +378,15 @@ def test_train_without_our_launcher_opens_the_folder(ranks4: RankGroup, tmp_path
 def test_train_without_our_launcher_checks_the_rules(
     ranks4: RankGroup, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(RankError, match=said):
-        ranks4.run("jobs:train_itself", settings={**own_data(tmp_path), **change})
+    sentences = ranks4.run("jobs:refusal", settings={**own_data(tmp_path), **change})
+    assert all(said in sentence for sentence in sentences), sentences
     assert not (tmp_path / "run").exists()
 
 
 def test_a_gradient_that_is_not_finite_stops_with_a_sentence(ranks4: RankGroup, tmp_path: Path) -> None:
     settings = own_data(tmp_path, optim__lr=1e30, optim__warmup_ratio=0.0)
-    with pytest.raises(RankError, match=r"UserError: .* not finite"):
-        ranks4.run("jobs:train_itself", settings=settings)
+    sentences = ranks4.run("jobs:refusal", settings=settings)
+    assert all("not finite" in sentence for sentence in sentences), sentences
 
 
 def test_metrics_of_validation_files(ranks4: RankGroup, tmp_path: Path) -> None:
