@@ -79,11 +79,8 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
             DataError: a file cannot be read, rows are bad and `data.on_bad_row=fail` (or more than `data.max_bad_rows`), rows are too long and
                 `data.on_too_long=fail`, or nothing is left.
         """
-        if vocab_size is not None and tokenizer.size > vocab_size:
-            raise DataError(
-                f"the tokenizer has {tokenizer.size} tokens but the model only {vocab_size} rows: use the "
-                "model's own tokenizer"
-            )
+        if vocab_size is not None:
+            tokenizer.refuse_smaller_model(vocab_size)
         report = LoadReport()
         examples, sample_ids, domain_ids = load(files, data, tokenizer, report)
         refuse_bad_rows(report.bad, data)

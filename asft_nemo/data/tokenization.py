@@ -85,6 +85,17 @@ class TextTokenizer:
                 f"no tokenizer can be read from {folder} ({reason}): add its tokenizer.json"
             ) from error
 
+    def refuse_smaller_model(self, vocab_size: int) -> None:
+        """Holds the token ids against the rows of the model's embeddings.
+
+        Raises:
+            DataError: there are more ids than rows.
+        """
+        if self.size > vocab_size:
+            raise DataError(
+                f"the tokenizer has {self.size} tokens but the model only {vocab_size} rows: use the model's own tokenizer"
+            )
+
     def chat_template(self) -> ChatTemplate:
         """The tokenizer's own.
 
