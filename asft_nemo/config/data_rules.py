@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from asft_nemo.config.facts import Facts, Rule
+from asft_nemo.config.tables import CHOICES
 
 
 def _packing(facts: Facts) -> Iterator[str]:
@@ -41,4 +42,20 @@ def _fields(facts: Facts) -> Iterator[str]:
         yield f"data.fields names some fields and not the others: set {names} too"
 
 
-DATA: tuple[Rule, ...] = (_packing, _validation, _fields)
+def _templates(facts: Facts) -> Iterator[str]:
+    data, known = facts.run.data, CHOICES["data.template"]
+    for key, names, files, entries in (
+        ("templates", data.templates, "train", data.train),
+        ("validation_templates", data.validation_templates, "validation", data.validation),
+    ):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            yield f"data.{key} names {', '.join(unknown)}: choose from {', '.join(known)}"
+        if names and len(names) != len(entries):
+            yield (
+                f"data.{key} has {len(names)} entries and data.{files} {len(entries)}: name one template for each entry of "
+                f"data.{files}, or leave data.{key} out to use data.template for all"
+            )
+
+
+DATA: tuple[Rule, ...] = (_packing, _validation, _fields, _templates)

@@ -123,12 +123,17 @@ class DataConfig(Section):
     """Where examples come from and how they become tokens."""
 
     train: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()  # one per file of `train`; empty = every example once an epoch
+    weights: tuple[float, ...] = ()  # one per entry of `train`; empty = every example once an epoch
+    weights_by: str = "samples"  # samples | tokens: what the weights are shares of
+    when_exhausted: str = "repeat"  # repeat | stop: what `trainer.epochs` means with weights
     validation: tuple[str, ...] = ()
     template: str = "alpaca"  # alpaca | chat | raw
+    templates: tuple[str, ...] = ()  # one per entry of `train`; empty = `template` for all
+    validation_templates: tuple[str, ...] = ()  # one per entry of `validation`; empty = `template` for all
     fields: FieldsConfig = field(default_factory=FieldsConfig)
     sequence_length: int = 2048
     packing: bool = False
+    group_by_length: bool = False  # micro batches of similar lengths, padded to their longest example alone
     loss_on: str = "response"
     on_bad_row: str = "fail"  # fail | skip
     max_bad_rows: int = 100  # rows that on_bad_row=skip may skip, in all files of `train` or of `validation`

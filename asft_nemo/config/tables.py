@@ -17,6 +17,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss.implementation": ("fused", "vocab_parallel", "dense"),
     "loss.normalize_by": ("tokens", "micro_batch"),
     "data.template": ("alpaca", "chat", "raw"),
+    "data.weights_by": ("samples", "tokens"),
+    "data.when_exhausted": ("repeat", "stop"),
     "data.loss_on": ("response", "last_assistant", "all_assistant", "all"),
     "data.on_bad_row": ("fail", "skip"),
     "data.on_too_long": ("drop", "truncate", "fail"),
@@ -127,6 +129,6 @@ NOT_YET = (
         lambda run: bool(run.data.weights),
         "leave it empty: every example is then seen once an epoch",
     ),
-    NotYet("context parallelism", lambda run: run.parallel.cp_size > 1, "set parallel.cp_size=1"),
+    NotYet("data.group_by_length", lambda run: run.data.group_by_length, "set data.group_by_length=false"),
     NotYet("FP8 training", lambda run: run.precision.startswith("fp8"), "set precision=bf16"),
 )

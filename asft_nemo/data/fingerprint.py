@@ -35,11 +35,12 @@ def fingerprint(files: Iterable[str | Path], data: DataConfig, *, tokenizer_dir:
         "loss_on": data.loss_on,
         "on_bad_row": data.on_bad_row,
         "on_too_long": data.on_too_long,
+        **_own_templates(data),
     }
     total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in _parts(files):
         total.update(_digest(path))
-    for name in (*_TOKENIZER_FILES, *([_CHAT_TEMPLATE] if data.template == "chat" else [])):
+    for name in (*_TOKENIZER_FILES, *([_CHAT_TEMPLATE] if _reads_chat_template(data) else [])):
         path = Path(tokenizer_dir) / name
         if path.is_file():
             total.update(name.encode() + _digest(path))
@@ -63,7 +64,18 @@ def template_fingerprint(data: DataConfig) -> str:
     """The settings that turn a record into tokens and say which are learned, readable."""
     prompt, response, *others = _field_names(data)
     more = "".join(f", {name}" for name in others)
+    more += "".join(f", {key}={'/'.join(names)}" for key, names in _own_templates(data).items())
     return f"{data.template}, prompt={prompt}, response={response}{more}, loss_on={data.loss_on}"
+
+
+def _own_templates(data: DataConfig) -> dict[str, tuple[str, ...]]:
+    """The templates of single entries; only where set, so that older fingerprints hold."""
+    given = {"templates": data.templates, "validation_templates": data.validation_templates}
+    return {key: names for key, names in given.items() if names}
+
+
+def _reads_chat_template(data: DataConfig) -> bool:
+    return "chat" in (data.template, *data.templates, *data.validation_templates)
 
 
 def _field_names(data: DataConfig) -> list[str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,9 @@ _CHUNK = 1024  # records tokenised at once
 
 # An example within the sequence length: tokens, int32, and whether each is learned, bool.
 Example = tuple[np.ndarray, np.ndarray]
+
+# A conversation as text, or why it cannot be one.
+Renderer = Callable[[Conversation], Rendered | str]
 
 
 @dataclass
@@ -86,25 +89,33 @@ def tokenized_rows(
     """All rows of all files in order, each tokenised whole or as the reason why it is not; a chunk of them is in memory at a time.
 
     Raises:
-        DataError: a file cannot be read at all.
+        DataError: a file cannot be read at all, or `data.templates` has another number of entries than `files`.
     """
+    files = list(files)
     records = read_records(files, data.fields)
-    renderer = _renderer(data, tokenizer)
+    renderers = _renderers(data, tokenizer, entries=len(files))
     while chunk := list(islice(records, _CHUNK)):
-        texts = [record if isinstance(record, BadRow) else _render(record, renderer) for record in chunk]
-        tokenized = iter(tokenizer.encode([text for text in texts if isinstance(text, Rendered)]))
-        for record, text in zip(chunk, texts, strict=True):
-            if isinstance(record, BadRow):
-                yield record
-                continue
-            if isinstance(text, BadRow):
-                yield text
-                continue
-            example = next(tokenized)
-            if any(example.learned[1:]):  # the first token is never a label
-                yield TokenizedRow(record, text, example)
-            else:
-                yield BadRow(record.file, record.line, "no token of it would be learned")
+        yield from tokenize_records(chunk, renderers, tokenizer)
+
+
+def tokenize_records(
+    records: Sequence[Record | BadRow], renderers: Sequence[Renderer], tokenizer: TextTokenizer
+) -> Iterator[TokenizedRow | BadRow]:
+    """Rows tokenised together, in order; `renderers` has one for each domain."""
+    texts = [record if isinstance(record, BadRow) else _render(record, renderers) for record in records]
+    tokenized = iter(tokenizer.encode([text for text in texts if isinstance(text, Rendered)]))
+    for record, text in zip(records, texts, strict=True):
+        if isinstance(record, BadRow):
+            yield record
+            continue
+        if isinstance(text, BadRow):
+            yield text
+            continue
+        example = next(tokenized)
+        if any(example.learned[1:]):  # the first token is never a label
+            yield TokenizedRow(record, text, example)
+        else:
+            yield BadRow(record.file, record.line, "no token of it would be learned")
 
 
 def load(
@@ -135,26 +146,37 @@ def load(
     return examples, sample_ids, domain_ids
 
 
-def _renderer(data: DataConfig, tokenizer: TextTokenizer) -> Callable[[Conversation], Rendered | str]:
+def _renderers(data: DataConfig, tokenizer: TextTokenizer, *, entries: int) -> list[Renderer]:
+    """Every entry's renderer; `data.template` where `data.templates` names none."""
+    names = data.templates or (data.template,) * entries
+    if len(names) != entries:
+        raise DataError(
+            f"data.templates names {len(names)} templates for {entries} entries of files: name one for each, or none"
+        )
+    made = {name: renderer_of(name, data.loss_on, tokenizer) for name in set(names)}
+    return [made[name] for name in names]
+
+
+def renderer_of(template: str, loss_on: str, tokenizer: TextTokenizer) -> Renderer:
     """How a conversation becomes text, or why it does not."""
-    if data.template == "chat":
+    if template == "chat":
         chat = tokenizer.chat_template()
-        return lambda conversation: chat.render(conversation, data.loss_on)
+        return lambda conversation: chat.render(conversation, loss_on)
 
     def of_pair(conversation: Conversation) -> Rendered | str:
         pair = conversation.pair()
         if pair is not None:
-            return render(data.template, *pair)
+            return render(template, *pair)
         return (
-            f"a conversation of {len(conversation.messages)} messages does not fit data.template={data.template}, which has "
+            f"a conversation of {len(conversation.messages)} messages does not fit data.template={template}, which has "
             "one prompt and one response: set data.template=chat"
         )
 
     return of_pair
 
 
-def _render(record: Record, renderer: Callable[[Conversation], Rendered | str]) -> Rendered | BadRow:
-    rendered = renderer(record.conversation)
+def _render(record: Record, renderers: Sequence[Renderer]) -> Rendered | BadRow:
+    rendered = renderers[record.domain](record.conversation)
     return BadRow(record.file, record.line, rendered) if isinstance(rendered, str) else rendered
 
 

@@ -184,6 +184,10 @@ ONE_RULE = [
     ),
     (["objective=asft", "data.weights=[1]"], "data.weights is not available yet"),
     (
+        ["objective=asft", "data.group_by_length=true"],
+        "data.group_by_length is not available yet: set data.group_by_length=false",
+    ),
+    (
         ["objective=asft", "data.fields.prompt=q"],
         "data.fields names some fields and not the others: set data.fields.response too",
     ),

@@ -13,6 +13,7 @@ import pytest
 
 from asft_nemo.config.schema import DataConfig, FieldsConfig, RunConfig, from_dict
 from asft_nemo.data import BadRow, fingerprint, prepare, read_records
+from asft_nemo.data.fingerprint import template_fingerprint
 from asft_nemo.errors import DataError
 
 Writer = Callable[..., Path]
@@ -100,8 +101,52 @@ def test_fingerprint_follows_content_not_names(
 def test_every_setting_that_shapes_items_is_in_the_fingerprint() -> None:
     # A new field of DataConfig must be put into the fingerprint, or here, on purpose.
     in_it = {"template", "fields", "sequence_length", "packing", "loss_on", "on_bad_row", "on_too_long"}
-    by_content = {"train", "validation", "weights"}
-    assert {field.name for field in dataclasses.fields(DataConfig)} == in_it | by_content
+    where_set = {"templates", "validation_templates"}
+    by_content = {"train", "validation"}
+    order_alone = {"weights", "weights_by", "when_exhausted", "group_by_length"}
+    limits = {"max_bad_rows"}  # a run that goes beyond it has no items
+    known = in_it | where_set | by_content | order_alone | limits
+    assert {field.name for field in dataclasses.fields(DataConfig)} == known
+
+
+# of ROWS under the default settings and no tokenizer: the checkpoints of older runs hold it
+KNOWN_FINGERPRINT = "1725402da33106184ed4af05a4f21c35ad692e75b405627bd8e1821b84d6f8b8"
+
+
+def test_the_fingerprint_changes_only_where_entries_have_templates_of_their_own(
+    jsonl: Writer, tmp_path: Path
+) -> None:
+    files = [jsonl(*ROWS)]
+
+    def names(**changes: Any) -> tuple[str, str]:
+        data = DataConfig(**changes)
+        return fingerprint(files, data, tokenizer_dir=tmp_path / "none"), template_fingerprint(data)
+
+    assert names() == (KNOWN_FINGERPRINT, "alpaca, prompt=None, response=None, loss_on=response")
+    given = [names(templates=("raw",)), names(templates=("chat",)), names(validation_templates=("raw",))]
+    for number in (0, 1):
+        assert len({names()[number], *(one[number] for one in given)}) == 4
+
+
+def test_each_entry_has_its_own_template(tokenizer_dirs: dict[str, Path], jsonl: Writer) -> None:
+    folder = tokenizer_dirs["gpt2_like"]
+    one, two = (str(jsonl(ROWS[0], name=name)) for name in ("one.jsonl", "two.jsonl"))
+
+    def lengths(**data: Any) -> list[int]:
+        prepared = prepare(run_of(folder, **data), tokenizer_dir=folder)
+        sets = (prepared.train, prepared.validation)
+        return [int(length) for items in sets if items is not None for length in items.lengths]
+
+    raw, alpaca = lengths(train=[one, two], templates=["raw", "alpaca"])
+    assert raw < alpaca
+    assert lengths(train=[one], validation=[one, two], validation_templates=["alpaca", "raw"]) == [
+        alpaca,
+        alpaca,
+        raw,
+    ]
+    assert lengths(train=[one], validation=[two], templates=["raw"]) == [raw, alpaca]
+    with pytest.raises(DataError, match="names 1 templates for 2 entries"):
+        lengths(train=[one, two], templates=["raw"])
 
 
 def test_real_gsm8k_has_no_bad_row() -> None:
