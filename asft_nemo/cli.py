@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(arguments, "layout"):  # argparse takes words of a list in one place only
             arguments.layout += [word for word in unknown if word.startswith("parallel.")]
             unknown = [word for word in unknown if not word.startswith("parallel.")]
+        if hasattr(arguments, "words"):  # of `asft data`, likewise
+            arguments.words += [word for word in unknown if not word.startswith("-")]
+            unknown = [word for word in unknown if word.startswith("-")]
         if unknown and arguments.command is not not_yet:
             raise UserError(f"unrecognized arguments: {' '.join(unknown)}: see asft --help")
         set_up_logging()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from asft_nemo.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 1024  # records tokenised at once
+_CHUNK, _CHUNK_CHARACTERS = 1024, 2 << 20  # records tokenised at once, and about how much text
 
 # An example within the sequence length: tokens, int32, and whether each is learned, bool.
 Example = tuple[np.ndarray, np.ndarray]
@@ -94,7 +93,7 @@ def tokenized_rows(
     files = list(files)
     records = read_records(files, data.fields)
     renderers = _renderers(data, tokenizer, entries=len(files))
-    while chunk := list(islice(records, _CHUNK)):
+    for chunk in _chunks(records):
         yield from tokenize_records(chunk, renderers, tokenizer)
 
 
@@ -116,6 +115,21 @@ def tokenize_records(
             yield TokenizedRow(record, text, example)
         else:
             yield BadRow(record.file, record.line, "no token of it would be learned")
+
+
+def _chunks(records: Iterable[Record | BadRow]) -> Iterator[list[Record | BadRow]]:
+    """Records in lists short enough for their tokens to be in memory, however long the records are."""
+    chunk: list[Record | BadRow] = []
+    characters = 0
+    for record in records:
+        chunk.append(record)
+        if isinstance(record, Record):
+            characters += sum(len(message["content"]) for message in record.conversation.messages)
+        if len(chunk) == _CHUNK or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def load(
