@@ -22,8 +22,13 @@ class Contaminated(NamedTuple):
     row: int  # of the suite, 1 for the first
     why: str
 
+    @property
+    def what(self) -> str:
+        """What the row holds."""
+        return f"{self.why} row {self.row} of {self.suite}"
+
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.why} row {self.row} of {self.suite}"
+        return f"{self.file}:{self.line}: {self.what}"
 
 
 def normalised(text: str) -> list[str]:
@@ -64,15 +69,20 @@ class EvaluationIndex:
 def contaminated(records: Iterable[Record | BadRow], index: EvaluationIndex) -> Iterator[Contaminated]:
     """Rows of which any message holds an evaluation question; bad rows are passed over."""
     for record in records:
-        if isinstance(record, BadRow):
-            continue
-        for message in record.conversation.messages:
-            content = message["content"]
-            found = index.find(content) if isinstance(content, str) else None
-            if found is not None:
-                suite, row, why = found
-                yield Contaminated(record.file, record.line, suite, row, why)
-                break
+        found = None if isinstance(record, BadRow) else found_in(record, index)
+        if found is not None:
+            yield found
+
+
+def found_in(record: Record, index: EvaluationIndex) -> Contaminated | None:
+    """The evaluation question that a message of the row holds, None where none does."""
+    for message in record.conversation.messages:
+        content = message["content"]
+        found = index.find(content) if isinstance(content, str) else None
+        if found is not None:
+            suite, row, why = found
+            return Contaminated(record.file, record.line, suite, row, why)
+    return None
 
 
 def _grams(words: list[str]) -> Iterator[str]:
