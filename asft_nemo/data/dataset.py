@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from asft_nemo.config.schema import DataConfig
-from asft_nemo.data.loading import Example, LoadReport, load, nothing_left, say
+from asft_nemo.data.blocks import Block, load_blocks
+from asft_nemo.data.loading import LoadReport, nothing_left, say
 from asft_nemo.data.sources import refuse_bad_rows
 from asft_nemo.data.tokenization import TextTokenizer
 from asft_nemo.errors import DataError
@@ -30,33 +31,26 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
     `position_ids`, int64 [S]; `loss_mask`, bool [S], True where the label counts; `sample_id`, int64
     scalar, the row's number among the non-blank lines of all files; and `domain_id`, int64 scalar, the place
     of its file among the files. Index -1 is a filler item: padding only, nothing learned, both ids -1.
+
+    Args:
+        blocks: the examples, in order.
+        sequence_length, pad_id: of the items.
+        report: what became of the rows.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        sample_ids: Sequence[int],
-        domain_ids: Sequence[int],
-        *,
-        sequence_length: int,
-        pad_id: int,
-        report: LoadReport | None = None,
-    ):
-        self.sequence_length, self.pad_id = sequence_length, pad_id
-        self.report = report or LoadReport(rows=len(examples), kept=len(examples))
-        lengths = [len(tokens) for tokens, _ in examples]
-        if max(lengths, default=0) > sequence_length + 1:
+    def __init__(self, blocks: Sequence[Block], *, sequence_length: int, pad_id: int, report: LoadReport):
+        self.sequence_length, self.pad_id, self.report = sequence_length, pad_id, report
+        self._examples = [block.examples for block in blocks]
+        sizes = [len(block.lengths) for block in blocks]
+        self._ends = np.cumsum(sizes, dtype=np.int64)  # items up to and with each block
+        self._lengths = np.concatenate([block.lengths for block in blocks])
+        self._labels = np.concatenate([block.labels for block in blocks])
+        self._sample_ids = np.concatenate([block.sample_ids for block in blocks])
+        self._domain_ids = np.repeat(np.asarray([block.domain for block in blocks], dtype=np.int64), sizes)
+        if max(self._lengths, default=0) > sequence_length + 1:
             raise ValueError(
-                f"an example of {max(lengths)} tokens does not fit sequence_length={sequence_length}"
+                f"an example of {max(self._lengths)} tokens does not fit sequence_length={sequence_length}"
             )
-        # One flat array instead of a list of lists: 4 bytes a token, and forked workers share it.
-        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self._tokens = np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in examples)])
-        self._learned = np.concatenate([np.empty(0, np.bool_), *(learned for _, learned in examples)])
-        # The first token is never a label.
-        self._labels = np.asarray([int(learned[1:].sum()) for _, learned in examples], dtype=np.int64)
-        self._sample_ids = np.asarray(sample_ids, dtype=np.int64)
-        self._domain_ids = np.asarray(domain_ids, dtype=np.int64)
 
     @classmethod
     def from_files(
@@ -70,7 +64,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         """Reads, renders and tokenises files, and says what was left out.
 
         Args:
-            files: JSON Lines files.
+            files: entries of `data.train`: files, patterns, directories, or what `asft data prepare` wrote.
             data: fields, template, sequence length and policies; its file lists are not looked at.
             tokenizer: of the model.
             vocab_size: the model's rows; a tokenizer with more ids is refused.
@@ -82,19 +76,12 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         if vocab_size is not None:
             tokenizer.refuse_smaller_model(vocab_size)
         report = LoadReport()
-        examples, sample_ids, domain_ids = load(files, data, tokenizer, report)
+        blocks = load_blocks(files, data, tokenizer, report)
         refuse_bad_rows(report.bad, data)
-        if not examples:
+        if not report.kept:
             raise DataError(nothing_left(report, data))
         say(report, data)
-        return cls(
-            examples,
-            sample_ids,
-            domain_ids,
-            sequence_length=data.sequence_length,
-            pad_id=tokenizer.pad_id,
-            report=report,
-        )
+        return cls(blocks, sequence_length=data.sequence_length, pad_id=tokenizer.pad_id, report=report)
 
     def __len__(self) -> int:
         return len(self._sample_ids)
@@ -112,7 +99,7 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
     @property
     def lengths(self) -> np.ndarray:
         """Input tokens of every item, padding excluded, int64 [items]."""
-        return np.diff(self._starts) - 1
+        return self._lengths - 1
 
     def learned_tokens(self, sample_ids: Iterable[int]) -> int:
         """Labels that count in the examples of these ids, as far as they are here."""
@@ -134,12 +121,13 @@ class SupervisedDataset(Dataset[dict[str, Tensor]]):
         if index != FILLER:
             if not 0 <= index < len(self):
                 raise IndexError(f"item {index} of {len(self)}")
-            start, stop = self._starts[index : index + 2]
-            whole = torch.from_numpy(self._tokens[start:stop].astype(np.int64))
+            block = int(np.searchsorted(self._ends, index, side="right"))
+            found, learned = self._examples[block][index - int(self._ends[block - 1]) if block else index]
+            whole = torch.from_numpy(found.astype(np.int64))
             count = len(whole) - 1
             tokens[:count], labels[:count] = whole[:-1], whole[1:]
             # Label i is token i + 1, so the first learned label stands one place before the response.
-            loss_mask[:count] = torch.from_numpy(self._learned[start + 1 : stop])
+            loss_mask[:count] = torch.from_numpy(learned[1:])
             sample_id, domain_id = int(self._sample_ids[index]), int(self._domain_ids[index])
         return {
             "tokens": tokens,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from asft_nemo.data.records import kind
+from asft_nemo.data.store import is_prepared
 from asft_nemo.errors import DataError
 
 if TYPE_CHECKING:
@@ -214,6 +215,10 @@ _FORMATS: tuple[tuple[bytes, Callable[[Path], Pieces]], ...] = (
 
 
 def _directory(folder: Path) -> list[Path]:
+    if is_prepared(folder):
+        raise DataError(
+            f"{folder} was written by asft data prepare and is for data.train and data.validation: give the files it was made from"
+        )
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(str(path.parent) for path in sorted(folder.glob("*/state.json")))
         raise DataError(f"{folder} holds several splits of a dataset: name one of {splits}")

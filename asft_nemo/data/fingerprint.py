@@ -8,24 +8,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from asft_nemo.config.schema import DataConfig
+from asft_nemo.data.digests import digest, tokenizer_digests
 from asft_nemo.data.files import expand
-
-# What turns text into tokens, and nothing else of a Hugging Face directory.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-)
-_CHAT_TEMPLATE = "chat_template.jinja"
-_BLOCK = 1 << 20
+from asft_nemo.data.manifest import read_manifest
+from asft_nemo.data.store import is_prepared
 
 
 def fingerprint(files: Iterable[str | Path], data: DataConfig, *, tokenizer_dir: str | Path) -> str:
     """SHA-256 (hex) over the files' bytes in order, the settings that shape items, and the tokenizer's files.
 
-    File names and folders do not count, so a moved copy has the same fingerprint.
+    File names and folders do not count, so a moved copy has the same fingerprint, and so has the form that `asft data prepare` made of them.
     """
     settings = {
         "template": data.template,
@@ -38,26 +30,22 @@ def fingerprint(files: Iterable[str | Path], data: DataConfig, *, tokenizer_dir:
         **_own_templates(data),
     }
     total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in _parts(files):
-        total.update(_digest(path))
-    for name in (*_TOKENIZER_FILES, *([_CHAT_TEMPLATE] if _reads_chat_template(data) else [])):
-        path = Path(tokenizer_dir) / name
-        if path.is_file():
-            total.update(name.encode() + _digest(path))
+    for part in _digests(files):
+        total.update(part)
+    for name, part in tokenizer_digests(tokenizer_dir, chat_template=_reads_chat_template(data)):
+        total.update(name.encode() + part)
     return total.hexdigest()
 
 
 def files_fingerprint(files: Iterable[str | Path]) -> str:
     """SHA-256 (hex) over the files' bytes in order: which example has which number."""
-    return hashlib.sha256(b"".join(map(_digest, _parts(files)))).hexdigest()
+    return hashlib.sha256(b"".join(_digests(files))).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer_dir: str | Path) -> str:
     """SHA-256 (hex) over the tokenizer's files, its chat template included."""
-    paths = ((name, Path(tokenizer_dir) / name) for name in (*_TOKENIZER_FILES, _CHAT_TEMPLATE))
-    return hashlib.sha256(
-        b"".join(name.encode() + _digest(path) for name, path in paths if path.is_file())
-    ).hexdigest()
+    parts = tokenizer_digests(tokenizer_dir, chat_template=True)
+    return hashlib.sha256(b"".join(name.encode() + part for name, part in parts)).hexdigest()
 
 
 def template_fingerprint(data: DataConfig) -> str:
@@ -88,13 +76,10 @@ def _field_names(data: DataConfig) -> list[str | None]:
     ]
 
 
-def _parts(files: Iterable[str | Path]) -> Iterator[Path]:
-    return (path for file in files for path in expand(file))
-
-
-def _digest(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.digest()
+def _digests(files: Iterable[str | Path]) -> Iterator[bytes]:
+    """Of every file's bytes, in order; a prepared directory knows those of its sources."""
+    for entry in files:
+        if is_prepared(entry):
+            yield from read_manifest(Path(entry)).digests()
+        else:
+            yield from map(digest, expand(entry))

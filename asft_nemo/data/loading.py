@@ -35,6 +35,7 @@ class LoadReport:
     Attributes:
         rows: non-blank lines read.
         bad: the unusable ones.
+        contaminated: rows that `asft data prepare` left out for the evaluation questions in them.
         too_long: usable ones longer than the sequence length: dropped or truncated, as `data.on_too_long`
             says.
         no_response_left: truncated ones whose response lay wholly beyond the cut; dropped.
@@ -46,6 +47,7 @@ class LoadReport:
 
     rows: int = 0
     bad: list[BadRow] = field(default_factory=list)
+    contaminated: int = 0
     too_long: int = 0
     no_response_left: int = 0
     lengths: list[int] = field(default_factory=list)
@@ -160,13 +162,23 @@ def load(
     return examples, sample_ids, domain_ids
 
 
-def _renderers(data: DataConfig, tokenizer: TextTokenizer, *, entries: int) -> list[Renderer]:
-    """Every entry's renderer; `data.template` where `data.templates` names none."""
+def templates_of(data: DataConfig, entries: int) -> tuple[str, ...]:
+    """Every entry's template; `data.template` where `data.templates` names none.
+
+    Raises:
+        DataError: `data.templates` has another number of entries.
+    """
     names = data.templates or (data.template,) * entries
     if len(names) != entries:
         raise DataError(
             f"data.templates names {len(names)} templates for {entries} entries of files: name one for each, or none"
         )
+    return names
+
+
+def _renderers(data: DataConfig, tokenizer: TextTokenizer, *, entries: int) -> list[Renderer]:
+    """Every entry's renderer."""
+    names = templates_of(data, entries)
     made = {name: renderer_of(name, data.loss_on, tokenizer) for name in set(names)}
     return [made[name] for name in names]
 
@@ -203,10 +215,7 @@ def _fit(example: Tokenized, record: Record, data: DataConfig, report: LoadRepor
     )
     if len(example.tokens) > most:
         if data.on_too_long == "fail":
-            raise DataError(
-                f"{record.file}:{record.line}: {len(example.tokens)} tokens do not fit data.sequence_length="
-                f"{data.sequence_length}: raise it, or set data.on_too_long=drop or truncate"
-            )
+            raise too_long_error(record.file, record.line, len(example.tokens), data)
         report.too_long += 1
         if data.on_too_long == "drop":
             return None
@@ -214,6 +223,14 @@ def _fit(example: Tokenized, record: Record, data: DataConfig, report: LoadRepor
             report.no_response_left += 1
             return None
     return tokens, np.ones_like(learned) if data.loss_on == "all" else learned
+
+
+def too_long_error(file: str, line: int, tokens: int, data: DataConfig) -> DataError:
+    """The error about a row that is too long where `data.on_too_long=fail`."""
+    return DataError(
+        f"{file}:{line}: {tokens} tokens do not fit data.sequence_length={data.sequence_length}: raise it, or set data.on_too_long=drop "
+        "or truncate"
+    )
 
 
 def nothing_left(report: LoadReport, data: DataConfig) -> str:
