@@ -277,6 +277,8 @@ def _lock(run: RunConfig) -> FileLock:
 
 def _same_run(run: RunConfig, before: dict[str, Any], data_fingerprint: str) -> None:
     changed = [key for key in IDENTITY if _at(to_dict(run), key) != _at(before["config"], key)]
+    if run.data.packing and run.parallel.cp_size != before["config"]["parallel"]["cp_size"]:
+        changed.append("parallel.cp_size, which packed rows depend on")
     if before["data_fingerprint"] != data_fingerprint and "data" not in changed:
         changed.append("the contents of the data files")
     if changed:

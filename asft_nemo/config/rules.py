@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from asft_nemo.config import fp8, tables
+from asft_nemo.config.context_rules import CONTEXT
 from asft_nemo.config.data_rules import DATA
 from asft_nemo.config.facts import Facts, Level, Rule
 from asft_nemo.config.input_rules import INPUTS
@@ -278,15 +279,6 @@ def _batches(facts: Facts) -> Iterator[str]:
         )
 
 
-def _whole_sequences(facts: Facts) -> Iterator[str]:
-    known, cp_size = tables.OBJECTIVES.get(facts.run.objective.name), facts.run.parallel.cp_size
-    if known is not None and known.whole_sequences and cp_size > 1:
-        yield (
-            f"objective={facts.run.objective.name} weighs whole sequences, and parallel.cp_size={cp_size} splits them: set "
-            "parallel.cp_size=1"
-        )
-
-
 def _virtual_stages(facts: Facts) -> Iterator[str]:
     layout = facts.run.parallel
     if layout.vpp_size is not None and layout.pp_size < 2:
@@ -305,7 +297,7 @@ def _sequence_parallel(facts: Facts) -> Iterator[str]:
             "parallel.sequence_parallel=true does nothing at tp_size=1: set it to false, or "
             "parallel.tp_size=2"
         )
-    if layout.tp_size > 1 and length % layout.tp_size:
+    if layout.tp_size > 1 and layout.cp_size == 1 and length % layout.tp_size:
         yield (
             f"data.sequence_length={length} is not a multiple of tp_size={layout.tp_size}, which "
             "sequence_parallel "
@@ -387,7 +379,7 @@ SETTINGS: tuple[Rule, ...] = (
     _overlaps,
     _world,
     _batches,
-    _whole_sequences,
+    *CONTEXT,
     _virtual_stages,
     _sequence_parallel,
     _model_heads,

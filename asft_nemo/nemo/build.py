@@ -67,7 +67,7 @@ def _kernels(run: RunConfig) -> dict[str, Any]:
     if backend.active():
         return _CPU_ONLY
     # The fused causal softmax of Megatron's own layers sees no mask; Transformer Engine's attention does not look at this.
-    return {"masked_softmax_fusion": False} if run.data.packing else {}
+    return {"masked_softmax_fusion": False} if run.data.packing or run.parallel.cp_size > 1 else {}
 
 
 def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:

@@ -53,6 +53,7 @@ def layout_of(run: RunConfig) -> dict[str, object]:
         "tp_size": layout.tp_size,
         "pp_size": layout.pp_size,
         "vpp_size": layout.vpp_size,
+        "cp_size": layout.cp_size,
         "sequence_parallel": layout.sequence_parallel,
         "micro_batch_size": run.trainer.micro_batch_size,
     }
@@ -64,13 +65,15 @@ def this_place(run: RunConfig) -> Place:
         last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=run.parallel.tp_size,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=run.parallel.cp_size,
         sequence_parallel=run.parallel.sequence_parallel,
     )
 
 
 def writes(place: Place) -> bool:
-    """Whether this rank writes its pipeline's rows."""
-    return place.last_stage and place.tp_rank == 0
+    """Whether this rank writes the rows of its pipeline, and of those that share its sequences."""
+    return place.last_stage and place.tp_rank == place.cp_rank == 0
 
 
 def on_first_rank(action: Callable[[], object]) -> None:
@@ -148,5 +151,5 @@ def filling_reference(
         writer,
         ids=all_sample_ids(data),
         steps_per_epoch=-(-len(data.train) // run.trainer.global_batch_size),
-        model_parallel_group=parallel_state.get_model_parallel_group(),
+        groups=(parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()),
     )

@@ -36,7 +36,7 @@ from asft_nemo.reference.cache_store import (
     repair_cache,
     require_space,
 )
-from asft_nemo.reference.cached import store, whole_sequence
+from asft_nemo.reference.cached import store, whole_micro_batch
 from asft_nemo.reference.resident import ResidentReference
 from asft_nemo.run_dir import cache_dir
 
@@ -163,9 +163,9 @@ def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir
             micro_batch_size=reference_micro_batch_size(run),
         )
         for batch, hidden_SBH in zip(batches, hidden, strict=False):  # empty before the last stage
-            whole_SBH = whole_sequence(hidden_SBH, place)
+            whole, whole_SBH = whole_micro_batch(batch, hidden_SBH, place)
             if writer is not None:
-                progress.add(store(writer, batch, whole_SBH))
+                progress.add(store(writer, whole, whole_SBH))
     if writer is not None:
         writer.close()
     progress.close()

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from asft_nemo.cpu import backend
 from asft_nemo.cpu.norm import RMSNorm
+from asft_nemo.nemo.context_parallel import GatheredAttention
 
 logger = logging.getLogger(__name__)
 
@@ -42,5 +43,7 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     if config.qk_layernorm:
         spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
         spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    if config.context_parallel_size > 1:
+        spec.submodules.self_attention.submodules.core_attention = GatheredAttention
     layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)  # type: ignore[arg-type]

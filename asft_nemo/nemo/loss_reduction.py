@@ -2,7 +2,9 @@
 
 Megatron's contract with ``calculate_per_token_loss=True``: the loss function returns (loss sum, number of tokens, logged values); the
 schedule backpropagates the sums and `finalize_model_grads` divides all gradients by the global number of tokens (summed over micro
-batches and data-parallel ranks). The result does not depend on how the global batch is split.
+batches and data-parallel ranks). The result does not depend on how the global batch is split. Context-parallel ranks count as
+data-parallel ones, each with its own tokens of every sequence; Megatron's factor of their number is for losses without a count only
+(`forward_step_calc_loss`, megatron-core 0.15.3).
 
 A domain is a file of the training data. Its metrics are sums of the same per-token values over its own tokens; they travel with the
 others, under the name ``<metric>/<domain>``. A micro batch holds tokens of some domains only and sends zeros for the rest.
@@ -46,8 +48,10 @@ class TokenLossReduction(MegatronLossReduction):
         """Megatron's 3-tuple of one micro batch: (loss sum, number of tokens as int, sums and counts to log)."""
         loss_sum, num_tokens = forward_out.loss_sum, forward_out.num_tokens
         if self.normalize_by == "micro_batch":
-            loss_sum = loss_sum / num_tokens.clamp(min=1)
-            num_tokens = (num_tokens > 0).to(num_tokens.dtype)
+            whole = _tokens_of_micro_batch(num_tokens)
+            loss_sum = loss_sum / whole.clamp(min=1)
+            counted_here = parallel_state.get_context_parallel_rank() == 0
+            num_tokens = (whole > 0).to(num_tokens.dtype) * counted_here
         logged = {"loss": torch.stack([loss_sum.detach().double(), num_tokens.double()])}
         logged["tokens"] = torch.stack(
             [forward_out.num_tokens.double(), torch.ones_like(num_tokens, dtype=torch.float64)]
@@ -96,6 +100,15 @@ class TokenLossReduction(MegatronLossReduction):
             domain: means for domain in self.domains if (means := _means_of(domain, values))
         }
         return torch.tensor(self.last.get("loss", 0.0), dtype=torch.float32, device=sums.device)
+
+
+def _tokens_of_micro_batch(num_tokens: Tensor) -> Tensor:
+    """Valid tokens of a whole micro batch, of which a context-parallel rank sees its own only; then one all-reduce of one number."""
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return num_tokens
+    whole = num_tokens.clone()
+    torch.distributed.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+    return whole
 
 
 def _means_of(domain: str, values: dict[str, Sequence[float]]) -> dict[str, float]:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
+from asft_nemo.nemo.context_parallel import slice_batch
 from asft_nemo.nemo.head import LossInputs
 from asft_nemo.nemo.packed_attention import attention_arguments
 
@@ -20,20 +22,28 @@ def unwrap_batch(item: Any) -> dict[str, Any]:
 
 
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
-    """Takes the next micro batch and moves its tensors to this rank's device. Keys it does not know are kept.
+    """Takes the next micro batch, cuts out this context-parallel rank's part and moves its tensors to this rank's device.
+
+    Keys it does not know are kept. A micro batch that was here before comes back as it is.
 
     Returns:
-        ``tokens``, ``labels``, ``position_ids`` int64 [B, S], ``loss_mask`` bool [B, S], ``segment_ids`` int64 [B, S] where examples
-        are packed, ``domain_id`` int64 [B], the training file of each, ``attention``, what keeps packed examples apart, and, on the last stage, what the prepass put there (see
-        `asft_nemo.nemo.prepass`).
+        ``tokens``, ``labels``, ``position_ids`` int64 [B, Q], Q being this rank's S / cp_size tokens, ``loss_mask`` bool [B, Q],
+        ``segment_ids`` int64 [B, Q] where examples are packed, ``domain_id`` int64 [B], the training file of each, ``attention``, what
+        keeps packed examples apart, and, on the last stage, what the prepass put there (see `asft_nemo.nemo.prepass`).
     """
     batch = unwrap_batch(next(dataloader_iter))
-    device = torch.cuda.current_device()
+    if "attention" in batch:
+        return batch
+    device, cp_size = torch.cuda.current_device(), parallel_state.get_context_parallel_world_size()
+    cp_rank = parallel_state.get_context_parallel_rank()
+    attention = attention_arguments(batch.get("segment_ids"), cp_rank=cp_rank, cp_size=cp_size, device=device)
+    if cp_size > 1:
+        batch = slice_batch(batch, cp_rank=cp_rank, cp_size=cp_size)
     moved = {
         key: value.to(device, non_blocking=True) if key in BATCH_KEYS and isinstance(value, Tensor) else value
         for key, value in batch.items()
     }
-    return {**moved, "attention": attention_arguments(moved.get("segment_ids"))}
+    return {**moved, "attention": attention}
 
 
 def forward_step(model: Any, batch: dict[str, Any]) -> Any:

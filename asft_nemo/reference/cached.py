@@ -24,16 +24,19 @@ class Place(NamedTuple):
     Attributes:
         last_stage: it holds the last pipeline stage; the others read nothing.
         tp_rank, tp_size: in its tensor-parallel group.
-        sequence_parallel: hidden states hold this rank's S / TP rows.
+        cp_rank, cp_size: in its context-parallel group, whose ranks have different tokens of the same rows.
+        sequence_parallel: hidden states hold 1 / tp_size of this rank's tokens.
     """
 
     last_stage: bool
     tp_rank: int
     tp_size: int
+    cp_rank: int
+    cp_size: int
     sequence_parallel: bool
 
     def rows(self, sequence_length: int) -> tuple[int, int]:
-        """First and one past the last position of the sequence that this rank's hidden states hold."""
+        """First and one past the last of the micro batch's positions that this rank's hidden states hold."""
         if not self.sequence_parallel:
             return 0, sequence_length
         size = sequence_length // self.tp_size
@@ -106,18 +109,21 @@ class CachedReference(ReferenceSource):
         """See `ReferenceSource.hidden`. No collectives."""
         if self._reader is None:
             return []
-        wanted = [self._wanted(batch, sequence_length) for batch in micro_batches]
+        wanted = [self._wanted(batch) for batch in micro_batches]
         for ids_N, offsets_N, _, _ in wanted[1:]:
             self._reader.prefetch(ids_N, offsets_N)
-        start, stop = self.place.rows(sequence_length)
+        # a micro batch holds this context-parallel rank's tokens only
+        sizes = [
+            (batch["tokens"].shape[0], self.place.rows(batch["tokens"].shape[1])) for batch in micro_batches
+        ]
         return [
-            self._filled(one, (stop - start, len(batch["tokens"]), self.identity.hidden_size))
-            for one, batch in zip(wanted, micro_batches, strict=True)
+            self._filled(one, (stop - start, rows, self.identity.hidden_size))
+            for one, (rows, (start, stop)) in zip(wanted, sizes, strict=True)
         ]
 
-    def _wanted(self, batch: dict[str, Any], sequence_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _wanted(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Example and offset of each token that counts in this rank's rows, and its place there: [N] each, examples together."""
-        start, stop = self.place.rows(sequence_length)
+        start, stop = self.place.rows(batch["tokens"].shape[1])
         row_N, position_N = batch["loss_mask"][:, start:stop].cpu().nonzero(as_tuple=True)
         ids_BS, offsets_BS = sample_ids(batch), batch["position_ids"].cpu()
         return ids_BS[row_N, position_N + start], offsets_BS[row_N, position_N + start], position_N, row_N
@@ -149,7 +155,7 @@ def store(
     Args:
         writer: this rank's.
         batch: tokens, loss_mask, position_ids [B, S] and sample_id.
-        hidden_SBH: of the whole sequence, [S, B, H].
+        hidden_SBH: of the whole sequence, [S, B, H]; tokens in any order, the same as the batch's.
         wanted: the examples to write; None for all. Filler items (negative ids) never are.
 
     Returns:
@@ -162,8 +168,9 @@ def store(
             if sample < 0 or (wanted is not None and sample not in wanted):
                 continue
             position_N = (mask_BS[row] & (ids_S == sample)).nonzero().squeeze(1)
-            rows_NH = hidden_SBH[position_N.to(hidden_SBH.device), row]
-            writer.add(sample, offsets_BS[row, position_N], rows_NH)
+            offsets_N, order_N = offsets_BS[row, position_N].sort()
+            rows_NH = hidden_SBH[position_N[order_N].to(hidden_SBH.device), row]
+            writer.add(sample, offsets_N, rows_NH)
             written += 1
     return written
 
@@ -180,7 +187,7 @@ class FillingReference(ReferenceSource):
         writer: of the ranks that write (last stage, tensor rank 0), None on others.
         ids: all examples.
         steps_per_epoch: whole steps of one epoch, rounded up.
-        model_parallel_group: ranks of this pipeline, which must agree on each step.
+        groups: this rank's model-parallel group, and its context-parallel one: all ranks that compute the same rows must agree on each step.
     """
 
     def __init__(
@@ -191,11 +198,11 @@ class FillingReference(ReferenceSource):
         *,
         ids: Sequence[int],
         steps_per_epoch: int,
-        model_parallel_group: Any,
+        groups: Sequence[Any],
     ):
         self.resident: ResidentReference | None = resident
         self.cached, self.writer, self.ids = cached, writer, ids
-        self.steps_per_epoch, self.group = steps_per_epoch, model_parallel_group
+        self.steps_per_epoch, self.groups = steps_per_epoch, groups
         self._stored: set[int] = set()
         self.hit_rate: float | None = 0.0
         self._collect()
@@ -220,13 +227,16 @@ class FillingReference(ReferenceSource):
     def _all_stored(self, micro_batches: Sequence[dict[str, Any]]) -> bool:
         ids = torch.cat([sample_ids(batch).unique() for batch in micro_batches]).tolist()
         complete = torch.tensor([int(not self.cached.missing(ids))], device=torch.cuda.current_device())
-        torch.distributed.all_reduce(complete, op=torch.distributed.ReduceOp.MIN, group=self.group)
+        for group in self.groups:
+            torch.distributed.all_reduce(complete, op=torch.distributed.ReduceOp.MIN, group=group)
         return bool(complete)
 
     def hidden(
         self, micro_batches: Sequence[dict[str, Any]], *, sequence_length: int, micro_batch_size: int
     ) -> list[Tensor]:
-        """See `ReferenceSource.hidden`. Collectives: the resident chunks' where it is computed; before, one all-reduce of one value."""
+        """See `ReferenceSource.hidden`. Collectives: the resident chunks' where it is computed; before, one all-reduce of one
+        value in each group.
+        """
         shape = {"sequence_length": sequence_length, "micro_batch_size": micro_batch_size}
         if self.resident is None or self._all_stored(micro_batches):
             self.hit_rate = 1.0
@@ -234,11 +244,11 @@ class FillingReference(ReferenceSource):
         self.hit_rate = 0.0
         hidden = self.resident.hidden(micro_batches, **shape)
         for batch, hidden_SBH in zip(micro_batches, hidden, strict=False):  # empty before the last stage
-            whole_SBH = whole_sequence(hidden_SBH, self.cached.place)
+            whole, whole_SBH = whole_micro_batch(batch, hidden_SBH, self.cached.place)
             if self.writer is not None:
-                ids = set(sample_ids(batch).unique().tolist())
+                ids = set(sample_ids(whole).unique().tolist())
                 new = set(self.cached.missing(ids)) - self._stored
-                store(self.writer, batch, whole_SBH, wanted=new)
+                store(self.writer, whole, whole_SBH, wanted=new)
                 self._stored |= new
         return hidden
 
@@ -262,8 +272,38 @@ class FillingReference(ReferenceSource):
         return ReferenceBytes(device=resident + cached.device, disk=cached.disk)
 
 
+def whole_micro_batch(
+    batch: dict[str, Any], hidden_SBH: Tensor, place: Place
+) -> tuple[dict[str, Any], Tensor]:
+    """What `store` reads, of all tokens of a micro batch of which this rank has a part.
+
+    Collectives: under sequence parallelism one all-gather of hidden states over the tensor-parallel group; under context parallelism
+    one more over that group, and one of three numbers a token.
+
+    Returns:
+        ``loss_mask``, ``position_ids`` and ``sample_id``, [B, S], and hidden states [S, B, H]; their tokens are in the row's order, or one
+        context-parallel rank's behind the other's.
+    """
+    hidden_SBH = whole_sequence(hidden_SBH, place)
+    if place.cp_size == 1:
+        return batch, hidden_SBH
+    from megatron.core.parallel_state import get_context_parallel_group
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    group = get_context_parallel_group()
+    names = ("loss_mask", "position_ids", "sample_id")
+    of_tokens = {**batch, "sample_id": sample_ids(batch)}
+    numbers_SB3 = torch.stack([of_tokens[name].to(hidden_SBH.device).long() for name in names], dim=-1)
+    numbers_SB3 = numbers_SB3.transpose(0, 1).contiguous()
+    with torch.no_grad():
+        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=group)
+        numbers_SB3 = gather_from_sequence_parallel_region(numbers_SB3, group=group)
+    mask, *others = (numbers_SB3[..., index].transpose(0, 1) for index in range(len(names)))
+    return dict(zip(names, (mask.bool(), *others), strict=True)), hidden_SBH
+
+
 def whole_sequence(hidden_SBH: Tensor, place: Place) -> Tensor:
-    """Hidden states of all S positions; under sequence parallelism one all-gather over the tensor-parallel group, else as they are."""
+    """Hidden states of all the tensor-parallel group's positions; under sequence parallelism one all-gather over it, else as they are."""
     if not place.sequence_parallel:
         return hidden_SBH
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region

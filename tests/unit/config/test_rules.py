@@ -182,7 +182,10 @@ ONE_RULE = [
         ],
         "reference.micro_batch_size cannot be used with data.packing=true",
     ),
-    (["objective=asft", "data.weights=[1]"], "data.weights is not available yet"),
+    (
+        ["objective=asft", "data.weights=[1]"],
+        "data.weights has nothing to blend, for data.train has one entry: leave data.weights out",
+    ),
     (
         ["objective=asft", "data.group_by_length=true"],
         "data.group_by_length is not available yet: set data.group_by_length=false",
@@ -217,7 +220,6 @@ ONE_RULE = [
         "trainer.max_skips=0 is out of range",
     ),
     (["objective=asft", "precision=fp8_current"], "FP8 training is not available yet: set precision=bf16"),
-    (["objective=asft", "parallel.cp_size=2"], "context parallelism is not available yet"),
 ]
 
 

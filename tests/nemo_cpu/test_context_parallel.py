@@ -1,0 +1,92 @@
+"""Context parallelism computes what one rank computes: gradients in fp64, losses of a run, checkpoints, caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import RandomTokens, ShortTokens
+from models import make_model, oracle_gradients, worst_error
+from test_gradients import (
+    BATCH,
+    BOUND,
+    LENGTH,
+    OBJECTIVES,
+    VALID,
+    chosen_objective,
+    megatron_gradients,
+    second_batch,
+)
+
+from asft_nemo.data import PackedDataset
+from asft_nemo.data.context_slices import segment_multiple
+
+pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
+
+CP2 = {"parallel.cp_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "cp2": (2, CP2),
+    "cp4": (4, {"parallel.cp_size": 4}),
+    "cp2_dp2": (4, CP2),
+    "tp2_cp2_sp": (4, {**CP2, "parallel.tp_size": 2, "parallel.sequence_parallel": True}),
+    "pp2_cp2": (4, {**CP2, "parallel.pp_size": 2}),
+    "pp2_vpp2_cp2": (4, {**CP2, "parallel.pp_size": 2, "parallel.vpp_size": 2}),
+}
+CASES = [
+    ("cp2", "asft", "untied", "rows"),
+    ("cp4", "asft", "untied", "rows"),
+    ("cp2_dp2", "asft_reverse", "tied", "rows"),
+    ("tp2_cp2_sp", "asft", "untied", "rows"),
+    ("pp2_vpp2_cp2", "psft", "tied", "rows"),
+    ("cp2", "asft", "tied", "packed"),
+    ("cp4", "asft", "untied", "packed"),
+    ("tp2_cp2_sp", "asft", "untied", "packed"),
+    ("pp2_cp2", "asft_reverse", "tied", "packed"),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_model(folder / name, tied=name == "tied") for name in ("tied", "untied")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "weights", "items"), CASES, ids=["-".join(case) for case in CASES]
+)
+def test_gradients_equal_the_oracle(
+    layout: str,
+    name: str,
+    weights: str,
+    items: str,
+    models: dict[str, Path],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    """Every parameter's gradient of a step whose sequences are shared, against each example alone in transformers in fp64."""
+    world, parallel = LAYOUTS[layout]
+    settings = {**OBJECTIVES[name], **parallel, "data.packing": items == "packed"}
+    group = request.getfixturevalue(f"ranks{world}")
+    found, policy, value = megatron_gradients(group, settings, models[weights], tmp_path)
+    data: RandomTokens = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
+    batches = second_batch(42, data)
+    if items == "packed":
+        data = ShortTokens(size=64, sequence_length=LENGTH, valid=VALID)
+        packed = PackedDataset(data, multiple_of=segment_multiple(parallel["parallel.cp_size"]))  # type: ignore[arg-type]
+        batches = [packed.rows[row] for (row,) in second_batch(42, packed)]  # type: ignore[arg-type]
+        assert max(len(row) for row in batches) > 1
+    assert len(batches) == BATCH
+    chosen = chosen_objective(settings)
+    expected, loss = oracle_gradients(
+        policy,
+        chosen,
+        batches,
+        data,
+        ref=models[weights] if chosen.needs_reference else None,
+        old=models[weights] if chosen.needs_old_policy else None,
+    )
+    error, where = worst_error(found, expected)
+    print(f"{items} {layout} {name} {weights}: worst gradient error {error:.1e} of max |grad| ({where})")
+    assert error <= BOUND, (error, where)
+    assert value == pytest.approx(loss, rel=1e-5)
