@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asft_nemo.commands.output import DONE, MENDABLE, Parser, answer, not_yet
+from asft_nemo.commands.preparation import add_prepare
 from asft_nemo.errors import UserError
 
 if TYPE_CHECKING:
-    from asft_nemo.config.schema import FieldsConfig
-    from asft_nemo.data import LoadReport
+    from asft_nemo.config.schema import FieldsConfig, RunConfig
+    from asft_nemo.data import TextTokenizer
     from asft_nemo.data.contamination import Contaminated
+    from asft_nemo.data.inspection import Inspection
+
+_SHOWN = 2  # examples of each entry
 
 
 def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -36,10 +40,16 @@ def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
         help="evaluation suites, by name (math500, gsm8k, ...; in the folder ASFT_DATA_DIR names) or JSON Lines file with `prompt`: rows that "
         "hold one of their questions are reported",
     )
+    check.add_argument(
+        "--show", type=int, metavar="N", help="examples of each entry to print (2 where not given)"
+    )
+    check.add_argument(
+        "--color", choices=("auto", "always", "never"), help="of the examples; auto where not given"
+    )
     check.set_defaults(command=_data_check)
-    for name in ("prepare", "download"):
-        later = kinds.add_parser(name, help="(not available yet)", parents=[common])
-        later.set_defaults(command=not_yet, name=f"data {name}", instead="give your own files in data.train")
+    add_prepare(kinds, common)
+    later = kinds.add_parser("download", help="(not available yet)", parents=[common])
+    later.set_defaults(command=not_yet, name="data download", instead="give your own files in data.train")
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
@@ -57,24 +67,75 @@ def _data_check(arguments: argparse.Namespace) -> int:
     )
     from asft_nemo.data import TextTokenizer, inspect_files
 
-    report = inspect_files(files, run.data, tokenizer=TextTokenizer.load(_tokenizer_dir(run.model.path)))
-    summary = report.summary()
-    bad = [row._asdict() for row in report.bad]
-    values = {
-        **summary,
-        "sequence_length": run.data.sequence_length,
-        "tokenizer": run.model.path,
-        "bad_rows": bad,
-    }
-    words = _data_words(report, run.data.sequence_length, run.model.path)
+    show = _SHOWN if arguments.show is None else arguments.show
+    if show < 0:
+        raise UserError(f"--show={show} is negative: give 0 or more")
+    folder = _tokenizer_dir(run.model.path)
+    tokenizer = TextTokenizer.load(folder)
+    _refuse_smaller_model(tokenizer, folder)
+    report = inspect_files(files, run.data, tokenizer=tokenizer, show=0 if arguments.json else show)
     found = [] if arguments.against is None else _contaminated(files, run.data.fields, arguments.against)
-    if arguments.against is not None:
+    if arguments.json:
+        answer(arguments, _values(report, found, run, arguments.against), "")
+    else:
+        _say(report, found, run, tokenizer, arguments)
+    return MENDABLE if report.bad else DONE
+
+
+def _refuse_smaller_model(tokenizer: TextTokenizer, folder: Path) -> None:
+    """Holds the tokenizer against the model beside it, where there is one."""
+    from asft_nemo.config.model_shape import read_model_shape
+
+    if (folder / "config.json").is_file():
+        tokenizer.refuse_smaller_model(read_model_shape(folder).vocab_size)
+
+
+def _values(
+    report: Inspection, found: list[Contaminated], run: RunConfig, against: str | None
+) -> dict[str, Any]:
+    """The answer for --json."""
+    from asft_nemo.data.inspection import histogram
+
+    total, twins = report.total(), report.duplicates
+    bound = run.data.sequence_length
+    values = {
+        **total.summary(),
+        "histogram": [found._asdict() for found in histogram(total.lengths, bound + 1)],
+        "duplicates": None if twins is None else twins._asdict(),
+        "entries": {entry.name: entry.summary() for entry in report.entries},
+        "sequence_length": bound,
+        "tokenizer": run.model.path,
+        "reasons": [{"reason": kind.reason, "rows": kind.rows} for kind in report.reasons()],
+        "bad_rows": [row._asdict() for row in report.bad],
+    }
+    if against is not None:
         values["contaminated_rows"] = [row._asdict() for row in found]
-        words += f"\n{len(found)} rows hold a question of {arguments.against}"
-    answer(arguments, values, words)
-    for row in (*report.bad, *found) if not arguments.json else ():
+    return values
+
+
+def _say(
+    report: Inspection,
+    found: list[Contaminated],
+    run: RunConfig,
+    tokenizer: TextTokenizer,
+    arguments: argparse.Namespace,
+) -> None:
+    """The answer for people; every bad row on stderr, behind the summary."""
+    from asft_nemo.commands import check_words
+
+    words = [check_words.check_words(report, run.data, run.model.path)]
+    if arguments.against is not None:
+        words.append(f"{len(found)} rows hold a question of {arguments.against}")
+    if report.shown:
+        colour = check_words.coloured(arguments.color or "auto", sys.stdout)
+        words.append("\n" + check_words.legend(colour=colour))
+        words += [
+            "\n" + check_words.example_words(shown, run.data, tokenizer, colour=colour)
+            for shown in report.shown
+        ]
+    print(check_words.printable("\n".join(words), sys.stdout), flush=True)
+    for row in (*report.bad, *found):
         print(row, file=sys.stderr)
-    return MENDABLE if bad else DONE
 
 
 def _contaminated(files: list[str], fields: FieldsConfig, suites: str) -> list[Contaminated]:
@@ -94,16 +155,3 @@ def _contaminated(files: list[str], fields: FieldsConfig, suites: str) -> list[C
 def _tokenizer_dir(model_path: str) -> Path:
     inside = Path(model_path) / "context" / "hf"
     return inside if inside.is_dir() else Path(model_path)
-
-
-def _data_words(report: LoadReport, sequence_length: int, tokenizer: str) -> str:
-    lines = [f"{report.rows} rows, {report.rows - len(report.bad)} usable, {len(report.bad)} bad"]
-    if report.lengths:
-        figures = report.summary()["lengths"]
-        words = ", ".join(f"{name} {value}" for name, value in figures.items())
-        lines.append(f"tokens an example: {words} (tokenizer of {tokenizer})")
-        lines.append(
-            f"{report.too_long} examples are longer than data.sequence_length={sequence_length}; "
-            f"{report.kept} remain with {report.tokens} tokens, {report.learned_tokens} of them learned"
-        )
-    return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -243,7 +244,44 @@ def test_data_check_as_json(bad_rows: Path, capsys: pytest.CaptureFixture[str]) 
     }
     assert answer["sequence_length"] == 9
     assert set(answer["lengths"]) == {"shortest", "median", "95th percentile", "longest"}
+    assert sum(found["rows"] for found in answer["histogram"]) == 1
+    assert answer["duplicates"]["exact"] == 0
+    assert answer["learned_share"] is None
+    assert answer["entries"][bad_rows.stem]["bad"] == 2
     assert captured.err == ""
+
+
+def test_data_check_sums_up_bad_rows_and_shows_examples(
+    rows: Path, bad_rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--show",
+        "1",
+        str(rows),
+        str(bad_rows),
+        "data.fields.prompt=question",
+        "data.fields.response=answer",
+    ]
+    assert cli.main(["data", "check", *words, "--color=never"]) == 2
+    out = capsys.readouterr().out
+    assert f"  1 x not JSON: Expecting value at column ... (first: {bad_rows}:2)" in out
+    assert "% learned" in out
+    assert out.count("[[") == 2 + 1  # one example of each entry, and the legend
+    assert f"\n{rows}:1: " in out
+    assert "\033" not in out
+    assert cli.main(["data", "check", *words[2:], "--show=-1"]) == 2
+    assert "--show=-1 is negative" in capsys.readouterr().err
+
+
+def test_data_check_holds_the_tokenizer_against_the_model(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    shape = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**shape, "vocab_size": 100}))
+    assert cli.main(["data", "check", str(rows), f"model.path={model}"]) == 2
+    assert "tokens but the model only 100 rows: use the model's own tokenizer" in capsys.readouterr().err
 
 
 def test_data_check_finds_the_form_of_the_rows_itself(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -243,7 +243,7 @@ def test_an_example_without_a_learned_token_is_a_bad_row(
     report = inspect_files([path], config(), tokenizer=gpt2)
     assert str(report.bad[0]) == f"{path}:1: no token of it would be learned"
     assert [row.line for row in report.bad] == [1, 2]
-    assert report.kept == 1
+    assert report.total().kept == 1
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(gpt2: TextTokenizer, jsonl: Writer) -> None:
@@ -255,7 +255,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(gpt2: TextTokenizer, jsonl
 def test_inspection_counts_what_policies_would_refuse(gpt2: TextTokenizer, jsonl: Writer) -> None:
     data = config(sequence_length=30, on_too_long="fail")
     report = inspect_files([jsonl(ROW, "oops", LONG)], data, tokenizer=gpt2)
-    summary = report.summary()
+    summary = report.total().summary()
     assert (summary["rows"], summary["usable"], summary["bad"], summary["too_long"], summary["kept"]) == (
         3,
         2,
