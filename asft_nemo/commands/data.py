@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from asft_nemo.commands.output import DONE, MENDABLE, Parser, answer, not_yet
 from asft_nemo.commands.preparation import add_prepare
-from asft_nemo.commands.preparation import add_prepare
 from asft_nemo.errors import UserError
 
 if TYPE_CHECKING:
