@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asft_nemo.commands.data_words import files_and_run, tokenizer_dir
 from asft_nemo.commands.output import DONE, MENDABLE, Parser, answer, not_yet
 from asft_nemo.commands.preparation import add_prepare
 from asft_nemo.errors import UserError
@@ -53,24 +54,13 @@ def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    files = [word for word in arguments.words if "=" not in word or Path(word).exists()]
-    overrides = [word for word in arguments.words if word not in files]
-    if not files:
-        raise UserError("asft data check got no file: name at least one")
-    from asft_nemo.config.load import compose
-
-    given = {word.partition("=")[0] for word in overrides}
-    # Only the data settings and the tokenizer matter here, so the rest of a run need not be spelt out.
-    fill = ("recipe=tiny_cpu", "objective=sft")
-    run = compose(
-        [word for word in fill if word.partition("=")[0] not in given] + overrides, check_inputs=False
-    )
+    files, run = files_and_run(arguments.words, command="asft data check")
     from asft_nemo.data import TextTokenizer, inspect_files
 
     show = _SHOWN if arguments.show is None else arguments.show
     if show < 0:
         raise UserError(f"--show={show} is negative: give 0 or more")
-    folder = _tokenizer_dir(run.model.path)
+    folder = tokenizer_dir(run.model.path)
     tokenizer = TextTokenizer.load(folder)
     _refuse_smaller_model(tokenizer, folder)
     report = inspect_files(files, run.data, tokenizer=tokenizer, show=0 if arguments.json else show)
@@ -150,8 +140,3 @@ def _contaminated(files: list[str], fields: FieldsConfig, suites: str) -> list[C
     except EvaluationError as error:
         raise UserError(str(error)) from error
     return list(contaminated(read_records(files, fields), index))
-
-
-def _tokenizer_dir(model_path: str) -> Path:
-    inside = Path(model_path) / "context" / "hf"
-    return inside if inside.is_dir() else Path(model_path)
