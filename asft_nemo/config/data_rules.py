@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from asft_nemo.config.facts import Facts, Rule
+from asft_nemo.config.facts import Facts, Level, Rule
 from asft_nemo.config.tables import CHOICES
 
 
@@ -58,4 +59,30 @@ def _templates(facts: Facts) -> Iterator[str]:
             )
 
 
-DATA: tuple[Rule, ...] = (_packing, _validation, _fields, _templates)
+def _weights(facts: Facts) -> Iterator[str]:
+    data = facts.run.data
+    if not data.weights:
+        for key in ("weights_by", "when_exhausted"):
+            if facts.asked(f"data.{key}", least=Level.COMMAND_LINE):
+                yield f"data.{key} does nothing without data.weights: leave it out, or set data.weights"
+        return
+    if len(data.weights) != len(data.train):
+        yield (
+            f"data.weights has {len(data.weights)} entries and data.train {len(data.train)}: give one weight for each entry of "
+            "data.train"
+        )
+    elif len(data.train) == 1:
+        yield "data.weights has nothing to blend, for data.train has one entry: leave data.weights out"
+    for place, weight in enumerate(data.weights):
+        if not (math.isfinite(weight) and weight > 0):
+            file = f" of {data.train[place]}" if place < len(data.train) else ""
+            yield (
+                f"data.weights gives {weight:g} as the weight{file}: give a number above 0, or leave the file out of data.train"
+            )
+    if facts.run.trainer.max_steps is not None and facts.asked(
+        "data.when_exhausted", least=Level.COMMAND_LINE
+    ):
+        yield "data.when_exhausted does nothing with trainer.max_steps, which says how long to train: leave one of them out"
+
+
+DATA: tuple[Rule, ...] = (_packing, _validation, _fields, _templates, _weights)

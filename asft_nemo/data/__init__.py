@@ -4,10 +4,11 @@ from asft_nemo.data.dataset import FILLER, SupervisedDataset
 from asft_nemo.data.fingerprint import fingerprint
 from asft_nemo.data.inspection import inspect_files
 from asft_nemo.data.loading import LoadReport
+from asft_nemo.data.ordering import training_order
 from asft_nemo.data.packing import PackedDataset
 from asft_nemo.data.prepare import Prepared, prepare
 from asft_nemo.data.records import Conversation
-from asft_nemo.data.sampler import GlobalBatchSampler, SequentialBatchSampler, num_steps
+from asft_nemo.data.sampler import GlobalBatchSampler, Order, SequentialBatchSampler, Shuffled
 from asft_nemo.data.sources import BadRow, Record, domain_names, read_records
 from asft_nemo.data.templates import PROMPTS, Rendered, render
 from asft_nemo.data.tokenization import TextTokenizer, Tokenized
@@ -19,19 +20,21 @@ __all__ = [
     "Conversation",
     "GlobalBatchSampler",
     "LoadReport",
+    "Order",
     "PackedDataset",
     "Prepared",
     "Record",
     "Rendered",
     "SequentialBatchSampler",
+    "Shuffled",
     "SupervisedDataset",
     "TextTokenizer",
     "Tokenized",
     "domain_names",
     "fingerprint",
     "inspect_files",
-    "num_steps",
     "prepare",
     "read_records",
     "render",
+    "training_order",
 ]

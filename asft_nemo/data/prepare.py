@@ -12,8 +12,8 @@ from asft_nemo.data.context_slices import segment_multiple
 from asft_nemo.data.dataset import SupervisedDataset
 from asft_nemo.data.fingerprint import fingerprint
 from asft_nemo.data.loading import LoadReport
+from asft_nemo.data.ordering import blend_words, num_steps, training_order
 from asft_nemo.data.packing import PackedDataset
-from asft_nemo.data.sampler import num_steps
 from asft_nemo.data.tokenization import TextTokenizer
 from asft_nemo.errors import DataError
 
@@ -65,13 +65,14 @@ def prepare(run: RunConfig, *, tokenizer_dir: str | Path) -> Prepared:
         multiple = segment_multiple(run.parallel.cp_size)
         train = PackedDataset(train, multiple_of=multiple)
         validation = None if validation is None else PackedDataset(validation, multiple_of=multiple)
-    max_steps = num_steps(len(train), run.trainer)
+    order = training_order(run, train)
+    max_steps = num_steps(order, len(train), run.trainer, data)
     return Prepared(
         train=train,
         validation=validation,
         max_steps=max_steps,
         fingerprint=fingerprint([*data.train, *data.validation], data, tokenizer_dir=tokenizer_dir),
-        summary=_summary(run, train, max_steps),
+        summary=_summary(run, train, max_steps) + blend_words(run, order, train, max_steps),
     )
 
 
@@ -83,6 +84,7 @@ def _summary(run: RunConfig, train: SupervisedDataset | PackedDataset, max_steps
         packed = f"packed into {len(train)} rows, {100 * train.efficiency:.1f} % of their places used; "
     left_out = {
         "bad": len(report.bad),
+        "with evaluation questions": report.contaminated,
         "too long": report.too_long if run.data.on_too_long == "drop" else 0,
         "without a response after truncation": report.no_response_left,
     }

@@ -1,22 +1,65 @@
-"""The order of examples: a function of seed and consumed samples alone, whatever the data-parallel size or
-micro batch.
+"""The order of items: a function of seed and consumed samples alone, whatever the data-parallel size or micro batch.
 
-The stream of samples is one shuffled epoch after another; every epoch holds each example once, and a global
-batch may lie across two epochs. Global batch b is the stream's positions [b G, (b + 1) G); of it,
-data-parallel rank r takes as its i-th micro batch the M positions from b G + (i R + r) M on (R ranks).
+An `Order` is an endless stream of items. The plain one is one shuffled epoch after another; every epoch holds each item once, and a
+global batch may lie across two epochs. `asft_nemo.data.blend` and `asft_nemo.data.grouping` have others. Global batch b is the stream's
+positions [b G, (b + 1) G); of it, data-parallel rank r takes as its i-th micro batch the M positions from b G + (i R + r) M on (R ranks).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from asft_nemo.config.schema import TrainerConfig
 from asft_nemo.data.dataset import FILLER
+
+
+class Order(Protocol):
+    """Which item stands where in the endless stream of training items."""
+
+    def at(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Indices of the items at these positions of the stream, int64. Cheap wherever the positions are."""
+        ...
+
+
+class Shuffled:
+    """One shuffled epoch after another.
+
+    Args:
+        num_samples: items of an epoch.
+        seed: of the shuffles.
+        domain: tells the streams of one seed apart; None for the only one.
+
+    Raises:
+        ValueError: there is no item.
+    """
+
+    def __init__(self, num_samples: int, *, seed: int, domain: int | None = None):
+        if num_samples < 1:
+            raise ValueError("no samples to draw from")
+        self.num_samples, self._seed, self._domain = num_samples, seed, domain
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def at(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """See `Order.at`."""
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
+        items = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            there = epochs == epoch
+            items[there] = self._epoch(epoch)[places[there]]
+        return items
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            if len(self._epochs) > 1:  # two: a step that is looked up ahead may be of the next epoch
+                del self._epochs[min(self._epochs)]
+            order = epoch_order(self.num_samples, seed=self._seed, epoch=epoch, domain=self._domain)
+            self._epochs[epoch] = order
+        return self._epochs[epoch]
 
 
 @dataclass(frozen=True)
@@ -43,56 +86,47 @@ class _Share:
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
-    """Endless micro batches of example indices for one data-parallel rank, from `consumed_samples` on.
+    """Endless micro batches of item indices for one data-parallel rank, from `consumed_samples` on.
 
     Args:
-        num_samples: examples in the dataset.
-        seed: of the shuffles.
-        consumed_samples: examples consumed by all ranks before; the whole state of the order.
-        micro_batch_size, global_batch_size: examples.
+        order: the stream of items.
+        consumed_samples: items consumed by all ranks before; the whole state of the order.
+        micro_batch_size, global_batch_size: items.
         dp_rank, dp_size: this rank's place.
     """
 
     def __init__(
         self,
-        num_samples: int,
+        order: Order,
         *,
-        seed: int,
         consumed_samples: int = 0,
         micro_batch_size: int,
         global_batch_size: int,
         dp_rank: int,
         dp_size: int,
     ):
-        if num_samples < 1:
-            raise ValueError("no samples to draw from")
         if consumed_samples % global_batch_size:
             raise ValueError(
                 f"consumed_samples={consumed_samples} is not a multiple of "
                 f"global_batch_size={global_batch_size}"
             )
-        self._num_samples, self._seed, self._consumed = num_samples, seed, consumed_samples
+        self._order, self._consumed = order, consumed_samples
         self._share = _Share(micro_batch_size, global_batch_size, dp_rank, dp_size)
-        self._epoch: int | None = None
-        self._order = np.empty(0, dtype=np.int64)
 
     def of_step(self, consumed_samples: int) -> list[int]:
-        """This rank's example indices of the global batch after `consumed_samples`, in the order they are taken."""
-        batches = self._share.micro_batches(consumed_samples)
-        return [self._sample_at(position) for positions in batches for position in positions]
+        """This rank's item indices of the global batch after `consumed_samples`, in the order they are taken."""
+        return [index for batch in self._micro_batches(consumed_samples) for index in batch]
 
     def __iter__(self) -> Iterator[list[int]]:
         start = self._consumed
         while True:
-            for positions in self._share.micro_batches(start):
-                yield [self._sample_at(position) for position in positions]
+            yield from self._micro_batches(start)
             start += self._share.global_batch_size
 
-    def _sample_at(self, position: int) -> int:
-        epoch, place = divmod(position, self._num_samples)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self._num_samples, seed=self._seed, epoch=epoch)
-        return int(self._order[place])
+    def _micro_batches(self, start: int) -> Iterator[list[int]]:
+        batches = list(self._share.micro_batches(start))
+        items = self._order.at(np.concatenate([np.arange(one.start, one.stop) for one in batches]))
+        yield from items.reshape(len(batches), -1).tolist()
 
 
 class SequentialBatchSampler(Sampler[list[int]]):
@@ -121,20 +155,10 @@ class SequentialBatchSampler(Sampler[list[int]]):
                 yield [place if place < self._num_samples else FILLER for place in positions]
 
 
-def epoch_order(num_samples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The examples of one epoch in their order, int64 [num_samples]."""
+def epoch_order(num_samples: int, *, seed: int, epoch: int, domain: int | None = None) -> np.ndarray:
+    """The items of one epoch in their order, int64 [num_samples]; `domain` tells the streams of one seed apart."""
     # numpy promises that the bits of a generator never change, but not that its permutations do not.
-    keys = np.random.PCG64([seed, epoch]).random_raw(num_samples)
+    # To its seeds, trailing zeros are nothing: domain 0 would have the order of no domain.
+    stream = [seed, epoch] if domain is None else [seed, epoch, domain + 1]
+    keys = np.random.PCG64(stream).random_raw(num_samples)
     return np.argsort(keys, kind="stable")
-
-
-def num_steps(num_samples: int, trainer: TrainerConfig) -> int:
-    """Optimizer steps of a run: `max_steps` where given, else the epochs in global batches, rounded up.
-
-    Args:
-        num_samples: examples in the training dataset.
-        trainer: the run's trainer section.
-    """
-    if trainer.max_steps is not None:
-        return trainer.max_steps
-    return max(1, math.ceil(trainer.epochs * num_samples / trainer.global_batch_size))

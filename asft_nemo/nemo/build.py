@@ -16,7 +16,7 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.cpu import backend
-from asft_nemo.data import Prepared, domain_names
+from asft_nemo.data import Prepared, domain_names, training_order
 from asft_nemo.model import ModelSpec, megatron_config_kwargs, padded_vocab_size
 from asft_nemo.nemo.callbacks import CheckpointCallback, MetricsCallback
 from asft_nemo.nemo.compat import AnchoredStrategy
@@ -190,7 +190,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         sequence_length=run.data.sequence_length,
         micro_batch_size=run.trainer.micro_batch_size,
         global_batch_size=run.trainer.global_batch_size,
-        seed=run.run.seed,
+        order=training_order(run, data.train),
     )
     prepass = PrepassCallback(
         config,

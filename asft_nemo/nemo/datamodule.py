@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 
-from asft_nemo.data import GlobalBatchSampler, PackedDataset, SequentialBatchSampler
+from asft_nemo.data import GlobalBatchSampler, Order, PackedDataset, SequentialBatchSampler
 
 
 class AnchoredDataSampler(MegatronDataSampler):
@@ -33,7 +33,7 @@ class AnchoredDataModule(pl.LightningDataModule):
         validation: the same, or None.
         sequence_length: tokens of every item.
         micro_batch_size, global_batch_size: examples.
-        seed: of the epoch shuffles.
+        order: in which training items are taken.
     """
 
     def __init__(
@@ -44,13 +44,12 @@ class AnchoredDataModule(pl.LightningDataModule):
         sequence_length: int,
         micro_batch_size: int,
         global_batch_size: int,
-        seed: int,
+        order: Order,
     ):
         super().__init__()
         self.train, self.validation = train, validation
-        self.micro_batch_size, self.global_batch_size, self.seed = micro_batch_size, global_batch_size, seed
+        self.micro_batch_size, self.global_batch_size, self.order = micro_batch_size, global_batch_size, order
         self.consumed_samples = 0
-        self._coming: GlobalBatchSampler | None = None  # apart from the loader's: each remembers one epoch
         self.data_sampler = AnchoredDataSampler(
             seq_len=sequence_length,
             micro_batch_size=micro_batch_size,
@@ -68,12 +67,7 @@ class AnchoredDataModule(pl.LightningDataModule):
         }
 
     def _sampler(self) -> GlobalBatchSampler:
-        return GlobalBatchSampler(
-            len(self.train),  # type: ignore[arg-type]
-            seed=self.seed,
-            consumed_samples=self.consumed_samples,
-            **self._ranks(),
-        )
+        return GlobalBatchSampler(self.order, consumed_samples=self.consumed_samples, **self._ranks())
 
     def train_dataloader(self) -> DataLoader:
         """This data-parallel rank's micro batches, from the first example not consumed yet."""
@@ -81,9 +75,7 @@ class AnchoredDataModule(pl.LightningDataModule):
 
     def sample_ids_of_step(self, step: int) -> list[int]:
         """Ids of the examples that this data-parallel rank takes in a step (from 0 over the whole run), in order."""
-        if self._coming is None:
-            self._coming = self._sampler()
-        indices = self._coming.of_step(step * self.global_batch_size)
+        indices = self._sampler().of_step(step * self.global_batch_size)
         if isinstance(self.train, PackedDataset):
             return self.train.ids_of(indices).tolist()
         return self.train.sample_ids[indices].tolist()  # type: ignore[attr-defined]

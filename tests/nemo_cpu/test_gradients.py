@@ -18,7 +18,7 @@ from ranks import RankGroup
 
 from asft_nemo.checkpoint.convert import export_hf
 from asft_nemo.config.tables import OPTIONS
-from asft_nemo.data import GlobalBatchSampler
+from asft_nemo.data import GlobalBatchSampler, Shuffled
 from asft_nemo.objectives import objective
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
@@ -115,8 +115,7 @@ def chosen_objective(settings: dict[str, Any]) -> Any:
 def second_batch(seed: int, data: RandomTokens) -> list[list[int]]:
     """Indices of the second global batch, one example each."""
     sampler = GlobalBatchSampler(
-        len(data),
-        seed=seed,
+        Shuffled(len(data), seed=seed),
         consumed_samples=BATCH,
         micro_batch_size=1,
         global_batch_size=BATCH,

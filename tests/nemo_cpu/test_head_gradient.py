@@ -18,7 +18,7 @@ from models import make_model, oracle_gradients, read_hf, worst_error
 from ranks import RankGroup
 
 from asft_nemo.checkpoint.convert import export_hf
-from asft_nemo.data import GlobalBatchSampler
+from asft_nemo.data import GlobalBatchSampler, Shuffled
 from asft_nemo.objectives import objective
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
@@ -68,8 +68,7 @@ def settings_of(group: RankGroup, model: Path, folder: Path, more: dict[str, Any
 def second_batch(data: RandomTokens) -> list[int]:
     """Indices of the second global batch."""
     sampler = GlobalBatchSampler(
-        len(data),
-        seed=42,
+        Shuffled(len(data), seed=42),
         consumed_samples=BATCH,
         micro_batch_size=1,
         global_batch_size=BATCH,

@@ -110,10 +110,15 @@ def test_stop_names_the_rows_of_the_micro_batch(ranks4: RankGroup, model: Path, 
     rows = re.search(r"; rows (\d+), (\d+) of the data files\)", sentence)
     assert rows is not None, sentence
     assert "micro batch 4 of 4" in sentence
-    from asft_nemo.data import GlobalBatchSampler
+    from asft_nemo.data import GlobalBatchSampler, Shuffled
 
     sampler = GlobalBatchSampler(
-        64, seed=42, consumed_samples=0, micro_batch_size=2, global_batch_size=8, dp_rank=0, dp_size=1
+        Shuffled(64, seed=42),
+        consumed_samples=0,
+        micro_batch_size=2,
+        global_batch_size=8,
+        dp_rank=0,
+        dp_size=1,
     )
     assert [int(row) for row in rows.groups()] == list(next(islice(iter(sampler), 3, None)))
 

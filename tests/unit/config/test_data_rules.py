@@ -35,6 +35,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"train": TWO, "templates": ["raw", "alpacca"]}, "names alpacca: choose from alpaca, chat, raw"),
     ({"train": TWO, "templates": ["raw"]}, "data.templates has 1 entries and data.train 2: name one"),
     ({"validation_templates": ["raw"]}, "data.validation_templates has 1 entries and data.validation 0"),
+    ({"train": TWO, "weights": [1]}, "data.weights has 1 entries and data.train 2: give one weight for each"),
+    ({"train": TWO, "weights": [1, 0]}, "gives 0 as the weight of b.jsonl: give a number above 0, or leave"),
+    ({"train": TWO, "weights": [-1, 2]}, "gives -1 as the weight of a.jsonl"),
+    ({"train": TWO, "weights": [1, float("nan")]}, "gives nan as the weight of b.jsonl"),
+    ({"train": TWO, "weights": [float("inf"), 1]}, "gives inf as the weight of a.jsonl"),
+    ({"train": TWO[:1], "weights": [1]}, "data.weights has nothing to blend"),
 ]
 
 
@@ -47,9 +53,20 @@ def test_one_mistake_gives_one_sentence(data: dict[str, Any], sentence: str) -> 
 GOOD: list[dict[str, Any]] = [
     {"train": TWO, "templates": ["raw", "chat"]},
     {"train": TWO, "templates": ["raw", "chat"], "template": "alpaca"},
+    {"train": TWO, "weights": [3, 0.5], "weights_by": "tokens", "when_exhausted": "stop"},
 ]
 
 
 @pytest.mark.parametrize("data", GOOD)
 def test_sensible_settings_pass(data: dict[str, Any]) -> None:
     assert said(data) == []
+
+
+def test_settings_of_weights_do_nothing_alone() -> None:
+    for key in ("weights_by", "when_exhausted"):
+        (found,) = said({"train": TWO}, asked=(f"data.{key}",))
+        assert found.startswith(f"data.{key} does nothing without data.weights: leave it out")
+    stop = {"train": TWO, "weights": [1, 2], "when_exhausted": "stop"}
+    (found,) = said(stop, asked=("data.when_exhausted",), trainer={"max_steps": 3})
+    assert found.startswith("data.when_exhausted does nothing with trainer.max_steps")
+    assert not said(stop, asked=("data.when_exhausted",), trainer={"epochs": 3})

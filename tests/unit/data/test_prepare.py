@@ -52,6 +52,21 @@ def test_prepare_gives_datasets_steps_and_a_summary(tokenizer_dirs: dict[str, Pa
     assert alone.fingerprint != prepared.fingerprint
 
 
+def test_prepare_blends_and_says_how_often_each_file_is_seen(
+    tokenizer_dirs: dict[str, Path], jsonl: Writer
+) -> None:
+    folder = tokenizer_dirs["gpt2_like"]
+    files = [str(jsonl(*ROWS, name="large.jsonl")), str(jsonl(*ROWS[:4], name="small.jsonl"))]
+    run = run_of(folder, train=files, weights=[1, 3], template="raw")
+    said = prepare(run, tokenizer_dir=folder).summary
+    assert said.endswith(
+        "7 steps x 4 examples = 2.00 epochs; blend by samples: large 10 examples, weight 0.25, 0.70 epochs; "
+        "small 4 examples, weight 0.75, 5.25 epochs"
+    )
+    stopping = run_of(folder, train=files, weights=[1, 3], when_exhausted="stop", template="raw")
+    assert prepare(stopping, tokenizer_dir=folder).max_steps == 2
+
+
 def test_prepare_says_what_was_left_out(tokenizer_dirs: dict[str, Path], jsonl: Writer) -> None:
     folder = tokenizer_dirs["gpt2_like"]
     long = {"instruction": "add", "response": "The answer is 42. " * 30}

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asft_nemo.config.schema import TrainerConfig
-from asft_nemo.data import FILLER, GlobalBatchSampler, SequentialBatchSampler, num_steps
+from asft_nemo.config.schema import DataConfig, TrainerConfig
+from asft_nemo.data import FILLER, GlobalBatchSampler, SequentialBatchSampler, Shuffled
+from asft_nemo.data.ordering import num_steps
 from asft_nemo.data.sampler import epoch_order
 
 SIZES = st.tuples(
@@ -19,13 +20,20 @@ SIZES = st.tuples(
 )  # micro batch, ranks, micro batches
 
 
-def global_batches(count: int, *, micro: int, ranks: int, per_rank: int, **options: Any) -> list[list[int]]:
+def global_batches(
+    count: int, *, micro: int, ranks: int, per_rank: int, num_samples: int, seed: int, **options: Any
+) -> list[list[int]]:
     """The first global batches, put together from all ranks in the order of the stream."""
     size = micro * ranks * per_rank
     samplers = [
         iter(
             GlobalBatchSampler(
-                micro_batch_size=micro, global_batch_size=size, dp_rank=r, dp_size=ranks, **options
+                Shuffled(num_samples, seed=seed),
+                micro_batch_size=micro,
+                global_batch_size=size,
+                dp_rank=r,
+                dp_size=ranks,
+                **options,
             )
         )
         for r in range(ranks)
@@ -80,7 +88,9 @@ def test_resumed_order_is_the_unbroken_one_also_at_another_layout(steps_before: 
 
 
 def test_iterating_twice_gives_the_same() -> None:
-    sampler = GlobalBatchSampler(9, seed=1, micro_batch_size=2, global_batch_size=4, dp_rank=0, dp_size=1)
+    sampler = GlobalBatchSampler(
+        Shuffled(9, seed=1), micro_batch_size=2, global_batch_size=4, dp_rank=0, dp_size=1
+    )
     assert list(islice(sampler, 7)) == list(islice(sampler, 7))
 
 
@@ -101,9 +111,9 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     good: dict[str, Any] = {"micro_batch_size": 2, "global_batch_size": 4, "dp_rank": 0, "dp_size": 2}
     for change in ({"global_batch_size": 6}, {"dp_rank": 2}, {"consumed_samples": 2}):
         with pytest.raises(ValueError):
-            GlobalBatchSampler(9, seed=1, **{**good, **change})
+            GlobalBatchSampler(Shuffled(9, seed=1), **{**good, **change})
     with pytest.raises(ValueError):
-        GlobalBatchSampler(0, seed=1, **good)
+        Shuffled(0, seed=1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -126,18 +136,21 @@ def test_sequential_pass_holds_each_example_once_and_fills_up(
 
 
 def test_number_of_steps() -> None:
-    assert num_steps(100, TrainerConfig(max_steps=7, epochs=3, global_batch_size=8)) == 7
-    assert num_steps(100, TrainerConfig(epochs=1, global_batch_size=8)) == 13
-    assert num_steps(100, TrainerConfig(epochs=0.5, global_batch_size=10)) == 5
-    assert num_steps(1, TrainerConfig(epochs=0.01, global_batch_size=64)) == 1
+    def steps(items: int, **trainer: Any) -> int:
+        return num_steps(Shuffled(items, seed=0), items, TrainerConfig(**trainer), DataConfig())
+
+    assert steps(100, max_steps=7, epochs=3, global_batch_size=8) == 7
+    assert steps(100, epochs=1, global_batch_size=8) == 13
+    assert steps(100, epochs=0.5, global_batch_size=10) == 5
+    assert steps(1, epochs=0.01, global_batch_size=64) == 1
 
 
 def test_a_step_looked_up_is_the_step_taken() -> None:
     """Over more than an epoch, and whatever was looked up before."""
-    given = {"num_samples": 13, "seed": 7, "micro_batch_size": 2, "global_batch_size": 8, "dp_size": 2}
+    given = {"micro_batch_size": 2, "global_batch_size": 8, "dp_size": 2}
     for rank in range(2):
-        taken = iter(GlobalBatchSampler(dp_rank=rank, **given))
-        lookup = GlobalBatchSampler(dp_rank=rank, consumed_samples=24, **given)
+        taken = iter(GlobalBatchSampler(Shuffled(13, seed=7), dp_rank=rank, **given))
+        lookup = GlobalBatchSampler(Shuffled(13, seed=7), dp_rank=rank, consumed_samples=24, **given)
         steps = [[index for batch in islice(taken, 2) for index in batch] for _ in range(6)]
         assert [lookup.of_step(8 * step) for step in (5, 0, 3, 1, 4, 2)] == [
             steps[step] for step in (5, 0, 3, 1, 4, 2)
