@@ -84,12 +84,13 @@ def settings_violations(run: RunConfig, shape: ModelShape | None) -> Iterator[st
 def _tokens(run: RunConfig) -> Iterator[str]:
     """Rows of a linear layer's input: the tokens of a micro batch on one rank."""
     length, layout = run.data.sequence_length, run.parallel
-    parts = layout.tp_size if layout.sequence_parallel else 1
+    parts = layout.cp_size * (layout.tp_size if layout.sequence_parallel else 1)
     if parts < 1 or length % parts:  # another rule's sentence
         return
     if length // parts * run.trainer.micro_batch_size % _ROWS:
         nearest = -(-length // (_ROWS * parts)) * _ROWS * parts
-        split = f" on each of {parts} tensor-parallel ranks" if parts > 1 else ""
+        ranks = "ranks" if layout.cp_size > 1 else "tensor-parallel ranks"
+        split = f" on each of {parts} {ranks}" if parts > 1 else ""
         yield (
             f"reference.precision=fp8 needs a multiple of {_ROWS} tokens in a micro batch{split}, got {run.trainer.micro_batch_size} x "
             f"{length // parts}: set data.sequence_length={nearest}"

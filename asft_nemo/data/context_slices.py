@@ -3,7 +3,8 @@
 Attention is causal, so a token costs as much as it has predecessors. A sequence is cut into ``2 * cp_size`` equal chunks and rank r takes
 chunk r and chunk ``2 * cp_size - 1 - r``: equal work for all ranks (`get_batch_on_this_cp_rank`, megatron-core 0.15.3). In a packed row
 every segment is cut like this by itself, and a rank's chunks lie one behind the other in the order of the segments, which is what
-Transformer Engine's THD attention and Megatron's rotary embeddings expect (`thd_get_partitioned_indices`, Transformer Engine 2.8).
+Transformer Engine's THD attention (`thd_partition_indices_kernel`, Transformer Engine 2.x) and Megatron's rotary embeddings
+(`_get_thd_freqs_on_this_cp_rank`, megatron-core 0.15.3) expect.
 """
 
 from __future__ import annotations

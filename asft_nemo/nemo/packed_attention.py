@@ -54,9 +54,9 @@ def packed_lengths(segment_ids_BS: Tensor, *, shared: bool, device: torch.device
 
     Args:
         segment_ids_BS: see `attention_arguments`; one row.
-        shared: between context-parallel ranks. Their kernels want the lengths with padding, too, which are the same: what a segment is
-            filled up with is on its right, where causal attention hides it from the example, and not learned. So kernels will do that
-            know no padding between segments.
+        shared: between context-parallel ranks. Transformer Engine then insists on the lengths with padding, too
+            (`attn_forward_func_with_cp`, 2.x). They are the same: what a segment is filled up with is on its right, where causal attention
+            hides it from the example, and not learned. So kernels will do that know no padding between segments.
         device: where the model is.
 
     Raises:

@@ -147,6 +147,23 @@ def test_the_layout_may_change(run: RunConfig) -> None:
     open_run_dir(replace(run, {"trainer.resume": "must", "parallel.tp_size": 2}), data_fingerprint="f")
 
 
+def test_packed_rows_belong_to_a_context_parallel_size(run: RunConfig) -> None:
+    """Segments are rounded up to what the ranks can share: another size packs other rows, and the order of the data is one of rows."""
+    for packing in (False, True):
+        settings = {"data.packing": packing, "run.dir": f"{run.run.dir}_{packing}"}
+        before = replace(run, settings)
+        open_run_dir(before, data_fingerprint="f").release()
+        with_checkpoint(before)
+        other = replace(before, {"trainer.resume": "must", "parallel.cp_size": 2, "run.world_size": 2})
+        if not packing:
+            open_run_dir(other, data_fingerprint="f")
+        else:
+            with pytest.raises(
+                ConfigError, match=r"different: parallel\.cp_size, which packed rows depend on"
+            ):
+                open_run_dir(other, data_fingerprint="f")
+
+
 def test_a_checkpoint_of_another_shape_is_refused(run: RunConfig, tmp_path: Path) -> None:
     """Weights of one model under another's config.json: named before anything is loaded."""
     import_hf(TINY, tmp_path / "base")

@@ -85,6 +85,10 @@ def test_a_written_cache_is_read_anywhere_but_not_written(
             ),
             "on each of 2 tensor-parallel ranks, got 1 x 12: set data.sequence_length=32",
         ),
+        (
+            ("data.sequence_length=24", "trainer.micro_batch_size=1", "parallel.cp_size=2"),
+            "on each of 2 ranks, got 1 x 12: set data.sequence_length=32",
+        ),
     ],
 )
 def test_tokens_of_a_micro_batch(
