@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asft_nemo.commands.data_words import files_and_run, tokenizer_dir
-from asft_nemo.commands.output import DONE, MENDABLE, Parser, answer, not_yet
+from asft_nemo.commands.download import add_download
+from asft_nemo.commands.output import DONE, MENDABLE, Parser, answer
 from asft_nemo.commands.preparation import add_prepare
 from asft_nemo.errors import UserError
 
@@ -49,8 +50,7 @@ def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     check.set_defaults(command=_data_check)
     add_prepare(kinds, common)
-    later = kinds.add_parser("download", help="(not available yet)", parents=[common])
-    later.set_defaults(command=not_yet, name="data download", instead="give your own files in data.train")
+    add_download(kinds, common)
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
