@@ -138,8 +138,8 @@ def _run_config(hf_dir: Path, overrides: Sequence[str], length: int) -> RunConfi
     rules.check(run)
     if run.parallel.cp_size > 1:
         raise DataError(
-            f"parallel.cp_size={run.parallel.cp_size} cannot be verified, for logits are compared over whole sequences; it changes nothing about "
-            "how weights are read: leave it out"
+            f"parallel.cp_size={run.parallel.cp_size} cannot be verified, for logits of whole sequences are compared; weights are the same at "
+            "every cp_size: leave it out"
         )
     return run
 

@@ -351,6 +351,7 @@ def test_verify_of_another_model_ends_with_two(tmp_path: Path, capsys: pytest.Ca
         (["--tolerance", "nan"], "--tolerance=nan is out of range"),
         (["--weights-only", "parallel.tp_size=2"], "a layout does nothing with --weights-only"),
         (["parallel.tp_size=3"], "tp_size=3"),
+        (["parallel.cp_size=2"], "parallel.cp_size=2 cannot be verified"),
         (["--text", "nowhere.txt"], "nowhere.txt cannot be read as text"),
         ([], "copy the tokenizer files there, or compare the weights alone with --weights-only"),
     ],
