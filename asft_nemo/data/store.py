@@ -88,10 +88,25 @@ def is_prepared(entry: str | Path) -> bool:
     return (Path(entry) / MANIFEST).is_file() and (Path(entry) / PARTS).is_dir()
 
 
-def spans_of(learned: np.ndarray) -> np.ndarray:
-    """Runs [start, stop) of True in a mask, int32 [runs, 2], ascending."""
-    edges = np.flatnonzero(np.diff(learned.astype(np.int8), prepend=0, append=0))
-    return edges.reshape(-1, 2).astype(np.int32)
+def spans_of(learned: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of True in the masks of several examples.
+
+    Args:
+        learned: the masks, one behind the other, bool [tokens].
+        starts: where each begins, int64 [examples]; none is empty.
+
+    Returns:
+        the runs [start, stop), counted within their example, int32 [runs, 2]; and how many each example has, int64 [examples].
+    """
+    first = np.zeros(len(learned) + 1, dtype=np.bool_)
+    first[starts] = True
+    first[-1] = True
+    before, after = np.roll(learned, 1), np.roll(learned, -1)
+    begins = np.flatnonzero(learned & (first[:-1] | ~before))
+    ends = np.flatnonzero(learned & (first[1:] | ~after)) + 1
+    owner = np.searchsorted(starts, begins, side="right") - 1
+    runs = np.stack([begins, ends], axis=1) - starts[owner, None]
+    return runs.astype(np.int32), np.bincount(owner, minlength=len(starts))
 
 
 class PartWriter:
@@ -278,16 +293,13 @@ def chunk_of(
         places: row (from the chunk's beginning) and line of each.
         bad, contaminated: rows left out.
     """
-    spans = [spans_of(learned) for _, learned in examples]
+    lengths = np.asarray([len(tokens) for tokens, _ in examples], dtype=np.int64)
+    ends = np.cumsum(lengths)
+    learned = np.concatenate([np.empty(0, np.bool_), *(learned for _, learned in examples)])
+    spans, counts = spans_of(learned, ends - lengths)
     index = np.empty((len(examples), 4), dtype=np.int64)
-    index[:, 0] = np.cumsum([len(tokens) for tokens, _ in examples])
-    index[:, 1] = np.cumsum([len(runs) for runs in spans])
+    index[:, 0] = ends
+    index[:, 1] = np.cumsum(counts)
     index[:, 2:] = np.asarray(places, dtype=np.int64).reshape(-1, 2)
-    return TokenizedChunk(
-        rows=rows,
-        tokens=np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in examples)]).astype(np.int32),
-        spans=np.concatenate([np.empty((0, 2), np.int32), *spans]),
-        index=index,
-        bad=bad,
-        contaminated=contaminated,
-    )
+    tokens = np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in examples)]).astype(np.int32)
+    return TokenizedChunk(rows, tokens, spans, index, bad, contaminated)

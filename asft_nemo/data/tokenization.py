@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,8 @@ class TextTokenizer:
     def _assemble(self, example: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> Tokenized:
         if self._moved:
             ids = [self._moved.get(number, number) for number in ids]
-        places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        # Several times as fast as an array of the pairs.
+        places = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2)
         if OPEN in example.text:
             self._place_control_tokens(example.text, ids, places)
         learned = np.zeros(len(ids), dtype=bool)

@@ -46,8 +46,13 @@ def test_examples_come_out_as_they_went_in(chunks: list[list[list[bool]]], most:
 
 
 @settings(max_examples=40)
-@given(masks)
-def test_spans_are_the_runs_of_a_mask(mask: list[bool]) -> None:
-    spans = spans_of(np.asarray(mask)).tolist()
-    assert [i for start, stop in spans for i in range(start, stop)] == [i for i, on in enumerate(mask) if on]
-    assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(spans))
+@given(st.lists(masks))
+def test_spans_are_the_runs_of_each_mask(examples: list[list[bool]]) -> None:
+    lengths = [len(mask) for mask in examples]
+    flat = np.asarray([on for mask in examples for on in mask], dtype=bool)
+    spans, counts = spans_of(flat, np.cumsum([0, *lengths])[: len(examples)])
+    for mask, runs in zip(examples, np.split(spans, np.cumsum(counts)), strict=False):
+        assert [i for start, stop in runs for i in range(start, stop)] == [
+            i for i, on in enumerate(mask) if on
+        ]
+        assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(runs.tolist()))
