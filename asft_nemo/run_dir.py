@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from asft_nemo.config.schema import RunConfig, to_dict
+from asft_nemo.config.schema import RunConfig, from_dict, to_dict
 from asft_nemo.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -276,8 +276,9 @@ def _lock(run: RunConfig) -> FileLock:
 
 
 def _same_run(run: RunConfig, before: dict[str, Any], data_fingerprint: str) -> None:
-    changed = [key for key in IDENTITY if _at(to_dict(run), key) != _at(before["config"], key)]
-    if run.data.packing and run.parallel.cp_size != before["config"]["parallel"]["cp_size"]:
+    recorded = from_dict(before["config"])  # settings that are newer than the run have their defaults
+    changed = [key for key in IDENTITY if _at(to_dict(run), key) != _at(to_dict(recorded), key)]
+    if run.data.packing and run.parallel.cp_size != recorded.parallel.cp_size:
         changed.append("parallel.cp_size, which packed rows depend on")
     if before["data_fingerprint"] != data_fingerprint and "data" not in changed:
         changed.append("the contents of the data files")

@@ -141,6 +141,20 @@ def test_changed_data_are_another_run(run: RunConfig) -> None:
         open_run_dir(replace(run, {"trainer.resume": "must"}), data_fingerprint="g")
 
 
+def test_a_run_from_before_a_setting_came_continues_with_its_default(run: RunConfig) -> None:
+    open_run_dir(run, data_fingerprint="f").release()
+    with_checkpoint(run)
+    record = Path(run.run.dir) / "run.json"
+    before = json.loads(record.read_text())
+    for key in ("weights_by", "when_exhausted", "templates", "group_by_length"):
+        del before["config"]["data"][key]
+    record.write_text(json.dumps(before))
+    resumed = replace(run, {"trainer.resume": "must"})
+    with pytest.raises(ConfigError, match=r"another run \(different: data\)"):
+        open_run_dir(replace(resumed, {"data.group_by_length": True}), data_fingerprint="f")
+    open_run_dir(resumed, data_fingerprint="f")
+
+
 def test_the_layout_may_change(run: RunConfig) -> None:
     open_run_dir(run, data_fingerprint="f").release()
     with_checkpoint(run)
