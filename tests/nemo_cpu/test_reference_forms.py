@@ -29,6 +29,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "data.packing": True,
         "data.sequence_length": 64,
     },
+    "tp2_cp2_sp_packed": {
+        "parallel.pp_size": 1,
+        "parallel.cp_size": 2,
+        "parallel.sequence_parallel": True,
+        "data.packing": True,
+        "data.sequence_length": 64,
+    },
 }
 CASES = [("fp32", layout) for layout in LAYOUTS if layout != "dp4"] + [("bf16", "tp2_pp2_sp")]
 STEPS = 4
