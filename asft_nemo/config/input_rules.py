@@ -9,6 +9,7 @@ from pathlib import Path
 
 from asft_nemo.config import fp8
 from asft_nemo.config.facts import Facts, Rule
+from asft_nemo.config.hub_ids import hub_id
 
 
 def _data_files(facts: Facts) -> Iterator[str]:
@@ -16,7 +17,7 @@ def _data_files(facts: Facts) -> Iterator[str]:
     if not files:
         yield "data.train is empty: set data.train=[file.jsonl]"
     for name in (*files, *facts.run.data.validation):
-        if not (Path(name).exists() or glob.glob(name, recursive=True)):
+        if not (Path(name).exists() or glob.glob(name, recursive=True) or hub_id(name)):
             yield f"data file {name} does not exist (looked in {Path.cwd()}): correct data.train"
 
 

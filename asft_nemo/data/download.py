@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asft_nemo.data.hub import innermost, quiet_hub, reach_hub
 from asft_nemo.data.published import SETS, Hub, PublishedFile, PublishedSet
 from asft_nemo.errors import DataError
 
@@ -118,45 +119,37 @@ def _in_place(file: PublishedFile, out: Path, progress: Progress) -> Fetched:
 
 def _from_hub(file: PublishedFile, out: Path) -> Path:
     """Through huggingface_hub, which resumes, retries and knows the user's token and HF_HUB_OFFLINE."""
-    from huggingface_hub import constants, get_session, hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from requests import RequestException
 
     assert isinstance(file.source, Hub)
     source = file.source
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
-    quiet = logging.getLogger("huggingface_hub")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)  # it says every retry twice, in ten lines
     try:
-        get_session().head(endpoint, timeout=_SECONDS)  # offline is told at once, not after its retries
-        found = hf_hub_download(
-            source.repo,
-            source.path,
-            repo_type="dataset",
-            revision=source.revision,
-            local_dir=out / _HUB / source.repo,
-            endpoint=endpoint,
-        )
-    except OfflineModeIsEnabled as error:
-        raise _unreachable(file, out, "HF_HUB_OFFLINE is set") from error
+        with quiet_hub():
+            reach_hub(endpoint)
+            found = hf_hub_download(
+                source.repo,
+                source.path,
+                repo_type="dataset",
+                revision=source.revision,
+                local_dir=out / _HUB / source.repo,
+                endpoint=endpoint,
+            )
     except LocalEntryNotFoundError as error:  # before its base class below
         raise _unreachable(file, out, "no answer") from error
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise DataError(
             f"{source} is not there, or not for everyone: look at the dataset's page, and log in (hf auth login) where it asks for that"
         ) from error
-    except (HfHubHTTPError, RequestException, OSError) as error:
-        raise _unreachable(file, out, _short(error)) from error
-    finally:
-        quiet.setLevel(level)
+    except (HfHubHTTPError, OSError) as error:  # requests' errors are OSErrors
+        raise _unreachable(file, out, innermost(error)) from error
     return Path(found)
 
 
@@ -180,11 +173,11 @@ def _from_web(file: PublishedFile, path: Path, progress: Progress) -> Path:
             got_more = part.exists() and part.stat().st_size > before
             tries, wait = (1, 1.0) if got_more else (tries + 1, wait * 2)
             if tries >= _TRIES or not (got_more or part.exists() or isinstance(error, _Broken)):
-                raise _unreachable(file, path.parent, _short(error)) from error
-            log.warning("download: %s broke off (%s), going on", file.name, _short(error))
+                raise _unreachable(file, path.parent, innermost(error)) from error
+            log.warning("download: %s broke off (%s), going on", file.name, innermost(error))
             time.sleep(wait)
         except requests.RequestException as error:
-            raise _unreachable(file, path.parent, _short(error)) from error
+            raise _unreachable(file, path.parent, innermost(error)) from error
 
 
 def _transfer(file: PublishedFile, part: Path, progress: Progress) -> None:
@@ -241,13 +234,6 @@ def _unreachable(file: PublishedFile, out: Path, reason: str) -> DataError:
         f"{file.source} cannot be reached ({reason}): go online and run the command again, which goes on where it stopped, or fetch the "
         f"file elsewhere and put it into the folder as {file.name}"
     )
-
-
-def _short(error: BaseException) -> str:
-    """The innermost reason: urllib3 wraps it in those of every layer, and huggingface_hub puts an id behind."""
-    words = " ".join(str(error).split()).partition("'(Request ID")[0]
-    words = words.rstrip(", ").rsplit(": ", 1)[-1].strip("'\")( ")
-    return words[:120] or type(error).__name__
 
 
 def _record(out: Path) -> dict[str, Any]:

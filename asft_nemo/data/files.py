@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from asft_nemo.config.hub_ids import hub_id
+from asft_nemo.data.hub import hub_files
 from asft_nemo.data.records import kind
 from asft_nemo.data.store import is_prepared
 from asft_nemo.errors import DataError
@@ -41,7 +43,8 @@ Pieces = Iterator[Piece]
 
 
 def expand(name: str | Path) -> list[Path]:
-    """The files that an entry of `data.train` stands for: itself, a pattern's matches, or what a directory holds; sorted.
+    """The files that an entry of `data.train` stands for: itself, a pattern's matches, or what a directory holds; sorted. Where there is
+    none, those of a dataset of the hub.
 
     Raises:
         DataError: there is none.
@@ -53,12 +56,12 @@ def expand(name: str | Path) -> list[Path]:
         return _directory(path)
     found = sorted(Path(match) for match in glob.glob(str(name), recursive=True))
     found = [match for match in found if match.is_file()]
-    if not found:
-        raise DataError(
-            f"data file {name} does not exist (looked in {Path.cwd()}): correct data.train, and save a dataset of the Hugging Face "
-            "hub to a directory first (save_to_disk)"
-        )
-    return found
+    if found:
+        return found
+    on_hub = hub_id(str(name))
+    if on_hub is None:
+        raise DataError(f"data file {name} does not exist (looked in {Path.cwd()}): correct data.train")
+    return list(hub_files(str(name), on_hub))
 
 
 def rows(path: Path) -> Rows:
