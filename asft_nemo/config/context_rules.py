@@ -35,13 +35,4 @@ def _chunks(facts: Facts) -> Iterator[str]:
         )
 
 
-def _equal_lengths(facts: Facts) -> Iterator[str]:
-    cp_size = facts.run.parallel.cp_size
-    if facts.run.data.group_by_length and cp_size > 1:
-        yield (
-            f"data.group_by_length=true makes micro batches of different lengths, and parallel.cp_size={cp_size} shares one length: set "
-            "data.packing=true instead, or parallel.cp_size=1"
-        )
-
-
-CONTEXT: tuple[Rule, ...] = (_whole_sequences, _chunks, _equal_lengths)
+CONTEXT: tuple[Rule, ...] = (_whole_sequences, _chunks)
