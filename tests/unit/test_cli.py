@@ -99,7 +99,7 @@ def test_every_command_of_the_design_answers_help() -> None:
         (["launch", "experiment=x", "--dry-run"], "asft: asft launch is not available yet: use asft train"),
         (["plan", "--search"], "asft plan is not available yet"),
         (["cache-reference"], "asft: no recipe is given: set recipe="),
-        (["data", "prepare", "x"], "asft data prepare is not available yet"),
+        (["data", "prepare", "x"], "the following arguments are required: --out"),
         (["data", "check", "data.template=raw"], "asft data check got no file"),
         (["data", "check", "nowhere.jsonl"], "data file nowhere.jsonl does not exist"),
         (["data", "check", "nowhere.jsonl", "data.templte=raw"], "did you mean data.template?"),
