@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from jobs import RandomTokens, ShortTokens
 from models import make_model, oracle_gradients, worst_error
+from ranks import RankGroup
+from test_distributed_optimizer import KEPT, OVERLAPPED, back_to_step_2
 from test_gradients import (
     BATCH,
     BOUND,
@@ -18,6 +20,7 @@ from test_gradients import (
     megatron_gradients,
     second_batch,
 )
+from test_training import metrics, settings_of, without_times
 
 from asft_nemo.data import PackedDataset
 from asft_nemo.data.context_slices import segment_multiple
@@ -90,3 +93,51 @@ def test_gradients_equal_the_oracle(
     print(f"{items} {layout} {name} {weights}: worst gradient error {error:.1e} of max |grad| ({where})")
     assert error <= BOUND, (error, where)
     assert value == pytest.approx(loss, rel=1e-5)
+
+
+TP2_DP2 = {"parallel.pp_size": 1}
+DP4 = {"parallel.tp_size": 1, "parallel.pp_size": 1}
+LORA = {"peft.name": "lora", "peft.dropout": 0.0, "reference.form": "adapter_disabled"}
+# name -> (a layout without and one with context parallelism, settings of both)
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "resident": (TP2_DP2, {**TP2_DP2, **CP2, "parallel.sequence_parallel": True}, OVERLAPPED),
+    "lora": (DP4, {**DP4, **CP2, "parallel.pp_size": 2}, LORA),
+    "by_micro_batch": (DP4, {**DP4, **CP2}, {"loss.normalize_by": "micro_batch"}),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_is_that_of_data_parallel_ranks(
+    case: str, ranks4: RankGroup, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Four steps and two validations: every logged value, and a checkpoint of either layout goes on at the other."""
+    without, shared, more = RUNS[case]
+    # Adam divides by the gradient's size, which turns rounding into steps of full length; a large eps keeps updates in proportion
+    common = {"trainer__max_steps": 4, "trainer__validate_every": 2, "optim__eps": 1e-2, "optim__lr": 3e-2}
+    layouts = {"without": without, "shared": shared}
+    for name, layout in layouts.items():
+        settings = {**settings_of(models["untied"], tmp_path / name, **common), **KEPT, **more, **layout}
+        ranks4.run("jobs:train_steps", settings=settings, valid=VALID, validation=8)
+    expected = metrics(tmp_path / "without")
+    assert_close(metrics(tmp_path / "shared"), expected)
+    assert metrics(tmp_path / "shared")[0]["kl"] == 0.0
+    if case != "resident":
+        return
+    for name, other in (("shared", without), ("without", shared)):
+        back_to_step_2(tmp_path / name / "checkpoints")
+        settings = settings_of(models["untied"], tmp_path / name, **common, trainer__resume="must")
+        settings |= {**KEPT, **more, "parallel.sequence_parallel": False, **other}
+        ranks4.run("jobs:train_steps", settings=settings, valid=VALID, validation=8)
+        assert_close(metrics(tmp_path / name), expected)
+
+
+def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """What two runs logged is the same up to rounding: 1e-5 of each value, and 1e-7 nats of a divergence."""
+    assert len(found) == len(expected) == 4
+    assert expected[-1]["validation_kl"] > 1e-4
+    for one, other in zip(without_times(found), without_times(expected), strict=True):
+        assert one["tokens"] == other["tokens"]
+        numbers = [key for key, value in other.items() if value is not None]
+        assert [key for key, value in one.items() if value is not None] == numbers
+        for key in numbers:
+            assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7), (one["step"], key)
