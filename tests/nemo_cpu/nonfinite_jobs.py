@@ -27,7 +27,7 @@ def poisoned(
     Args:
         settings, valid, validation: see `jobs.fit`.
         poison: rows of ``what`` (a key of `POISONS`), ``step`` (from 1), ``micro_batch`` (from 0), optional ``value``, and the ranks
-            ``pp_rank``, ``dp_rank``, ``tp_rank`` it happens on (all where not given).
+            ``pp_rank``, ``dp_rank``, ``tp_rank``, ``cp_rank`` it happens on (all where not given).
         die_after: a step after which every rank raises, as a killed job would end.
         guarded: False takes the guard out.
 
@@ -109,6 +109,7 @@ def is_here(row: dict[str, Any]) -> bool:
         "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
         "dp_rank": parallel_state.get_data_parallel_rank(),
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "cp_rank": parallel_state.get_context_parallel_rank(),
     }
     return all(row.get(name, rank) == rank for name, rank in ranks.items())
 

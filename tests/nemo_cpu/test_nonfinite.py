@@ -103,6 +103,15 @@ def test_stop_names_step_micro_batch_and_rank(
     assert len(metrics(tmp_path / "run")) == 1
 
 
+def test_stop_names_the_context_parallel_rank(ranks2: RankGroup, model: Path, tmp_path: Path) -> None:
+    """Of two ranks that share every sequence, the one whose own gradient went wrong."""
+    settings = settings_of(model, tmp_path / "run", world=2, parallel__cp_size=2)
+    sentence = stopped(ranks2, settings, {"what": "gradient", "cp_rank": 1, "step": 2})
+    assert sentence.startswith(
+        "step 2: a gradient is not finite (loss and hidden states are) on global rank 1 ("
+    )
+
+
 def test_stop_names_the_rows_of_the_micro_batch(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
     """The rows the sampler put into the last micro batch of step 1."""
     settings = settings_of(model, tmp_path / "run", tp=2, pp=2, world=4, trainer__micro_batch_size=2)
