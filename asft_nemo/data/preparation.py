@@ -116,7 +116,7 @@ def prepare_files(
             _remove_unused(manifest, out)
     except OSError as error:
         raise DataError(
-            f"{out} cannot be written ({error.strerror}): free space there or give another --out"
+            f"{out} cannot be written ({error.strerror or error}): free space there or give another --out"
         ) from error
     return Result(manifest, made=len(missing), used_again=len(paths) - len(missing), unchanged=unchanged)
 
@@ -178,12 +178,17 @@ def _draft(
 
 
 def _source(path: Path, whole: dict[str, Any], before: Source | None) -> Source:
-    state, now = path.stat(), time.time_ns()
-    source = Source(str(path), state.st_size, state.st_mtime_ns, state.st_ino, now, "", "", Counts())
-    if before is not None and _same_file(source, before):
-        source = replace(source, sha256=before.sha256, digested_ns=before.digested_ns)
-    else:
-        source = replace(source, sha256=digest(path).hex())
+    try:
+        state, now = path.stat(), time.time_ns()
+        source = Source(str(path), state.st_size, state.st_mtime_ns, state.st_ino, now, "", "", Counts())
+        if before is not None and _same_file(source, before):
+            source = replace(source, sha256=before.sha256, digested_ns=before.digested_ns)
+        else:
+            source = replace(source, sha256=digest(path).hex())
+    except OSError as error:
+        raise DataError(
+            f"data file {path} cannot be read ({error.strerror}): correct its permissions"
+        ) from error
     # Arrow's stream format is told by the name alone.
     decides = {**whole, "source": source.sha256, "arrow": path.suffix == ".arrow"}
     return replace(source, part=hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest())
@@ -226,7 +231,7 @@ def _make(
 ) -> None:
     """Tokenises sources, one behind the other; the processes begin a file while the last rows of the one before are under way."""
     (out / PARTS).mkdir(exist_ok=True)
-    total, done = sum(source.bytes for source in missing), 0
+    total, before, within = sum(source.bytes for source in missing), 0, 0
 
     def jobs() -> Iterator[tuple[tuple[Source, PartWriter], Task | None]]:
         for source in missing:
@@ -238,12 +243,13 @@ def _make(
     for (source, writer), task, chunk in run(jobs()):
         if task is not None:
             writer.append(chunk)
-            # Of a compressed file, bytes as they are in memory: never more than the whole file.
-            done = min(total, done + task.nbytes)
+            # Of a compressed file these are bytes in memory, so that it can seem done before it is.
+            within = min(source.bytes, within + task.nbytes)
         else:
             _refuse_changed(source)
             writer.finish(out / PARTS / source.part)
-        progress(done, total, Path(source.name).name)
+            before, within = before + source.bytes, 0
+        progress(before + within, total, Path(source.name).name)
 
 
 def _refuse_changed(source: Source) -> None:
