@@ -1,6 +1,6 @@
 """Context parallelism: a rank holds a part of every sequence's tokens, and attention sees the keys and values of the others.
 
-Which tokens a rank takes says `asft_nemo.data.context_slices`. Everything but attention works on tokens one by one: embeddings, layers, the
+`asft_nemo.data.context_slices` says which tokens a rank takes. Everything but attention works on tokens one by one: embeddings, layers, the
 loss and the reference's hidden states are those of this rank's tokens, sums and counts are added up over data-parallel and
 context-parallel ranks together, as Megatron does with ``calculate_per_token_loss`` (`finalize_model_grads`, megatron-core 0.15.3).
 
