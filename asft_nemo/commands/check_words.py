@@ -77,16 +77,16 @@ def _bars(total: EntryCounts, sequence_length: int) -> Iterator[str]:
 
 def _duplicates(found: Duplicates) -> Iterator[str]:
     for rows, what, places in (
-        (found.exact, "rows are exact copies of an earlier one", found.exact_places),
+        (found.exact, "exact copies of an earlier row", found.exact_places),
         (
             found.same_prompt,
-            "rows have an earlier row's prompt and another response",
+            "with an earlier row's prompt and another response",
             found.same_prompt_places,
         ),
     ):
         if rows:
             pairs = ", ".join(f"{later} = {earlier}" for later, earlier in places)
-            yield f"{rows} {what}: {pairs}{', ...' if rows > len(places) else ''}"
+            yield f"duplicates: {rows} {what}: {pairs}{', ...' if rows > len(places) else ''}"
     if not found.exact and not found.same_prompt:
         yield "no duplicates"
 

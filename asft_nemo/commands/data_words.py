@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ def files_and_run(words: Sequence[str], *, command: str) -> tuple[list[str], Run
     # Only the data settings and the tokenizer matter here, so the rest of a run need not be spelt out.
     fill = ("recipe=tiny_cpu", "objective=sft")
     missing = [word for word in fill if word.partition("=")[0] not in given]
+    if "data.templates" in given:  # which is held against data.train
+        missing.append(f"data.train={json.dumps(files)}")
     return files, compose([*missing, *settings], check_inputs=False)
 
 

@@ -135,9 +135,9 @@ def lines(stream: IO[bytes] | io.BufferedIOBase, path: Path) -> Iterator[tuple[i
     first = True
     for number, raw in enumerate(_split(stream), start=1):
         if number == 1:
-            for mark, encoding in _ENCODINGS:
-                if raw.startswith(mark):
-                    raise DataError(f"data file {path} is {encoding} text: convert it to UTF-8")
+            encoding = _other_encoding(raw)
+            if encoding is not None:
+                raise DataError(f"data file {path} is {encoding} text: convert it to UTF-8")
             raw = raw.removeprefix(codecs.BOM_UTF8)
         if not raw.strip():
             continue
@@ -147,6 +147,17 @@ def lines(stream: IO[bytes] | io.BufferedIOBase, path: Path) -> Iterator[tuple[i
             )
         first = False
         yield number, raw
+
+
+def _other_encoding(raw: bytes) -> str | None:
+    """UTF-16 or UTF-32, by its mark or, since JSON begins with two ASCII characters, by where the zeros of the first ones stand."""
+    for mark, encoding in _ENCODINGS:
+        if raw.startswith(mark):
+            return encoding
+    zeros = tuple(byte == 0 for byte in raw[:4])
+    if sum(zeros) == 3:
+        return "UTF-32"
+    return "UTF-16" if zeros in ((False, True, False, True), (True, False, True, False)) else None
 
 
 def _split(stream: IO[bytes] | io.BufferedIOBase) -> Iterator[bytes]:

@@ -25,7 +25,8 @@ from asft_nemo.data.tokenization import TextTokenizer
 
 _BINS = 12  # of the histogram, about
 _PLACES = 5  # of duplicates that are named
-_VARYING = re.compile(r"0x[0-9a-f]+|\d+")
+# What differs between reasons of one kind: where in the row it is.
+_VARYING = re.compile(r"(?<=\bbyte )0x\w+|(?<=\bcolumn )\d+|(?<=\bmessage )\d+|(?<=conversation of )\d+")
 
 
 @dataclass
@@ -105,13 +106,13 @@ class Shown(NamedTuple):
 class Reason(NamedTuple):
     """Bad rows of one kind."""
 
-    reason: str  # numbers in it as ...
+    reason: str  # places in it as ...
     rows: int
     first: BadRow
 
 
 class Duplicates(NamedTuple):
-    """Rows that say what an earlier one says; places are pairs of file:line, the later one first."""
+    """Rows whose conversation an earlier one has; places are pairs of file:line, the later one first."""
 
     exact: int
     exact_places: list[tuple[str, str]]
@@ -151,7 +152,7 @@ class Inspection:
         return total
 
     def reasons(self) -> list[Reason]:
-        """Kinds of bad rows, the most frequent first; reasons that differ in numbers alone are one kind."""
+        """Kinds of bad rows, the most frequent first; reasons that differ in the place alone are one kind."""
         kinds: dict[str, list[Any]] = {}
         for row in self.bad:
             found = kinds.setdefault(_VARYING.sub("...", row.reason), [0, row])
@@ -230,11 +231,10 @@ class _Twins:
         self._examples, self._prompts, self._places = Digests(), Digests(), Places()
 
     def add(self, row: TokenizedRow) -> None:
-        conversation = row.record.conversation
-        self._examples.add(f"{row.rendered.text}\n{row.rendered.learned}")
-        self._prompts.add(
-            json.dumps([conversation.messages[:-1], conversation.tools], sort_keys=True, default=str)
-        )
+        *before, last = row.record.conversation.messages
+        prompt = json.dumps([before, row.record.conversation.tools], sort_keys=True, default=str)
+        self._prompts.add(prompt)
+        self._examples.add(prompt + json.dumps(last, sort_keys=True, default=str))
         self._places.add(row.record.file, row.record.line)
 
     def found(self) -> Duplicates:

@@ -94,6 +94,9 @@ def test_byte_order_mark_carriage_returns_and_missing_last_newline(tmp_path: Pat
     [
         ('{"q": "x"}'.encode("utf-16"), "UTF-16"),
         ('{"q": "x"}'.encode("utf-32"), "UTF-32"),
+        ('{"q": "x"}\n'.encode("utf-16-le"), "UTF-16"),
+        ('{"q": "x"}\n'.encode("utf-16-be"), "UTF-16"),
+        ('{"q": "x"}\n'.encode("utf-32-be"), "UTF-32"),
         (gzip.compress(b'{"q": "x"}' * 99)[:-12], "is cut off or damaged"),
         (gzip.compress('{"q": "x"}'.encode("utf-16")), "UTF-16"),
         (b"\x1f\x8bnonsense", "is cut off or damaged"),
