@@ -85,4 +85,41 @@ def _weights(facts: Facts) -> Iterator[str]:
         yield "data.when_exhausted does nothing with trainer.max_steps, which says how long to train: leave one of them out"
 
 
-DATA: tuple[Rule, ...] = (_packing, _validation, _fields, _templates, _weights)
+def _group_by_length(facts: Facts) -> Iterator[str]:
+    run, layout = facts.run, facts.run.parallel
+    if not run.data.group_by_length:
+        return
+    vpp = "whose messages go both ways at once (Megatron takes the lengths of one for those of the other)"
+    others = (
+        (
+            run.data.packing,
+            "data.packing=true",
+            "which leaves no padding to save",
+            "set one of them to false",
+        ),
+        (bool(run.data.weights), "data.weights", "which have an order of their own", "leave one of them out"),
+        (
+            layout.cp_size > 1,
+            f"parallel.cp_size={layout.cp_size}",
+            "which cuts rows of one length",
+            "set parallel.cp_size=1",
+        ),
+        (
+            layout.vpp_size is not None,
+            f"parallel.vpp_size={layout.vpp_size}",
+            vpp,
+            "set parallel.vpp_size=null",
+        ),
+        (
+            run.reference.micro_batch_size not in (None, run.trainer.micro_batch_size),
+            f"reference.micro_batch_size={run.reference.micro_batch_size}",
+            "which joins micro batches of different lengths",
+            "leave it out",
+        ),
+    )
+    for clashes, setting, why, cure in others:
+        if clashes:
+            yield f"data.group_by_length=true does not go with {setting}, {why}: {cure}"
+
+
+DATA: tuple[Rule, ...] = (_packing, _validation, _fields, _templates, _weights, _group_by_length)

@@ -124,6 +124,5 @@ NOT_YET = (
         lambda run: run.objective.name == "psft" and run.peft.name == "lora",
         "set peft=none",
     ),
-    NotYet("data.group_by_length", lambda run: run.data.group_by_length, "set data.group_by_length=false"),
     NotYet("FP8 training", lambda run: run.precision.startswith("fp8"), "set precision=bf16"),
 )

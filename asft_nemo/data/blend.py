@@ -40,7 +40,7 @@ class Blend:
         self.period = sum(self.shares)
         self._members = list(members)
         self._epochs = [
-            Shuffled(len(items), seed=seed, domain=domain) for domain, items in enumerate(members)
+            Shuffled(len(items), seed=seed, stream=domain) for domain, items in enumerate(members)
         ]
         self._schedule = even_schedule(self.shares)
         self._turns = [np.flatnonzero(self._schedule == domain) for domain in range(len(members))]

@@ -11,6 +11,7 @@ import numpy as np
 
 from asft_nemo.config.schema import DataConfig, RunConfig, TrainerConfig
 from asft_nemo.data.blend import Blend
+from asft_nemo.data.grouping import GroupedByLength
 from asft_nemo.data.packing import PackedDataset
 from asft_nemo.data.sampler import Order, Shuffled
 from asft_nemo.data.sources import domain_names
@@ -22,11 +23,14 @@ def training_order(run: RunConfig, train: Any) -> Order:
 
     Args:
         run: the settings.
-        train: `SupervisedDataset` or `PackedDataset`; without `data.weights` only its length counts.
+        train: `SupervisedDataset` or `PackedDataset`; of a plain run only its length counts.
 
     Raises:
         DataError: a weight belongs to a domain without any item.
     """
+    if run.data.group_by_length:
+        size = run.trainer.global_batch_size
+        return GroupedByLength(train.lengths, seed=run.run.seed, global_batch_size=size)
     if not run.data.weights:
         return Shuffled(len(train), seed=run.run.seed)
     members = items_of_domains(train, len(run.data.train))
@@ -77,10 +81,31 @@ def num_steps(order: Order, num_items: int, trainer: TrainerConfig, data: DataCo
     return max(1, math.ceil(trainer.epochs * num_items / trainer.global_batch_size))
 
 
-def blend_words(run: RunConfig, order: Order, train: Any, max_steps: int) -> str:
-    """What each domain gives to the run, for its summary line; nothing where no domains are blended."""
-    if not isinstance(order, Blend):
-        return ""
+def padding_multiple(run: RunConfig) -> int | None:
+    """What the rows of a micro batch are padded to a multiple of, beyond its longest; None where all rows are `data.sequence_length` long.
+
+    Sequence parallelism cuts a row into equal parts, and tensor cores want 8 tokens in each.
+    """
+    if not run.data.group_by_length:
+        return None
+    return 8 * (run.parallel.tp_size if run.parallel.sequence_parallel else 1)
+
+
+def order_words(run: RunConfig, order: Order, train: Any, max_steps: int) -> str:
+    """What the order makes of the items, for the run's summary line; nothing where they are just shuffled."""
+    if isinstance(order, GroupedByLength):
+        multiple_of, size = padding_multiple(run), run.data.sequence_length
+        assert multiple_of is not None
+        used = order.used(run.trainer.micro_batch_size, multiple_of=multiple_of, sequence_length=size)
+        whole = np.asarray(train.lengths).mean() / size
+        return (
+            f"; micro batches of similar lengths: {100 * used:.1f} % of their places used, "
+            f"{100 * whole:.1f} % at data.sequence_length={size}"
+        )
+    return _blend_words(run, order, train, max_steps) if isinstance(order, Blend) else ""
+
+
+def _blend_words(run: RunConfig, order: Blend, train: Any, max_steps: int) -> str:
     epochs = order.epochs(max_steps * run.trainer.global_batch_size)
     examples = np.bincount(np.asarray(train.domain_ids), minlength=len(epochs)).tolist()
     total = math.fsum(run.data.weights)

@@ -12,7 +12,7 @@ from asft_nemo.data.context_slices import segment_multiple
 from asft_nemo.data.dataset import SupervisedDataset
 from asft_nemo.data.fingerprint import fingerprint
 from asft_nemo.data.loading import LoadReport
-from asft_nemo.data.ordering import blend_words, num_steps, training_order
+from asft_nemo.data.ordering import num_steps, order_words, training_order
 from asft_nemo.data.packing import PackedDataset
 from asft_nemo.data.tokenization import TextTokenizer
 from asft_nemo.errors import DataError
@@ -72,7 +72,7 @@ def prepare(run: RunConfig, *, tokenizer_dir: str | Path) -> Prepared:
         validation=validation,
         max_steps=max_steps,
         fingerprint=fingerprint([*data.train, *data.validation], data, tokenizer_dir=tokenizer_dir),
-        summary=_summary(run, train, max_steps) + blend_words(run, order, train, max_steps),
+        summary=_summary(run, train, max_steps) + order_words(run, order, train, max_steps),
     )
 
 

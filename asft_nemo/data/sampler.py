@@ -32,16 +32,16 @@ class Shuffled:
     Args:
         num_samples: items of an epoch.
         seed: of the shuffles.
-        domain: tells the streams of one seed apart; None for the only one.
+        stream: tells the streams of one seed apart; None for the only one.
 
     Raises:
         ValueError: there is no item.
     """
 
-    def __init__(self, num_samples: int, *, seed: int, domain: int | None = None):
+    def __init__(self, num_samples: int, *, seed: int, stream: int | None = None):
         if num_samples < 1:
             raise ValueError("no samples to draw from")
-        self.num_samples, self._seed, self._domain = num_samples, seed, domain
+        self.num_samples, self._seed, self._stream = num_samples, seed, stream
         self._epochs: dict[int, np.ndarray] = {}
 
     def at(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -57,9 +57,12 @@ class Shuffled:
         if epoch not in self._epochs:
             if len(self._epochs) > 1:  # two: a step that is looked up ahead may be of the next epoch
                 del self._epochs[min(self._epochs)]
-            order = epoch_order(self.num_samples, seed=self._seed, epoch=epoch, domain=self._domain)
-            self._epochs[epoch] = order
+            self._epochs[epoch] = self._arranged(epoch)
         return self._epochs[epoch]
+
+    def _arranged(self, epoch: int) -> np.ndarray:
+        """The items of an epoch in their order."""
+        return epoch_order(self.num_samples, seed=self._seed, epoch=epoch, stream=self._stream)
 
 
 @dataclass(frozen=True)
@@ -155,10 +158,10 @@ class SequentialBatchSampler(Sampler[list[int]]):
                 yield [place if place < self._num_samples else FILLER for place in positions]
 
 
-def epoch_order(num_samples: int, *, seed: int, epoch: int, domain: int | None = None) -> np.ndarray:
-    """The items of one epoch in their order, int64 [num_samples]; `domain` tells the streams of one seed apart."""
+def epoch_order(num_samples: int, *, seed: int, epoch: int, stream: int | None = None) -> np.ndarray:
+    """The items of one epoch in their order, int64 [num_samples]; `stream` tells the streams of one seed apart."""
     # numpy promises that the bits of a generator never change, but not that its permutations do not.
-    # To its seeds, trailing zeros are nothing: domain 0 would have the order of no domain.
-    stream = [seed, epoch] if domain is None else [seed, epoch, domain + 1]
-    keys = np.random.PCG64(stream).random_raw(num_samples)
+    # To its seeds, trailing zeros are nothing: stream 0 would have the order of no stream.
+    entropy = [seed, epoch] if stream is None else [seed, epoch, stream + 1]
+    keys = np.random.PCG64(entropy).random_raw(num_samples)
     return np.argsort(keys, kind="stable")

@@ -17,6 +17,7 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.cpu import backend
 from asft_nemo.data import Prepared, domain_names, training_order
+from asft_nemo.data.ordering import padding_multiple
 from asft_nemo.model import ModelSpec, megatron_config_kwargs, padded_vocab_size
 from asft_nemo.nemo.callbacks import CheckpointCallback, MetricsCallback
 from asft_nemo.nemo.compat import AnchoredStrategy
@@ -70,6 +71,14 @@ def _kernels(run: RunConfig) -> dict[str, Any]:
     return {"masked_softmax_fusion": False} if run.data.packing or run.parallel.cp_size > 1 else {}
 
 
+def _row_lengths(run: RunConfig) -> dict[str, Any]:
+    """Megatron's switches for micro batches of several lengths, whose shapes pipeline stages tell one another."""
+    if not run.data.group_by_length:
+        return {}
+    # Megatron refuses its default dispatcher of experts with such shapes, also where a model has no experts.
+    return {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+
+
 def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
     """The model's configuration: architecture from the checkpoint, layout and objective from the run."""
     options = {name: getattr(run.objective, name) for name in OBJECTIVE_OPTIONS}
@@ -80,6 +89,7 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
         vocab_size=padded_vocab_size(spec.vocab_size, tp_size=layout.tp_size),
         hf_vocab_size=spec.vocab_size,
         seq_length=run.data.sequence_length,
+        **_row_lengths(run),
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
         virtual_pipeline_model_parallel_size=layout.vpp_size,
@@ -191,6 +201,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         micro_batch_size=run.trainer.micro_batch_size,
         global_batch_size=run.trainer.global_batch_size,
         order=training_order(run, data.train),
+        padding_multiple=padding_multiple(run),
     )
     prepass = PrepassCallback(
         config,

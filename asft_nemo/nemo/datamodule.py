@@ -12,6 +12,7 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 
 from asft_nemo.data import GlobalBatchSampler, Order, PackedDataset, SequentialBatchSampler
+from asft_nemo.data.grouping import PaddedToLongest
 
 
 class AnchoredDataSampler(MegatronDataSampler):
@@ -34,6 +35,7 @@ class AnchoredDataModule(pl.LightningDataModule):
         sequence_length: tokens of every item.
         micro_batch_size, global_batch_size: examples.
         order: in which training items are taken.
+        padding_multiple: where given, a training micro batch is padded to a multiple of it that its longest item needs.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class AnchoredDataModule(pl.LightningDataModule):
         micro_batch_size: int,
         global_batch_size: int,
         order: Order,
+        padding_multiple: int | None,
     ):
         super().__init__()
         self.train, self.validation = train, validation
         self.micro_batch_size, self.global_batch_size, self.order = micro_batch_size, global_batch_size, order
+        self._padding_multiple = padding_multiple
         self.consumed_samples = 0
         self.data_sampler = AnchoredDataSampler(
             seq_len=sequence_length,
@@ -71,7 +75,10 @@ class AnchoredDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """This data-parallel rank's micro batches, from the first example not consumed yet."""
-        return DataLoader(self.train, batch_sampler=self._sampler(), num_workers=0)
+        items = self.train
+        if self._padding_multiple is not None:
+            items = PaddedToLongest(items, multiple_of=self._padding_multiple)
+        return DataLoader(items, batch_sampler=self._sampler(), num_workers=0)
 
     def sample_ids_of_step(self, step: int) -> list[int]:
         """Ids of the examples that this data-parallel rank takes in a step (from 0 over the whole run), in order."""

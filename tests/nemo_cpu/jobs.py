@@ -65,11 +65,13 @@ class ShortTokens(RandomTokens):
 
 
 def examples(run: Any, size: int, valid: list[int]) -> Dataset:
-    """Random examples of the run's sequence length, packed where it says so."""
+    """Random examples of the run's sequence length, packed where it says so; of several lengths where it groups them."""
     from asft_nemo.data import PackedDataset
     from asft_nemo.data.context_slices import segment_multiple
 
     given = {"size": size, "sequence_length": run.data.sequence_length, "valid": valid}
+    if run.data.group_by_length:
+        return ShortTokens(**given)
     if not run.data.packing:
         return RandomTokens(**given)
     return PackedDataset(ShortTokens(**given), multiple_of=segment_multiple(run.parallel.cp_size))
@@ -347,6 +349,26 @@ def means_of_steps(settings: dict[str, Any]) -> list[Any]:
         train_itself(settings)
     finally:
         MetricsCallback.on_train_batch_end = original  # type: ignore[method-assign]
+    return found
+
+
+def widths_of_micro_batches(settings: dict[str, Any]) -> list[int]:
+    """Trains as `train_itself`; the tokens of a row of every micro batch this rank took."""
+    from asft_nemo.nemo import schedule
+
+    found: list[int] = []
+    original = schedule.data_step
+
+    def seen(iterator: Any) -> dict[str, Any]:
+        batch = original(iterator)
+        found.append(batch["tokens"].shape[1])
+        return batch
+
+    schedule.data_step = seen
+    try:
+        train_itself(settings)
+    finally:
+        schedule.data_step = original
     return found
 
 

@@ -31,6 +31,8 @@ def said(data: dict[str, Any], *, asked: tuple[str, ...] = (), **sections: dict[
     return [sentence for rule in DATA for sentence in rule(facts)]
 
 
+LENGTHS = {"train": TWO, "group_by_length": True}
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"train": TWO, "templates": ["raw", "alpacca"]}, "names alpacca: choose from alpaca, chat, raw"),
     ({"train": TWO, "templates": ["raw"]}, "data.templates has 1 entries and data.train 2: name one"),
@@ -41,6 +43,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"train": TWO, "weights": [1, float("nan")]}, "gives nan as the weight of b.jsonl"),
     ({"train": TWO, "weights": [float("inf"), 1]}, "gives inf as the weight of a.jsonl"),
     ({"train": TWO[:1], "weights": [1]}, "data.weights has nothing to blend"),
+    ({**LENGTHS, "packing": True}, "does not go with data.packing=true, which leaves no padding to save"),
+    ({**LENGTHS, "weights": [1, 2]}, "does not go with data.weights, which have an order of their own"),
 ]
 
 
@@ -53,6 +57,7 @@ def test_one_mistake_gives_one_sentence(data: dict[str, Any], sentence: str) -> 
 GOOD: list[dict[str, Any]] = [
     {"train": TWO, "templates": ["raw", "chat"]},
     {"train": TWO, "templates": ["raw", "chat"], "template": "alpaca"},
+    LENGTHS,
     {"train": TWO, "weights": [3, 0.5], "weights_by": "tokens", "when_exhausted": "stop"},
 ]
 
@@ -70,3 +75,15 @@ def test_settings_of_weights_do_nothing_alone() -> None:
     (found,) = said(stop, asked=("data.when_exhausted",), trainer={"max_steps": 3})
     assert found.startswith("data.when_exhausted does nothing with trainer.max_steps")
     assert not said(stop, asked=("data.when_exhausted",), trainer={"epochs": 3})
+
+
+def test_lengths_are_not_grouped_where_one_length_is_needed() -> None:
+    others: list[tuple[str, dict[str, Any]]] = [
+        ("parallel", {"cp_size": 2}),
+        ("parallel", {"pp_size": 2, "vpp_size": 2}),
+        ("reference", {"form": "resident", "micro_batch_size": 4}),
+    ]
+    for section, setting in others:
+        sections: dict[str, Any] = {section: setting}
+        (found,) = said(LENGTHS, **sections)
+        assert found.startswith(f"data.group_by_length=true does not go with {section}.")

@@ -187,10 +187,6 @@ ONE_RULE = [
         "data.weights has nothing to blend, for data.train has one entry: leave data.weights out",
     ),
     (
-        ["objective=asft", "data.group_by_length=true"],
-        "data.group_by_length is not available yet: set data.group_by_length=false",
-    ),
-    (
         ["objective=asft", "data.fields.prompt=q"],
         "data.fields names some fields and not the others: set data.fields.response too",
     ),

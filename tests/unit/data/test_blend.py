@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from asft_nemo.config.schema import RunConfig, from_dict
 from asft_nemo.data import GlobalBatchSampler, PackedDataset, Shuffled, training_order
 from asft_nemo.data.blend import LONGEST_PERIOD, Blend, even_schedule, integer_shares
-from asft_nemo.data.ordering import blend_words, num_steps
+from asft_nemo.data.ordering import num_steps, order_words
 from asft_nemo.errors import DataError
 
 WEIGHTS = st.lists(st.integers(1, 60), min_size=2, max_size=7)
@@ -73,9 +73,9 @@ def test_each_domain_gives_every_item_once_an_epoch(weights: list[int]) -> None:
 
 def test_epochs_and_domains_and_seeds_shuffle_differently() -> None:
     orders = {
-        tuple(Shuffled(30, seed=seed, domain=domain).at(np.arange(epoch * 30, epoch * 30 + 30)))
+        tuple(Shuffled(30, seed=seed, stream=stream).at(np.arange(epoch * 30, epoch * 30 + 30)))
         for seed in range(2)
-        for domain in (None, 0, 1)
+        for stream in (None, 0, 1)
         for epoch in range(2)
     }
     assert len(orders) == 12
@@ -201,8 +201,8 @@ def test_repeat_draws_epochs_times_all_rows() -> None:
     run = run_of([0.5, 0.5], epochs=2)
     order = training_order(run, LENGTHS)
     assert num_steps(order, 10, run.trainer, run.data) == 5
-    said = blend_words(run, order, LENGTHS, 5)
+    said = order_words(run, order, LENGTHS, 5)
     assert said == (
         "; blend by samples: 0 4 examples, weight 0.5, 2.50 epochs; 1 6 examples, weight 0.5, 1.67 epochs"
     )
-    assert blend_words(run_of([]), Shuffled(10, seed=0), LENGTHS, 5) == ""
+    assert order_words(run_of([]), Shuffled(10, seed=0), LENGTHS, 5) == ""
