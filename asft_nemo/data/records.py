@@ -281,4 +281,9 @@ FORMS = (  # the first that fits
     Form("prompt/response", ("prompt", "response"), _pair("prompt", "response")),
     Form("prompt/completion", ("prompt", "completion"), _pair("prompt", "completion")),
     Form("problem/solution", ("problem", "solution"), _pair("problem", "solution")),
+    Form(
+        "problem/generated_solution",
+        ("problem", "generated_solution"),
+        _pair("problem", "generated_solution"),
+    ),
 )

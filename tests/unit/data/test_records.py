@@ -34,6 +34,7 @@ PAIRS: list[tuple[dict[str, Any], tuple[str, str]]] = [
     ({"prompt": "a", "completion": "b"}, ("a", "b")),
     ({"prompt": "a", "response": "b"}, ("a", "b")),
     ({"problem": "a", "solution": "b", "answer": "3"}, ("a", "b")),
+    ({"problem": "a", "generated_solution": "b", "expected_answer": "3"}, ("a", "b")),
     ({"messages": [USER, ASSISTANT], "problem": "x", "solution": "y"}, ("a", "b")),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, ("a", "b")),
     ({"messages": [USER, {**ASSISTANT, "content": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]}]}, ("a", "bc")),
