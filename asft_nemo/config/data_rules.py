@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from asft_nemo.config.facts import Facts, Level, Rule
 from asft_nemo.config.tables import CHOICES
@@ -54,9 +54,13 @@ def _templates(facts: Facts) -> Iterator[str]:
             yield f"data.{key} names {', '.join(unknown)}: choose from {', '.join(known)}"
         if names and len(names) != len(entries):
             yield (
-                f"data.{key} has {len(names)} entries and data.{files} {len(entries)}: name one template for each entry of "
+                f"data.{key} has {_entries(names)} and data.{files} {len(entries)}: name one template for each entry of "
                 f"data.{files}, or leave data.{key} out to use data.template for all"
             )
+
+
+def _entries(values: Sequence[object]) -> str:
+    return f"{len(values)} {'entry' if len(values) == 1 else 'entries'}"
 
 
 def _weights(facts: Facts) -> Iterator[str]:
@@ -68,7 +72,7 @@ def _weights(facts: Facts) -> Iterator[str]:
         return
     if len(data.weights) != len(data.train):
         yield (
-            f"data.weights has {len(data.weights)} entries and data.train {len(data.train)}: give one weight for each entry of "
+            f"data.weights has {_entries(data.weights)} and data.train {len(data.train)}: give one weight for each entry of "
             "data.train"
         )
     elif len(data.train) == 1:

@@ -35,9 +35,9 @@ LENGTHS = {"train": TWO, "group_by_length": True}
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"train": TWO, "templates": ["raw", "alpacca"]}, "names alpacca: choose from alpaca, chat, raw"),
-    ({"train": TWO, "templates": ["raw"]}, "data.templates has 1 entries and data.train 2: name one"),
-    ({"validation_templates": ["raw"]}, "data.validation_templates has 1 entries and data.validation 0"),
-    ({"train": TWO, "weights": [1]}, "data.weights has 1 entries and data.train 2: give one weight for each"),
+    ({"train": TWO, "templates": ["raw"]}, "data.templates has 1 entry and data.train 2: name one"),
+    ({"validation_templates": ["raw"]}, "data.validation_templates has 1 entry and data.validation 0"),
+    ({"train": TWO, "weights": [1]}, "data.weights has 1 entry and data.train 2: give one weight for each"),
     ({"train": TWO, "weights": [1, 0]}, "gives 0 as the weight of b.jsonl: give a number above 0, or leave"),
     ({"train": TWO, "weights": [-1, 2]}, "gives -1 as the weight of a.jsonl"),
     ({"train": TWO, "weights": [1, float("nan")]}, "gives nan as the weight of b.jsonl"),

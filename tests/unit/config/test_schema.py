@@ -47,7 +47,8 @@ reference.max_initial_kl
 peft.name peft.rank peft.alpha peft.dropout peft.targets peft.adapter
 loss.implementation loss.chunk_tokens loss.normalize_by
 model.path
-data.train data.weights data.validation data.template data.fields.prompt data.fields.response data.sequence_length
+data.train data.weights data.weights_by data.when_exhausted data.validation data.template data.templates
+data.validation_templates data.group_by_length data.fields.prompt data.fields.response data.sequence_length
 data.packing data.loss_on data.on_bad_row data.on_too_long
 parallel.tp_size parallel.pp_size parallel.vpp_size parallel.cp_size parallel.sequence_parallel
 optim.lr optim.schedule optim.warmup_ratio
