@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asft_nemo.data.files import rows
 from asft_nemo.data.hub import innermost, quiet_hub, reach_hub
-from asft_nemo.data.published import SETS, Hub, PublishedFile, PublishedSet
+from asft_nemo.data.published import SETS, Hub, Lines, PublishedFile, PublishedSet
 from asft_nemo.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,11 @@ def download(files: Sequence[PublishedFile], out: Path, *, progress: Progress) -
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".download.lock", timeout=0):
-            fetched = [_in_place(file, out, progress) for file in files]
+            fetched: list[Fetched] = []
+            for file in files:
+                fetched.append(_in_place(file, out, progress))
+                if file.lines is not None:
+                    _write_lines(fetched[-1].path, out / file.lines.name, file.lines)
             shutil.rmtree(out / _HUB, ignore_errors=True)  # what huggingface_hub keeps beside its files
             return fetched
     except Timeout as error:
@@ -115,6 +120,18 @@ def _in_place(file: PublishedFile, out: Path, progress: Progress) -> Fetched:
     os.replace(part, path)
     _write_record(out, {**record, file.name: {"sha256": found, "bytes": size, "source": str(file.source)}})
     return Fetched(path, size, found, file.sha256 is not None, fresh=True)
+
+
+def _write_lines(source: Path, path: Path, lines: Lines) -> None:
+    """Writes a Parquet file's rows as JSON Lines, whole or not at all; a file that is there stays."""
+    if path.exists():
+        return
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as stream:
+        for _, row in rows(source):
+            if isinstance(row, dict) and (not lines.subjects or row["subject"] in lines.subjects):
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(part, path)
 
 
 def _from_hub(file: PublishedFile, out: Path) -> Path:

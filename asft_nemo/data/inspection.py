@@ -1,6 +1,7 @@
 """What would become of the rows of some files, for `asft data check`.
 
-No tokens are kept: memory grows by 40 bytes a row (digests and places, for finding duplicates) and with the list of bad rows.
+No tokens are kept: memory grows by 40 bytes a row (digests and places, for finding duplicates), some 100 while they are sorted at the end, and
+with the list of bad rows.
 """
 
 from __future__ import annotations

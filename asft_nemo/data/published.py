@@ -37,6 +37,19 @@ class Web:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """A Parquet file's rows as JSON Lines, for the evaluation suites.
+
+    Attributes:
+        name: where they are written below the folder.
+        subjects: values of `subject` that are kept; empty = every row.
+    """
+
+    name: str
+    subjects: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class PublishedFile:
     """One file of a set.
 
@@ -45,12 +58,14 @@ class PublishedFile:
         source: where it comes from.
         sha256: of its bytes; None = the digest of the first download is kept and later ones must equal it.
         size: in bytes; None = what the server says.
+        lines: what is made of it.
     """
 
     name: str
     source: Hub | Web
     sha256: str | None
     size: int | None
+    lines: Lines | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,21 @@ _OPEN_MATH = (
 _GSM8K = (
     "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/"
     "grade_school_math/data"
+)
+# The subjects of MMLU that the suite mmlu_medical asks.
+_MEDICAL = (
+    "anatomy",
+    "clinical_knowledge",
+    "college_biology",
+    "college_chemistry",
+    "college_medicine",
+    "high_school_biology",
+    "high_school_psychology",
+    "human_aging",
+    "medical_genetics",
+    "nutrition",
+    "professional_medicine",
+    "virology",
 )
 _MEDMCQA, _MEDMCQA_REVISION = "openlifescienceai/medmcqa", "91c6572c454088bf71b679ad90aa8dffcd0d5868"
 
@@ -222,7 +252,7 @@ SETS: Mapping[str, PublishedSet] = MappingProxyType(
             ),
         ),
         "medmcqa": PublishedSet(
-            "MedMCQA, its validation split, evaluation (Parquet)",
+            "MedMCQA, its validation split, evaluation",
             4183,
             "MIT (the hub's card says Apache-2.0)",
             (
@@ -231,11 +261,12 @@ SETS: Mapping[str, PublishedSet] = MappingProxyType(
                     Hub(_MEDMCQA, _MEDMCQA_REVISION, "data/validation-00000-of-00001.parquet"),
                     "b768a1ea34afc9f80d3106d9b21f80fa8a00ec450a1f6cd641af72ca9e591021",
                     None,
+                    Lines("medical/medmcqa_test.jsonl"),
                 ),
             ),
         ),
         "mmlu": PublishedSet(
-            "MMLU, test split of all 57 subjects, the medical ones by `subject`, evaluation (Parquet)",
+            "MMLU, test split, all 57 subjects; the medical ones as JSON Lines, evaluation",
             14_042,
             "MIT",
             (
@@ -248,6 +279,7 @@ SETS: Mapping[str, PublishedSet] = MappingProxyType(
                     ),
                     "74a41822ce7d3def56e1682f958469c04642a5336a5ce912fa375fdb90fb25d7",
                     None,
+                    Lines("medical/mmlu_medical_test.jsonl", _MEDICAL),
                 ),
             ),
         ),

@@ -11,7 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from asft_eval.suites.questions import QUESTIONS, questions
+from pyarrow import parquet
 
 from asft_nemo import cli
 from asft_nemo.data import download as module
@@ -221,6 +224,31 @@ def test_files_of_the_hub(server: Server, tmp_path: Path, monkeypatch: pytest.Mo
         reset_sessions()
 
 
+def test_parquet_becomes_the_lines_that_suites_read(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subjects = ("anatomy", "physics", "virology")
+    table = [
+        {"question": f"é {name}", "subject": name, "choices": ["x", "y"], "answer": 1} for name in subjects
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "made.parquet")
+    server.content = (tmp_path / "made.parquet").read_bytes()
+    suite = SETS["mmlu"].files[0].lines
+    file = PublishedFile("medical/x.parquet", Web(f"{server.url}/x"), None, None, suite)
+    (tmp_path / "made.parquet").unlink()
+    fetch(file, tmp_path)
+    monkeypatch.setenv("ASFT_DATA_DIR", str(tmp_path))
+    assert questions("mmlu_medical") == ["é anatomy", "é virology"]
+    assert left(tmp_path) == {"medical/x.parquet", "medical/mmlu_medical_test.jsonl", RECORD}
+
+
+def test_the_subjects_are_those_of_the_suite(data_dir: Path) -> None:
+    suite = data_dir / "medical" / "mmlu_medical_test.jsonl"
+    lines = SETS["mmlu"].files[0].lines
+    assert lines is not None
+    assert {json.loads(line)["subject"] for line in suite.read_text().splitlines()} == set(lines.subjects)
+
+
 def test_the_table_holds_together() -> None:
     names = [file.name for found in SETS.values() for file in found.files]
     assert len(set(names)) == len(names)
@@ -244,6 +272,9 @@ def test_evaluation_sets_lie_where_the_suites_look(data_dir: Path) -> None:
                 assert path.stat().st_size == file.size
                 held += 1
     assert held == 6
+    names = [file.name for found in SETS.values() for file in found.files]
+    names += [file.lines.name for found in SETS.values() for file in found.files if file.lines]
+    assert {name for name, _ in QUESTIONS.values()} <= set(names)
 
 
 def test_unknown_names_are_refused() -> None:
