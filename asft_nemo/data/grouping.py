@@ -64,10 +64,16 @@ class GroupedByLength(Shuffled):
 
     def used(self, micro_batch_size: int, *, multiple_of: int, sequence_length: int) -> float:
         """Share of the places of the first epoch's micro batches that hold a token; see `padded_lengths` for the arguments."""
-        items = self.at(np.arange(math.ceil(self.num_samples / self._size) * self._size))
-        lengths = self._lengths[items].reshape(-1, micro_batch_size)
-        widths = padded_lengths(lengths.max(axis=1), multiple_of=multiple_of, sequence_length=sequence_length)
-        return float(lengths.sum() / (widths.sum() * micro_batch_size))
+        step, tokens, places = CHUNK * self._size, 0, 0
+        end = math.ceil(self.num_samples / self._size) * self._size
+        for start in range(0, end, step):  # in chunks, which bounds the memory
+            items = self.at(np.arange(start, min(start + step, end)))
+            lengths = self._lengths[items].reshape(-1, micro_batch_size)
+            widths = padded_lengths(
+                lengths.max(axis=1), multiple_of=multiple_of, sequence_length=sequence_length
+            )
+            tokens, places = tokens + int(lengths.sum()), places + int(widths.sum()) * micro_batch_size
+        return tokens / places
 
 
 def padded_lengths(longest: np.ndarray, *, multiple_of: int, sequence_length: int) -> np.ndarray:
