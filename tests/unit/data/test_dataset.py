@@ -246,6 +246,14 @@ def test_an_example_without_a_learned_token_is_a_bad_row(
     assert report.total().kept == 1
 
 
+def test_more_bad_rows_than_the_limit_are_not_skipped(gpt2: TextTokenizer, jsonl: Writer) -> None:
+    path = jsonl(ROW, "oops", ROW, "oops")
+    skip = config(on_bad_row="skip", max_bad_rows=2)
+    assert len(SupervisedDataset.from_files([path], skip, tokenizer=gpt2)) == 2
+    with pytest.raises(DataError, match=r"2 bad rows are more than data\.max_bad_rows=1"):
+        SupervisedDataset.from_files([path], config(on_bad_row="skip", max_bad_rows=1), tokenizer=gpt2)
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(gpt2: TextTokenizer, jsonl: Writer) -> None:
     with pytest.raises(DataError, match="use the model's own tokenizer"):
         SupervisedDataset.from_files([jsonl(ROW)], config(), tokenizer=gpt2, vocab_size=gpt2.size - 1)
