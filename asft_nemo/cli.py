@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import asft_nemo
 from asft_nemo.commands.checkpoint import add_checkpoints
 from asft_nemo.commands.data import add_data
+from asft_nemo.commands.doctor import add_doctor
 from asft_nemo.commands.evaluation import add_evaluation
 from asft_nemo.commands.output import BUG, DONE, INTERRUPTED, MENDABLE, Command, Parser, not_yet
 from asft_nemo.commands.training import add_training
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add_data(commands, common)
     add_checkpoints(add)
     add_evaluation(add)
+    add_doctor(add)
     for name, (text, instead) in NOT_YET.items():
         later = add(name, not_yet, f"{text} (not available yet)")
         later.set_defaults(name=name, instead=instead)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
+from asft_nemo.config import machine
 from asft_nemo.config.model_shape import ModelShape
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.errors import ConfigError
@@ -16,22 +14,13 @@ _ROWS, _COLUMNS = 8, 16
 _LAYERS_IN_BF16 = 2  # the first and the last: see the row `fp8` in asft_nemo/nemo/precision.py
 
 
-def _gpu_there() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
-def _transformer_engine_there() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
 def fp8_missing() -> str | None:
     """What this machine lacks for FP8, in words; None where it has all. Imports nothing heavy."""
-    on_cpu = os.environ.get("ASFT_DEVICE", "").lower() == "cpu"
     lacks = [
         what
         for what, there in (
-            ("GPU", _gpu_there() and not on_cpu),
-            ("Transformer Engine", _transformer_engine_there()),
+            ("GPU", machine.gpu_count() > 0),
+            ("Transformer Engine", machine.part("transformer_engine").there()),
         )
         if not there
     ]

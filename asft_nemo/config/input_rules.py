@@ -10,6 +10,7 @@ from pathlib import Path
 from asft_nemo.config import fp8
 from asft_nemo.config.facts import Facts, Rule
 from asft_nemo.config.hub_ids import hub_id
+from asft_nemo.config.machine import gpu_count
 
 
 def _data_files(facts: Facts) -> Iterator[str]:
@@ -23,7 +24,7 @@ def _data_files(facts: Facts) -> Iterator[str]:
 
 def _machine(facts: Facts) -> Iterator[str]:
     world, cores = facts.run.run.world_size, os.cpu_count() or 1
-    gpus = 0 if os.environ.get("ASFT_DEVICE") == "cpu" else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    gpus = gpu_count()
     most = gpus or max(16, 4 * cores)
     if world > most:
         have = f"{gpus} GPUs" if gpus else f"{cores} CPU cores, at most {most} ranks"

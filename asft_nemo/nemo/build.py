@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from asft_nemo.nemo.compat import AnchoredStrategy
 from asft_nemo.nemo.datamodule import AnchoredDataModule
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, ASFTModel
 from asft_nemo.nemo.keep import Keep
+from asft_nemo.nemo.layer_spec import kernels_line
 from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.optim import WarmupSchedule
@@ -32,6 +34,8 @@ from asft_nemo.nemo.references import Frozen, reference_builder, snapshot_builde
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.summary import SummaryCallback
 from asft_nemo.run_dir import adapter_description, initial_adapters
+
+logger = logging.getLogger(__name__)
 
 # Kernels that only exist on a GPU; Megatron's own defaults serve there.
 _CPU_ONLY: dict[str, Any] = {
@@ -193,6 +197,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
     run_dir = Path(run.run.dir)
     config = model_config(run, spec)
     max_steps = data.max_steps
+    logger.info(kernels_line())
     model = ASFTModel(config, optim=optimizer(run, max_steps))
     module = AnchoredDataModule(
         data.train,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from asft_nemo.config.machine import version_of
 from asft_nemo.cpu import backend
 from asft_nemo.cpu.norm import RMSNorm
 from asft_nemo.nemo.context_parallel import GatheredAttention
-
-logger = logging.getLogger(__name__)
 
 
 def uses_transformer_engine() -> bool:
@@ -24,6 +22,18 @@ def uses_transformer_engine() -> bool:
     except ImportError:
         return False
     return True
+
+
+def kernels_line() -> str:
+    """Which layers and which Adam this process uses, and why not the fused ones; `asft doctor` says it of a machine."""
+    from megatron.core import optimizer
+
+    if uses_transformer_engine():
+        layers = f"Transformer Engine {version_of('transformer-engine') or ''}".rstrip()
+    else:
+        layers = f"Megatron's local ones ({'CPU ranks' if backend.active() else 'no Transformer Engine'})"
+    adam = optimizer.Adam
+    return f"layers: {layers}; Adam: {adam.__module__.partition('.')[0]}'s {adam.__name__}"
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from asft_nemo.config import fp8
+from asft_nemo.config import machine as parts
 from asft_nemo.config.schema import RunConfig, replace
 from asft_nemo.errors import ConfigError
 from asft_nemo.launch_local import launch_cache
@@ -25,8 +26,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets what this machine seems to have."""
 
     def have(*, gpu: bool, transformer_engine: bool) -> None:
-        monkeypatch.setattr(fp8, "_gpu_there", lambda: gpu)
-        monkeypatch.setattr(fp8, "_transformer_engine_there", lambda: transformer_engine)
+        monkeypatch.setattr(parts, "gpu_count", lambda: int(gpu and not parts.forced_to_cpu()))
+        monkeypatch.setattr(parts.Part, "there", lambda self: transformer_engine)
         monkeypatch.delenv("ASFT_DEVICE", raising=False)
 
     return have

@@ -1,0 +1,133 @@
+"""asft doctor: what this machine has, what is missing, and what is used instead."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from asft_nemo.commands.output import DONE, MENDABLE, Add, answer
+from asft_nemo.config import machine
+from asft_nemo.config.paths import project_dir
+
+_NEEDED = ("torch", "nemo_toolkit", "megatron-core", "transformers", "safetensors", "nemo_run")
+_PYTHON = (3, 11)
+_FREE_BYTES = 20 << 30  # a base, a checkpoint and an export of a 1.5B model
+
+
+class Finding(NamedTuple):
+    """One line: what was looked at, what is there, and whether it must be mended before anything works."""
+
+    what: str
+    found: str
+    wrong: bool = False
+
+
+def add_doctor(add: Add) -> None:
+    """Adds the command."""
+    add("doctor", _doctor, "what this machine has, what is missing, and what is used instead")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    findings = [*_machine(), *_packages(), *_optional(), *_launchers()]
+    wrong = [finding for finding in findings if finding.wrong]
+    width = max(len(finding.what) for finding in findings) + 2
+    lines = [
+        f"{'!' if finding.wrong else ' '} {finding.what:<{width}}{finding.found}" for finding in findings
+    ]
+    verdict = f"{len(wrong)} of these must be mended (marked !)" if wrong else "nothing needs mending"
+    values: dict[str, Any] = {"findings": [finding._asdict() for finding in findings], "wrong": len(wrong)}
+    answer(arguments, values, "\n".join([*lines, verdict]))
+    return MENDABLE if wrong else DONE
+
+
+def _machine() -> list[Finding]:
+    python = platform.python_version()
+    fits = sys.version_info[:2] == _PYTHON
+    cure = "" if fits else f": the pins are for Python {'.'.join(map(str, _PYTHON))}, make .venv with it"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = shutil.disk_usage(Path.cwd()).free
+    low = "" if free >= _FREE_BYTES else ", too little for checkpoints of any real model"
+    return [
+        Finding("system", f"{platform.system()} {platform.machine()}, {platform.node()}"),
+        Finding("Python", f"{python}{cure}", wrong=not fits),
+        Finding("cores, memory", f"{len(os.sched_getaffinity(0))}, {_gigabytes(memory)}"),
+        Finding("free disk here", f"{_gigabytes(free)}{low}"),
+        Finding("GPUs", _gpus()),
+    ]
+
+
+def _gpus() -> str:
+    """The GPUs by name, asked of torch, which must be able to use them."""
+    if machine.forced_to_cpu():
+        return "left alone, for ASFT_DEVICE=cpu: everything runs on CPU ranks (gloo), to try it and not for speed"
+    count = machine.gpu_count()
+    if not count:
+        return "none: everything runs on CPU ranks (gloo), to try it and not for speed"
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"{count} that torch {torch.__version__} cannot use: install a build of torch for CUDA, or update the driver"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    major, minor = torch.cuda.get_device_capability()
+    fp8 = "FP8" if (major, minor) >= (8, 9) else "no FP8"
+    return f"{', '.join(f'{names.count(name)} x {name}' for name in dict.fromkeys(names))}, compute capability {major}.{minor} ({fp8})"
+
+
+def _packages() -> list[Finding]:
+    """What nothing works without, beside the pins of this checkout."""
+    pins = _pins()
+    found = []
+    for name in _NEEDED:
+        version, pinned = machine.version_of(name), pins.get(_normal(name))
+        if version is None:
+            found.append(Finding(name, "missing: make venv", wrong=True))
+        elif pinned is not None and version.partition("+")[0] != pinned:
+            found.append(Finding(name, f"{version}, but {pinned} is what was tested: make venv", wrong=True))
+        else:
+            found.append(Finding(name, version))
+    return found
+
+
+def _pins() -> dict[str, str]:
+    """Pinned versions by distribution; empty outside a checkout."""
+    file = project_dir() / "requirements" / "base.txt"
+    if not file.is_file():
+        return {}
+    pairs = re.findall(r"^([\w.-]+)==([\w.]+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {_normal(name): version for name, version in pairs}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _optional() -> list[Finding]:
+    found = []
+    for row in machine.OPTIONAL:
+        if row.there():
+            found.append(Finding(row.name, f"{row.version() or 'there'}: {row.gives}"))
+        else:
+            found.append(Finding(row.name, f"missing, so {row.without}"))
+    return found
+
+
+def _launchers() -> list[Finding]:
+    """Programs of clusters and containers that are on the path."""
+    rows = (
+        ("Slurm", ("sbatch", "srun", "squeue")),
+        ("containers", ("docker", "podman", "apptainer", "enroot")),
+    )
+    return [
+        Finding(what, ", ".join(name for name in programs if shutil.which(name)) or "none on the path")
+        for what, programs in rows
+    ]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

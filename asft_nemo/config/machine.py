@@ -1,0 +1,74 @@
+"""What this machine has: GPUs, and packages that are used where they are and replaced where they are not. Imports none of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """A package that may be missing.
+
+    Attributes:
+        name: of its distribution.
+        module: what is imported.
+        gives: what it is used for.
+        without: what happens where it is missing.
+    """
+
+    name: str
+    module: str
+    gives: str
+    without: str
+
+    def there(self) -> bool:
+        """Whether it is installed; whether it works shows at its first use."""
+        return importlib.util.find_spec(self.module) is not None
+
+    def version(self) -> str | None:
+        """Its version, None where it is not installed or does not say."""
+        return version_of(self.name)
+
+
+OPTIONAL: tuple[Part, ...] = (
+    Part(
+        "transformer-engine",
+        "transformer_engine",
+        "fused layers and attention in bf16 and FP8, packed rows by their lengths (THD), fused Adam",
+        "layers are Megatron's local ones in bf16 or fp32; no FP8",
+    ),
+    Part("apex", "apex", "fused Adam where Transformer Engine is missing", "the optimizer is torch's AdamW"),
+    Part(
+        "triton",
+        "triton",
+        "one kernel for the loss's statistics on a GPU",
+        "the loss is made of torch's own kernels",
+    ),
+    Part("vllm", "vllm", "asft eval --backend vllm", "asft eval --backend hf"),
+)
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution, None where there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def part(module: str) -> Part:
+    """The row of `OPTIONAL` with this module."""
+    return next(row for row in OPTIONAL if row.module == module)
+
+
+def forced_to_cpu() -> bool:
+    """Whether ASFT_DEVICE=cpu leaves the GPUs alone."""
+    return os.environ.get("ASFT_DEVICE", "").lower() == "cpu"
+
+
+def gpu_count() -> int:
+    """GPUs that the driver shows; 0 with ASFT_DEVICE=cpu."""
+    return 0 if forced_to_cpu() else len(list(Path("/dev").glob("nvidia[0-9]*")))
