@@ -4,8 +4,9 @@
     python tools/bench_prepare.py --big 2000000000 --scratch /big/disk --out benchmarks/results --name cpu_prepare_big
 
 The rows are GSM8K's (`ASFT_DATA_DIR`, by default ../shared/data), repeated; the tokenizer is a byte-level BPE of 16384 tokens, trained here on the
-same rows, with the splitting of Qwen2's. Every measurement is a process of its own, rounds alternate, and the clocks (on the wall, and
-of all processes' processor time) run from the JSON Lines file to the tokens on disk, without Python's imports. All tokenise with one thread a process. What is compared:
+same rows, with the splitting of Qwen2's (with --big, one whose tokens are words, which is quicker). Every round is a process of its own in which
+the methods take turns. The clocks, on the wall and of all processes' processor time, run from the JSON Lines file to the tokens on disk, without
+Python's imports. All tokenise with one thread a process. What is compared:
 
 * `prepare`: tokens, learned spans, row numbers, bad rows reported.
 * `map`: `Dataset.from_json`, then for each row the alpaca text and `tokenizer(text)`; no loss mask.
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--note", default="", help="what else ran, for the record")
     parser.add_argument("--name", default="bench_prepare")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)  # method, processes, scratch, target
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)  # processes, scratch, target
     return parser
 
 
@@ -174,10 +175,9 @@ def run_map(scratch: Path, target: Path, processes: int, method: str) -> None:
     )
 
 
-def child(method: str, processes: int, scratch: Path, target: Path) -> None:
-    """One measurement: prints its seconds, on the wall and of the processors."""
+def child(processes: int, scratch: Path, target: Path) -> None:
+    """One round: prints each method's seconds, on the wall and of the processors."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    target.mkdir()
     import datasets  # noqa: F401
     from transformers import AutoTokenizer
 
@@ -186,14 +186,17 @@ def child(method: str, processes: int, scratch: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(
         scratch / "tokenizer"
     )  # so that nobody's clock runs while transformers is imported
-    started, before = time.perf_counter(), os.times()
-    if method == "prepare":
-        run_prepare(scratch, target / "out", processes)
-    else:
-        run_map(scratch, target, processes, method)
-    seconds, after = time.perf_counter() - started, os.times()
-    processor = sum(after[:4]) - sum(before[:4])  # of this process and of those that have ended
-    print(json.dumps({"wall": seconds, "processor": processor}))
+    for method in METHODS:
+        folder = target / method.replace(" ", "_")
+        folder.mkdir()
+        started, before = time.perf_counter(), os.times()
+        if method == "prepare":
+            run_prepare(scratch, folder / "out", processes)
+        else:
+            run_map(scratch, folder, processes, method)
+        seconds, after = time.perf_counter() - started, os.times()
+        processor = sum(after[:4]) - sum(before[:4])  # of this process and of those that have ended
+        print(json.dumps({"method": method, "wall": seconds, "processor": processor}))
 
 
 def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -206,16 +209,16 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
     for round_number in range(options.rounds):
         for count in options.processes:
-            for method in METHODS:
-                with tempfile.TemporaryDirectory(dir=scratch) as target:
-                    words = ["--child", method, str(count), str(scratch), f"{target}/t"]
-                    result = subprocess.run(
-                        [sys.executable, __file__, *words], check=True, capture_output=True, text=True
-                    )
-                found = json.loads(result.stdout.splitlines()[-1])
-                for clock, value in found.items():
-                    seconds[str(count)][method][clock].append(value)
-                log.info("round %d, %d processes: %s %s", round_number, count, method, found)
+            with tempfile.TemporaryDirectory(dir=scratch) as target:
+                words = ["--child", str(count), str(scratch), target]
+                result = subprocess.run(
+                    [sys.executable, __file__, *words], check=True, stdout=subprocess.PIPE, text=True
+                )
+            for line in result.stdout.splitlines():
+                found = json.loads(line)
+                log.info("round %d, %d processes: %s", round_number, count, found)
+                for clock, values in seconds[str(count)][found["method"]].items():
+                    values.append(found[clock])
     return {"rows": options.rows, "bytes": (scratch / "rows.jsonl").stat().st_size, "seconds": seconds}
 
 
@@ -291,8 +294,8 @@ def main(arguments: list[str]) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.child:
-        method, processes, scratch, target = options.child
-        child(method, int(processes), Path(scratch), Path(target))
+        processes, scratch, target = options.child
+        child(int(processes), Path(scratch), Path(target))
         return 0
     if options.out is None:
         parser.error("--out is needed")

@@ -307,6 +307,14 @@ def test_what_was_written_after_the_last_record_is_written_again(
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_a_tokenising_process_that_ends_by_itself_is_an_error(
+    model: Path, jsonl: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asft_nemo.data.workers.Setup.__call__", lambda self, task: os._exit(9))
+    with pytest.raises(DataError, match=r"a tokenising process ended by itself, .* with fewer --workers"):
+        made(model, tmp_path / "out", jsonl(*ROWS), workers=2)
+
+
 def test_only_one_call_writes_at_a_time(model: Path, jsonl: Writer, tmp_path: Path) -> None:
     file, out = jsonl(*ROWS[:9]), tmp_path / "out"
     made(model, out, file)
