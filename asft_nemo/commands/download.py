@@ -75,7 +75,7 @@ def _table(sets: dict[str, PublishedSet]) -> str:
     lines: list[str] = []
     for name, found in sets.items():
         sizes = [file.size for file in found.files]
-        size = f"{sum(size or 0 for size in sizes) / 1e6:.1f} MB" if all(sizes) else "size unknown"
+        size = f"{sum(size or 0 for size in sizes) / 1e6:.2f} MB" if all(sizes) else "size unknown"
         rows = f"{found.rows} rows" if found.rows else "rows unknown"
         checked = (
             "checksum known" if all(file.sha256 for file in found.files) else "checksum of the first download"

@@ -112,4 +112,5 @@ def _words(result: Result, out: Path) -> str:
     if result.unchanged:
         return f"{out} is up to date: {held}"
     again = f", {result.used_again} as before" if result.used_again else ""
-    return f"{held}\n{result.made} files tokenised{again}; train with data.train=[{out}]"
+    files = "file" if result.made == 1 else "files"
+    return f"{held}\n{result.made} {files} tokenised{again}; train with data.train=[{out}]"

@@ -57,7 +57,7 @@ class EntryCounts:
     learned_tokens: int = 0
 
     def add(self, length: int, learned: Sequence[bool], data: DataConfig) -> None:
-        """EntryCounts one usable row of `length` tokens; `learned` says of each whether it is part of a response."""
+        """Counts one usable row of `length` tokens; `learned` says of each whether it is part of a response."""
         most = data.sequence_length + 1  # the last token is only ever a label
         self.lengths[length] += 1
         if length > most:

@@ -21,6 +21,7 @@ from asft_nemo.data.templates import Rendered
 from asft_nemo.errors import DataError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 
@@ -112,14 +113,20 @@ class TextTokenizer:
         otherwise the response's first characters would not be.
         """
         encoded = self._marked.encode_batch([example.text for example in examples], add_special_tokens=False)
-        return [
-            self._assemble(example, found.ids, found.offsets)
-            for example, found in zip(examples, encoded, strict=True)
-        ]
+        return [self._assemble(example, found) for example, found in zip(examples, encoded, strict=True)]
 
-    def _assemble(self, example: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> Tokenized:
+    def _assemble(self, example: Rendered, found: Encoding) -> Tokenized:
+        ids: list[int] = list(found.ids)  # type: ignore[arg-type]
         if self._moved:
             ids = [self._moved.get(number, number) for number in ids]
+        learned = _learned_to_the_end(example, found, len(ids))
+        if learned is None:
+            learned = self._learned(example, ids, found.offsets)
+        begin, end = self.begin_ids if example.begin else [], [self.eos_id] if example.end else []
+        return Tokenized([*begin, *ids, *end], [*(False for _ in begin), *learned, *(True for _ in end)])
+
+    def _learned(self, example: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> list[bool]:
+        """Of every token whether it is learned, from the characters that each has."""
         # Several times as fast as an array of the pairs.
         places = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2)
         if OPEN in example.text:
@@ -131,10 +138,7 @@ class TextTokenizer:
             last = np.flatnonzero(places[:, 0] < stop)[-1:] if stop < len(example.text) else [len(ids) - 1]
             if len(first) and len(last):
                 learned[first[0] : last[0] + 1] = True
-        begin, end = self.begin_ids if example.begin else [], [self.eos_id] if example.end else []
-        return Tokenized(
-            [*begin, *ids, *end], [*(False for _ in begin), *learned.tolist(), *(True for _ in end)]
-        )
+        return learned.tolist()
 
     def _place_control_tokens(self, text: str, ids: list[int], places: np.ndarray) -> None:
         """Corrects the offsets of control tokens: one may swallow blanks beside it, whose place says nothing about whose it is."""
@@ -163,3 +167,16 @@ class TextTokenizer:
             if whole[start : start + len(bare)] == bare:
                 return whole[:start]
         return []
+
+
+def _learned_to_the_end(example: Rendered, found: Encoding, count: int) -> list[bool] | None:
+    """`TextTokenizer._learned` where one span reaches the end of a text without control tokens: the tokens from the first that holds the
+    span's first character. None where that is not so.
+
+    It asks for one character instead of having all offsets made into Python numbers, a tenth of the time.
+    """
+    if len(example.learned) != 1 or OPEN in example.text:
+        return None
+    ((start, stop),) = example.learned
+    first = found.char_to_token(start) if start < stop == len(example.text) else None
+    return None if first is None else [False] * first + [True] * (count - first)

@@ -32,7 +32,7 @@ def test_files_become_a_directory_once(
     assert prepare(rows, "--out", out, "--workers", 2) == 0
     said = capsys.readouterr().out
     assert said.startswith("9 rows, 9 examples, ")
-    assert f"1 files tokenised; train with data.train=[{out}]" in said
+    assert f"1 file tokenised; train with data.train=[{out}]" in said
     assert prepare(rows, "--out", out) == 0
     assert capsys.readouterr().out.startswith(f"{out} is up to date: 9 rows, 9 examples, ")
     assert cli.main(["data", "check", str(out), MODEL]) == 2

@@ -86,6 +86,19 @@ def test_every_response_character_is_learned_and_little_else(
     assert len(tail.encode()) <= len(response.encode()) + 3 * tail.count("�")
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=TEXTS, response=TEXTS)
+def test_one_character_tells_what_all_offsets_tell(
+    tokenizer: TextTokenizer, prompt: str, response: str
+) -> None:
+    """The short way to the learned tokens of a last span, beside the long one."""
+    rendered = render("raw", prompt, response)
+    [quick] = tokenizer.encode([rendered])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asft_nemo.data.tokenization._learned_to_the_end", lambda *_: None)
+        assert tokenizer.encode([rendered]) == [quick]
+
+
 def test_special_tokens_in_a_record_are_text(tokenizer: TextTokenizer) -> None:
     [example] = tokenizer.encode([render("raw", "say <|end|>", "x<|pad|>y<|end|>")])
     assert example.tokens.count(tokenizer.eos_id) == 1
