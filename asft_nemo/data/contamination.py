@@ -10,7 +10,11 @@ from typing import NamedTuple
 from asft_nemo.data.sources import BadRow, Record
 
 GRAM = 13  # words; the length GPT-3's authors looked for (Brown et al. 2020, appendix C)
+PART = 5  # words that a line or a paragraph must have to be taken for a question by itself, where nothing says that it is one
 _WORD = re.compile(r"\w+")
+_LABEL = re.compile(
+    r"\s*(?:question|problem|exercise|task|prompt|instruction|input|q)\s*[:.)]", re.IGNORECASE
+)
 
 
 class Contaminated(NamedTuple):
@@ -65,6 +69,13 @@ class EvaluationIndex:
                 return (*self._grams[gram], f"shares {GRAM} words in a row with")
         return None
 
+    def find_part(self, text: str) -> tuple[str, int, str] | None:
+        """The same for a question that is a line or a paragraph of its own, as in `Question: ...` above the options; short ones too."""
+        for part in _parts(text):
+            if part in self._whole:
+                return (*self._whole[part], "has a line that is")
+        return None
+
 
 def contaminated(records: Iterable[Record | BadRow], index: EvaluationIndex) -> Iterator[Contaminated]:
     """Rows of which any message holds an evaluation question; bad rows are passed over."""
@@ -78,7 +89,11 @@ def found_in(record: Record, index: EvaluationIndex) -> Contaminated | None:
     """The evaluation question that a message of the row holds, None where none does."""
     for message in record.conversation.messages:
         content = message["content"]
-        found = index.find(content) if isinstance(content, str) else None
+        if not isinstance(content, str):
+            continue
+        found = index.find(content)
+        if found is None and message["role"] != "assistant":
+            found = index.find_part(content)
         if found is not None:
             suite, row, why = found
             return Contaminated(record.file, record.line, suite, row, why)
@@ -88,3 +103,12 @@ def found_in(record: Record, index: EvaluationIndex) -> Contaminated | None:
 def _grams(words: list[str]) -> Iterator[str]:
     for start in range(len(words) - GRAM + 1):
         yield " ".join(words[start : start + GRAM])
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The words of every line and of every paragraph, without a label in front of it."""
+    for part in {*text.splitlines(), *re.split(r"\n\s*\n", text)}:
+        label = _LABEL.match(part)
+        words = normalised(part[label.end() :] if label else part)
+        if len(words) >= (1 if label else PART):
+            yield " ".join(words)

@@ -7,9 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
+from asft_eval.suites.questions import questions
 
 from asft_nemo import cli
-from asft_nemo.data.contamination import GRAM, EvaluationIndex
+from asft_nemo.data.contamination import GRAM, EvaluationIndex, found_in
+from asft_nemo.data.records import Conversation
+from asft_nemo.data.sources import Record
 
 LONG = "A farmer has 17 sheep and all but 9 of them run away through the open gate on a cold morning"
 
@@ -33,6 +36,45 @@ LONG = "A farmer has 17 sheep and all but 9 of them run away through the open ga
 def test_what_counts_as_the_same(text: str, found: bool) -> None:
     index = EvaluationIndex({"one": [LONG], "two": ["", "What is 2+2?"]})
     assert (index.find(text) is not None) == found
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("Question: What is 2+2?\n\nOptions:\nA. 3\nB. 4\n\nAnswer:", True),
+        ("Question: What is\n2+2?\n\nOptions:\nA. 3", True),
+        ("Answer briefly.\nQ: what is 2 + 2\nA:", True),
+        ("What is 2+2?\nAnswer with a number.", False),  # four words and no label: too little to tell
+        ("Which organ makes bile at night?\nAnswer in a word.", True),
+        ("Question: What is 2+3?\n\nOptions:\nA. 3", False),
+        ("Question: \n\nOptions:", False),
+    ],
+)
+def test_short_questions_inside_a_prompt(prompt: str, found: bool) -> None:
+    index = EvaluationIndex({"one": ["What is 2+2?", "Which organ makes bile at night?"]})
+    turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": "4"})
+    assert (found_in(Record(Conversation(turns), "f", 1, 0), index) is not None) == found
+    answer = ({"role": "user", "content": "Go on."}, {"role": "assistant", "content": prompt})
+    assert found_in(Record(Conversation(answer), "f", 1, 0), index) is None
+
+
+@pytest.mark.parametrize("suite", ["medmcqa", "medqa", "math500"])
+def test_a_suites_own_rows_are_found_and_no_others(
+    suite: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every question of a suite, as a row of training data asks it; and GSM8K's training rows, which no such suite asks."""
+    monkeypatch.setenv("ASFT_DATA_DIR", str(data_dir))
+    asked = questions(suite)
+    index = EvaluationIndex({suite: asked})
+    frame = "Question: {}\n\nOptions:\nA. yes\nB. no\n\nAnswer:"
+
+    def holds(prompt: str) -> bool:
+        turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": "A"})
+        return found_in(Record(Conversation(turns), "f", 1, 0), index) is not None
+
+    assert [text for text in asked if not holds(frame.format(text))] == []
+    rows = (data_dir / "math" / "gsm8k_train.jsonl").read_text().splitlines()[:2000]
+    assert sum(holds(json.loads(row)["question"]) for row in rows) <= 20
 
 
 def write(file: Path, rows: list[dict[str, str]]) -> Path:
