@@ -235,7 +235,7 @@ def _make(
 
     def jobs() -> Iterator[tuple[tuple[Source, PartWriter], Task | None]]:
         for source in missing:
-            making = source, PartWriter(out / _UNFINISHED / source.part)
+            making = source, PartWriter(out / _UNFINISHED / source.part, source=_state(source))
             for task in tasks(Path(source.name), data.fields, skip_rows=making[1].counts.rows):
                 yield making, task
             yield making, None
@@ -246,15 +246,22 @@ def _make(
             # Of a compressed file these are bytes in memory, so that it can seem done before it is.
             within = min(source.bytes, within + task.nbytes)
         else:
-            _refuse_changed(source)
+            _refuse_changed(source, writer)
             writer.finish(out / PARTS / source.part)
             before, within = before + source.bytes, 0
         progress(before + within, total, Path(source.name).name)
 
 
-def _refuse_changed(source: Source) -> None:
+def _state(source: Source) -> tuple[int, ...]:
+    """What shows that a file has been written to or replaced, even where its time was set back."""
     state = Path(source.name).stat()
-    if (state.st_size, state.st_mtime_ns) != (source.bytes, source.modified_ns):
+    return state.st_size, state.st_mtime_ns, state.st_ino, state.st_ctime_ns
+
+
+def _refuse_changed(source: Source, writer: PartWriter) -> None:
+    # Without the time of the last change of state, which a new name or other permissions set, too.
+    if _state(source)[:3] != (source.bytes, source.modified_ns, source.inode):
+        writer.discard()  # the next run could find the first bytes again, and its rows are others
         raise DataError(f"data file {source.name} has changed while it was read: run the command again")
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -114,12 +115,15 @@ class PartWriter:
 
     Args:
         folder: of the unfinished part; made where it is missing.
+        source: the state of the file that is read; what was made while it had another one is thrown away, for its rows can be others.
     """
 
-    def __init__(self, folder: Path):
-        self._folder, self._streams = folder, dict[str, IO[bytes]]()
+    def __init__(self, folder: Path, *, source: Sequence[int]):
+        self._folder, self._source, self._streams = folder, list(source), dict[str, IO[bytes]]()
         folder.mkdir(parents=True, exist_ok=True)
         progress = _read_json(folder / _PROGRESS)
+        if progress and progress.get("source") != self._source:
+            progress = None
         self.counts = Counts(**progress["counts"]) if progress else Counts()
         sizes = progress["sizes"] if progress else dict.fromkeys(_FILES, 0)
         for name in _FILES:
@@ -152,11 +156,11 @@ class PartWriter:
         counts.bad += len(chunk.bad)
         counts.contaminated += len(chunk.contaminated)
         if time.monotonic() - self._saved >= _SAVE_SECONDS:
-            self._save(_PROGRESS)
+            self._save(_PROGRESS, {"source": self._source})
 
     def finish(self, target: Path) -> Counts:
         """Puts the part in its place."""
-        self._save(_PART)
+        self._save(_PART, {})
         self.close()
         target.parent.mkdir(exist_ok=True)
         self._folder.rename(target)
@@ -164,18 +168,23 @@ class PartWriter:
         _sync(target.parent)
         return self.counts
 
+    def discard(self) -> None:
+        """Removes what there is of the part."""
+        self.close()
+        shutil.rmtree(self._folder)
+
     def close(self) -> None:
         """Closes the files; what was appended since the last record of the progress is lost."""
         for stream in self._streams.values():
             stream.close()
 
-    def _save(self, name: str) -> None:
+    def _save(self, name: str, more: dict[str, Any]) -> None:
         sizes: dict[str, int] = {}
         for file, stream in self._streams.items():
             stream.flush()
             os.fsync(stream.fileno())
             sizes[file] = stream.tell()
-        write_json(self._folder / name, {"counts": asdict(self.counts), "sizes": sizes})
+        write_json(self._folder / name, {"counts": asdict(self.counts), "sizes": sizes, **more})
         self._saved = time.monotonic()
 
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from pyarrow import parquet
 from asft_nemo.config.schema import DataConfig, RunConfig, from_dict
 from asft_nemo.data import PackedDataset, SupervisedDataset, TextTokenizer, Tokenized, prepare
 from asft_nemo.data.contamination import EvaluationIndex
+from asft_nemo.data.digests import digest
 from asft_nemo.data.fingerprint import files_fingerprint
 from asft_nemo.data.preparation import Result, Suites, prepare_files
 from asft_nemo.data.store import Part, PartWriter
@@ -304,6 +306,44 @@ def test_what_was_written_after_the_last_record_is_written_again(
     done: list[int] = []
     made(model, out, file, progress=lambda bytes_done, total, name: done.append(bytes_done))
     assert len(done) == 9 - 3 + 1  # chunks of 60 rows in sevens, less those recorded, and the end
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ends", ["refused", "killed"])
+def test_rows_of_other_bytes_are_not_gone_on_with(
+    model: Path, jsonl: Writer, tmp_path: Path, ends: str
+) -> None:
+    """A file is overwritten after its digest was taken and restored, its time too, after the run has ended."""
+    file, other, out = jsonl(*ROWS), jsonl(*ROWS[::-1], name="other.jsonl"), tmp_path / "out"
+    whole = made(model, tmp_path / "whole", file)
+    before, times = file.read_bytes(), file.stat()
+    set_back = (times.st_atime_ns, times.st_mtime_ns)
+    read_as_other = 0
+
+    def overwrite(done: int, total: int, name: str) -> None:
+        nonlocal read_as_other
+        read_as_other += 1
+        if ends == "killed" and read_as_other == 3:
+            raise KeyboardInterrupt
+
+    def digest_then_overwrite(path: Path) -> bytes:
+        found = digest(path)
+        path.write_bytes(other.read_bytes())
+        if ends == "killed":
+            os.utime(path, ns=set_back)  # not even the time shows it
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asft_nemo.data.preparation.digest", digest_then_overwrite)
+        expected = KeyboardInterrupt if ends == "killed" else DataError
+        with pytest.raises(expected, match=None if ends == "killed" else "has changed while it was read"):
+            made(model, out, file, progress=overwrite)
+    assert read_as_other >= 3
+    assert bool(list(out.glob("unfinished/*/progress.json"))) == (ends == "killed")
+    time.sleep(0.02)  # more than the file system's tick
+    file.write_bytes(before)
+    os.utime(file, ns=set_back)
+    assert made(model, out, file).manifest.total() == whole.manifest.total()
     assert contents(out) == contents(tmp_path / "whole")
 
 

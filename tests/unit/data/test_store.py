@@ -24,7 +24,7 @@ def test_examples_come_out_as_they_went_in(chunks: list[list[list[bool]]], most:
         for chunk in chunks
     ]
     with tempfile.TemporaryDirectory() as folder:
-        writer = PartWriter(Path(folder) / "unfinished")
+        writer = PartWriter(Path(folder) / "unfinished", source=(1, 2))
         for chunk in examples:
             # Every second row is a bad one.
             places = [(2 * i, 10 + i) for i in range(len(chunk))]
