@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(:(?P<first>[\w.-]+))?(:(?P<second>[\w.-]+))?")
@@ -19,9 +20,11 @@ class HubId(NamedTuple):
 
 
 def hub_id(name: str) -> HubId | None:
-    """What an entry names on the hub; None where it does not have the form of an id. Whether a file of this name exists is asked before."""
+    """What an entry names on the hub; None where it does not have the form of an id, or its first part is a folder here, so that a mistyped
+    path asks no hub. Whether a file of this name exists is asked before.
+    """
     found = _ID.fullmatch(name)
-    if found is None or _FILE.search(name) or name.startswith("."):
+    if found is None or _FILE.search(name) or name.startswith(".") or Path(found["repo"]).parent.is_dir():
         return None
     first, second = found["first"], found["second"]
     if second is not None:

@@ -141,3 +141,10 @@ def test_what_is_not_cached_is_fetched_once(cache: Path, monkeypatch: pytest.Mon
     hub_files.cache_clear()  # as another process
     assert expand("openai/gsm8k:main:train") == first
     assert asked == [("openai/gsm8k", "main", "train", False)]
+
+
+def test_a_mistyped_path_is_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("data/gsm8k") is None
+    assert hub_id("openai/gsm8k") is not None
