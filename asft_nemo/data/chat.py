@@ -48,6 +48,19 @@ class _Turn:
     ended: bool
 
 
+@dataclass(frozen=True)
+class _NoClock:
+    """Stands for transformers' `strftime_now`, whose date no fingerprint and no cache could know."""
+
+    folder: str
+
+    def __call__(self, *_: Any, **__: Any) -> str:
+        raise DataError(
+            f"the chat template of the tokenizer in {self.folder} writes the present date (strftime_now), so that the same rows have other tokens "
+            "on another day: write a fixed date into the template in its place, or take it out and give the date in the rows' system messages"
+        )
+
+
 class ChatTemplate:
     """Renders conversations as the tokenizer's chat template says.
 
@@ -66,7 +79,11 @@ class ChatTemplate:
                 "data.template=alpaca or raw"
             )
         self._source = tokenizer.get_chat_template()
-        self._values: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        # A name given here goes before transformers' own of the same name.
+        self._values: dict[str, Any] = {
+            **tokenizer.special_tokens_map,
+            "strftime_now": _NoClock(tokenizer.name_or_path),
+        }
         self._marks_turns = _GENERATION.search(self._source) is not None
         self._control = control_pattern(control)
         firsts = sorted({name[0] for name in control})
@@ -79,6 +96,9 @@ class ChatTemplate:
         Args:
             conversation: ends with an assistant's message.
             loss_on: `all_assistant` learns every assistant's turn whose `weight` is not 0, anything else the last one.
+
+        Raises:
+            DataError: the template writes the present date.
         """
         messages = [self._hide(message) for message in conversation.messages]
         tools = [self._hide(tool) for tool in conversation.tools] or None

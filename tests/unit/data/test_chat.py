@@ -200,6 +200,36 @@ def test_without_a_template_the_cure_is_said(tokenizer_dirs: dict[str, Path]) ->
         with_template(tokenizer_dirs["gpt2_like"], None).chat_template()
 
 
+# Llama 3.2's habit: a date that is set is taken, otherwise that of today.
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{{ '<|im_start|>system\nToday is ' ~ date_string ~ '<|im_end|>\n' }}" + CHATML
+)
+
+
+@pytest.mark.parametrize("mark", [False, True], ids=["prompted", "marked"])
+def test_a_template_that_writes_the_present_date_is_refused(
+    tokenizer_dirs: dict[str, Path], mark: bool
+) -> None:
+    template = DATED.replace(CHATML, MARKED) if mark else DATED
+    chat = with_template(tokenizer_dirs["gpt2_like"], template).chat_template()
+    with pytest.raises(
+        DataError, match=r"writes the present date \(strftime_now\).*: write a fixed date into"
+    ):
+        chat.render(talk("a", "The"), "response")
+
+
+@pytest.mark.parametrize(
+    "template", ["{# strftime_now #}" + CHATML, "{% set date_string = '26 Jul 2024' %}" + DATED]
+)
+def test_a_template_that_does_not_ask_for_the_date_is_taken(
+    tokenizer_dirs: dict[str, Path], template: str
+) -> None:
+    tokenizer = with_template(tokenizer_dirs["gpt2_like"], template)
+    text = tokenizer.decode(encoded(tokenizer, talk("a", "The")).tokens)
+    assert ("Today is 26 Jul 2024<|im_end|>" in text) == ("Jul" in template)
+
+
 def test_the_shipped_models_template() -> None:
     tokenizer = TextTokenizer.load(Path(__file__).parents[3] / "assets" / "tiny-base")
     example = encoded(tokenizer, talk("copy KTAB:", "KTAB"))
