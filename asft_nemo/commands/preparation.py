@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from asft_nemo.errors import UserError
 
 if TYPE_CHECKING:
     from asft_nemo.data.preparation import Result, Suites
+
+_TEMPLATES = ("data.templates", "data.validation_templates")
 
 
 def add_prepare(kinds: Any, common: argparse.ArgumentParser) -> None:
@@ -53,7 +56,12 @@ def _workers(text: str) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
+    # Ahead of the run's own rules, which would ask for as many templates as there are entries.
+    named = [word.partition("=")[0] for word in arguments.words if not word.endswith("=[]")]
+    _refuse_templates([key for key in _TEMPLATES if key in named])
     files, run = files_and_run(arguments.words, command="asft data prepare")
+    in_recipe = (run.data.templates, run.data.validation_templates)
+    _refuse_templates([key for key, value in zip(_TEMPLATES, in_recipe, strict=True) if value])
     from asft_nemo.data.preparation import prepare_files
 
     names = arguments.drop_contaminated
@@ -69,6 +77,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
         )
     answer(arguments, _values(result, arguments.out), _words(result, arguments.out))
     return DONE
+
+
+def _refuse_templates(keys: Sequence[str]) -> None:
+    if keys:
+        raise UserError(
+            f"asft data prepare makes one domain with one template, data.template, and takes no {keys[0]}: set {keys[0]}=[] or leave it "
+            "out, and prepare each domain into a directory of its own with data.template=..."
+        )
 
 
 def _suites(names: str) -> Suites:

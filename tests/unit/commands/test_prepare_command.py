@@ -65,6 +65,18 @@ def test_the_answer_as_json(rows: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["nowhere.jsonl", "--out", "{out}"], "nowhere.jsonl does not exist"),
         (["{rows}", "--out", "{out}", "data.fields.messages=chat"], "9 bad rows: correct them, or set"),
         (["{rows}", "--out", "{out}", "data.template=chatty"], "data.template=chatty"),
+        (
+            ["{rows}", "{rows}", "--out", "{out}", "data.templates=[raw,alpaca]"],
+            "takes no data.templates: set",
+        ),
+        (
+            ["{rows}", "--out", "{out}", "data.templates=[raw,alpaca]"],
+            "a directory of its own with data.template",
+        ),
+        (
+            ["{rows}", "--out", "{out}", "data.validation_templates=[raw]"],
+            "takes no data.validation_templates: set",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_ends_with_two(
