@@ -102,9 +102,13 @@ def pieces(path: Path) -> Pieces:
     except OSError as error:
         if error.strerror is None:  # of Arrow's codecs, not of the system
             raise _damaged(path, error) from error
-        raise DataError(
-            f"data file {path} cannot be read ({error.strerror}): correct its permissions"
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str | Path, error: OSError) -> DataError:
+    """The error about a file that the system does not let us read."""
+    cure = "put it back" if isinstance(error, FileNotFoundError) else "correct its permissions"
+    return DataError(f"data file {path} cannot be read ({error.strerror or error}): {cure}")
 
 
 def parse(raw: bytes) -> dict[str, Any] | str:

@@ -7,6 +7,7 @@ has changed, after a run that ended in between, after one that was refused for i
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,7 +24,7 @@ import asft_nemo
 from asft_nemo.config.schema import DataConfig
 from asft_nemo.data.contamination import EvaluationIndex
 from asft_nemo.data.digests import digest
-from asft_nemo.data.files import expand
+from asft_nemo.data.files import expand, unreadable
 from asft_nemo.data.manifest import VERSION, Manifest, Source, read_manifest, settings_of, tokenizer_of
 from asft_nemo.data.sources import BadRow, refuse_bad_rows
 from asft_nemo.data.store import BAD_ROWS, PARTS, Counts, Part, PartWriter, is_prepared
@@ -33,6 +34,7 @@ from asft_nemo.errors import DataError
 
 _UNFINISHED = "unfinished"
 _LOCK = ".lock"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _SETTLED_NS = 2_000_000_000  # a file that changes again within a file system's tick keeps its time
 
 Progress = Callable[[int, int, str], None]
@@ -140,6 +142,12 @@ def _locked(out: Path) -> Iterator[int]:
             raise DataError(
                 f"another asft data prepare is writing to {out}: wait until it has ended, or give another --out"
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise DataError(
+                f"the file system of {out} has no locks ({error.strerror}), which keep two calls apart: give another --out"
+            ) from error
         yield lock
     finally:
         os.close(lock)
@@ -165,7 +173,7 @@ def _draft(
     whole: dict[str, Any] = {
         "version": VERSION,
         "settings": settings_of(data),
-        "tokenizer": tokenizer_of(tokenizer_dir, data.template),
+        "tokenizer": _tokenizer(tokenizer_dir, data.template),
         "suites": None if suites is None else suites.sha256,
     }
     return Manifest(
@@ -177,6 +185,15 @@ def _draft(
     )
 
 
+def _tokenizer(folder: str | Path, template: str) -> dict[str, str]:
+    try:
+        return tokenizer_of(folder, template)
+    except OSError as error:
+        raise DataError(
+            f"the tokenizer in {folder} cannot be read ({error.strerror or error}): correct its permissions"
+        ) from error
+
+
 def _source(path: Path, whole: dict[str, Any], before: Source | None) -> Source:
     try:
         state, now = path.stat(), time.time_ns()
@@ -186,9 +203,7 @@ def _source(path: Path, whole: dict[str, Any], before: Source | None) -> Source:
         else:
             source = replace(source, sha256=digest(path).hex())
     except OSError as error:
-        raise DataError(
-            f"data file {path} cannot be read ({error.strerror}): correct its permissions"
-        ) from error
+        raise unreadable(path, error) from error
     # Arrow's stream format is told by the name alone.
     decides = {**whole, "source": source.sha256, "arrow": path.suffix == ".arrow"}
     return replace(source, part=hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest())
@@ -254,7 +269,10 @@ def _make(
 
 def _state(source: Source) -> tuple[int, ...]:
     """What shows that a file has been written to or replaced, even where its time was set back."""
-    state = Path(source.name).stat()
+    try:
+        state = Path(source.name).stat()
+    except OSError as error:
+        raise unreadable(source.name, error) from error
     return state.st_size, state.st_mtime_ns, state.st_ino, state.st_ctime_ns
 
 

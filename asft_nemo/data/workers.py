@@ -165,7 +165,12 @@ def processes(count: int, setup: Setup, *, close: int) -> Iterator[Run]:
         count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(setup, close)
     )
     # All processes start with the first job: here, before the parent reads with libraries that have threads.
-    pool.submit(os.getpid)
+    try:
+        pool.submit(os.getpid)
+    except OSError as error:
+        raise DataError(
+            f"{count} tokenising processes cannot be started ({error.strerror or error}): give fewer --workers"
+        ) from error
     try:
         yield lambda jobs: _shared(jobs, pool, window=2 * count + 2)
     finally:

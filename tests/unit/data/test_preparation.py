@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import gzip
 import json
@@ -363,6 +364,40 @@ def test_only_one_call_writes_at_a_time(model: Path, jsonl: Writer, tmp_path: Pa
         with pytest.raises(DataError, match="another asft data prepare is writing to"):
             made(model, out, file)
     assert made(model, out, file).unchanged
+
+
+def test_an_error_of_the_system_names_what_it_is_about(
+    model: Path, jsonl: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(done: int, total: int, name: str) -> None:
+        (tmp_path / name).unlink(missing_ok=True)
+
+    def fails(number: int) -> Callable[..., None]:
+        def call(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    file, out = jsonl(*ROWS), tmp_path / "out"
+    with pytest.raises(DataError, match=rf"^data file {file} cannot be read \(No such file .*: put it back$"):
+        made(model, out, file, progress=gone)
+    file = jsonl(*ROWS)
+    with monkeypatch.context() as patch:
+        for number in (errno.ENOSYS, errno.ENOTSUP):
+            patch.setattr("fcntl.flock", fails(number))
+            with pytest.raises(
+                DataError, match=f"the file system of {out} has no locks .*: give another --out"
+            ):
+                made(model, out, file)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fork", fails(errno.EAGAIN))
+        with pytest.raises(DataError, match=r"3 tokenising processes cannot be started .* fewer --workers"):
+            made(model, out, file, workers=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fails(errno.ENOSPC))
+        with pytest.raises(DataError, match=f"{out} cannot be written .*No space left.*: free space there"):
+            made(model, out, file)
+    assert made(model, out, file).manifest.total().rows == 60
 
 
 def test_a_directory_of_something_else_is_refused(model: Path, jsonl: Writer, tmp_path: Path) -> None:
