@@ -14,6 +14,7 @@ import pytest
 from asft_nemo.config.schema import DataConfig, FieldsConfig, RunConfig, from_dict
 from asft_nemo.data import BadRow, fingerprint, prepare, read_records
 from asft_nemo.data.fingerprint import template_fingerprint
+from asft_nemo.data.preparation import prepare_files
 from asft_nemo.errors import DataError
 
 Writer = Callable[..., Path]
@@ -141,6 +142,49 @@ def test_the_fingerprint_changes_only_where_entries_have_templates_of_their_own(
     given = [names(templates=("raw",)), names(templates=("chat",)), names(validation_templates=("raw",))]
     for number in (0, 1):
         assert len({names()[number], *(one[number] for one in given)}) == 4
+
+
+def test_with_templates_of_their_own_it_counts_which_file_is_in_which_entry(
+    tokenizer_dirs: dict[str, Path], jsonl: Writer, tmp_path: Path
+) -> None:
+    folder = tokenizer_dirs["gpt2_like"]
+    one, two, three = (jsonl(*ROWS[i : i + 2], name=f"{i}.jsonl") for i in range(3))
+
+    def together(name: str, *files: Path) -> Path:
+        (tmp_path / name).mkdir()
+        for file in files:
+            shutil.copy(file, tmp_path / name)
+        return tmp_path / name
+
+    left, right = together("left", one, two), together("right", two, three)
+    prepared = tmp_path / "prepared"
+    prepare_files(
+        [str(left)],
+        DataConfig(),
+        tokenizer_dir=folder,
+        out=prepared,
+        workers=1,
+        suites=None,
+        progress=lambda *_: None,
+    )
+
+    def names(*entries: Path, **changes: Any) -> tuple[str, str]:
+        key = "validation" if "validation_templates" in changes else "train"
+        data = DataConfig(**{key: tuple(map(str, entries))}, **changes)
+        return fingerprint(entries, data, tokenizer_dir=folder), template_fingerprint(data)
+
+    for key in ("templates", "validation_templates"):
+        own = {key: ("alpaca", "raw")}
+        first, second = names(left, three, **own), names(one, right, **own)
+        assert all(a != b for a, b in zip(first, second, strict=True))
+        assert names(prepared, three, **own) == first
+    assert names(left, three) == names(one, right) == names(one, two, three)
+    # one file an entry: as before the numbers of files counted
+    assert names(one, two, templates=("alpaca", "raw"))[1].endswith("templates=alpaca/raw, loss_on=response")
+    # only the entries that the templates are for
+    files = [str(one), str(left)], [str(one), str(one), str(two)]
+    data = DataConfig(train=(str(one),), templates=("raw",))
+    assert len({fingerprint(entries, data, tokenizer_dir=folder) for entries in files}) == 1
 
 
 def test_each_entry_has_its_own_template(tokenizer_dirs: dict[str, Path], jsonl: Writer) -> None:
