@@ -1,7 +1,8 @@
 """Fetches published sets: resumed, checked, and put in place whole or not at all.
 
 A file grows as `NAME.part` (files of the hub: in `.hub`, where huggingface_hub resumes them), is checked, and is then renamed. What was downloaded is
-written to `downloads.json`: where a set states no digest, the first download's counts from then on.
+written to `downloads.json`: where a set states no digest, that of the first download, or of the file that
+was there before it, counts from then on.
 """
 
 from __future__ import annotations
@@ -100,11 +101,13 @@ def _in_place(file: PublishedFile, out: Path, progress: Progress) -> Fetched:
     path = out / file.name
     if path.is_file():
         found = _digest(path)
-        if found == expected:
-            return Fetched(path, path.stat().st_size, found, file.sha256 is not None, fresh=False)
-        raise DataError(
-            f"{path} is not the published file (SHA-256 {found}): move it away and download again"
-        )
+        size = path.stat().st_size
+        if expected is None:  # put there by hand: from now on it counts as a first download does
+            _write_record(out, {**record, file.name: _entry(file, found, size)})
+        if expected in (None, found):
+            return Fetched(path, size, found, file.sha256 is not None, fresh=False)
+        which = "published file" if file.sha256 else "file that was there first"
+        raise DataError(f"{path} is not the {which} (SHA-256 {found}): move it away and download again")
     path.parent.mkdir(parents=True, exist_ok=True)
     _refuse_full_disk(file, out)
     part = _from_hub(file, out) if isinstance(file.source, Hub) else _from_web(file, path, progress)
@@ -118,7 +121,7 @@ def _in_place(file: PublishedFile, out: Path, progress: Progress) -> Fetched:
         )
     size = part.stat().st_size
     os.replace(part, path)
-    _write_record(out, {**record, file.name: {"sha256": found, "bytes": size, "source": str(file.source)}})
+    _write_record(out, {**record, file.name: _entry(file, found, size)})
     return Fetched(path, size, found, file.sha256 is not None, fresh=True)
 
 
@@ -263,6 +266,10 @@ def _record(out: Path) -> dict[str, Any]:
         raise DataError(
             f"{path} is damaged: delete it, and with it the digests of first downloads"
         ) from error
+
+
+def _entry(file: PublishedFile, sha256: str, size: int) -> dict[str, Any]:
+    return {"sha256": sha256, "bytes": size, "source": str(file.source)}
 
 
 def _write_record(out: Path, record: dict[str, Any]) -> None:

@@ -168,6 +168,26 @@ def test_without_a_published_checksum_the_first_download_counts(server: Server, 
     assert left(tmp_path) == {RECORD}
 
 
+def test_without_a_published_checksum_a_file_put_there_by_hand_counts(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "math" / "x.jsonl"
+    path.parent.mkdir()
+    path.write_text("mine")
+    file = published(server, sha256=None)
+    for _ in range(2):
+        found = fetch(file, tmp_path)
+        assert (found.size, found.sha256, found.known, found.fresh) == (
+            4,
+            hashlib.sha256(b"mine").hexdigest(),
+            False,
+            False,
+        )
+    assert json.loads((tmp_path / RECORD).read_text())["math/x.jsonl"]["sha256"] == found.sha256
+    assert server.asked == []
+    path.write_text("changed")
+    with pytest.raises(DataError, match=r"is not the file that was there first .*: move it away"):
+        fetch(file, tmp_path)
+
+
 def test_a_changed_file_in_place_is_not_overwritten(server: Server, tmp_path: Path) -> None:
     (tmp_path / "math").mkdir()
     (tmp_path / "math" / "x.jsonl").write_text("mine")
