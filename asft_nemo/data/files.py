@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 MOST_BYTES = 10 << 20  # of a line; longer ones are bad rows and never wholly in memory
-_BATCH = 1024  # rows of a Parquet file at once
+_BATCH, _BATCH_BYTES = 1024, 1 << 20  # rows of a Parquet file at once, and about how much of them
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".parquet")  # what a directory is searched for
 _ENCODINGS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, whose mark is a prefix of it
@@ -37,7 +37,7 @@ _ENCODINGS = (
 )
 
 Rows = Iterator[tuple[int, "dict[str, Any] | str"]]
-#: a row's number and its line, or the first row's number and an Arrow batch of at most `_BATCH` rows
+#: a row's number and its line, or the first row's number and an Arrow batch of at most `_BATCH` rows and, if more than one, `_BATCH_BYTES`
 Piece = tuple[int, "bytes | RecordBatch"]
 Pieces = Iterator[Piece]
 
@@ -215,9 +215,42 @@ def _numbered(batches: Iterable[RecordBatch]) -> Pieces:
     number = 1
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH):
-            part = batch.slice(start, _BATCH)
-            yield number, part
-            number += part.num_rows
+            for part in _halved(batch.slice(start, _BATCH)):
+                yield number, part
+                number += part.num_rows
+
+
+def _halved(batch: RecordBatch) -> Iterator[RecordBatch]:
+    """A batch in pieces of few bytes."""
+    shared = bytes_of(batch.slice(0, 0))  # dictionaries, which each slice has whole
+    if batch.num_rows > 1 and bytes_of(batch) - shared > _BATCH_BYTES:
+        half = batch.num_rows // 2
+        yield from _halved(batch.slice(0, half))
+        yield from _halved(batch.slice(half))
+    else:
+        yield _alone(batch)
+
+
+def _alone(batch: RecordBatch) -> RecordBatch:
+    """A batch without the memory around it, all of which would go to another process with it."""
+    import pyarrow
+
+    if batch.get_total_buffer_size() <= 2 * bytes_of(batch):
+        return batch
+    try:
+        return batch.take(pyarrow.array(range(batch.num_rows)))
+    except pyarrow.ArrowNotImplementedError:  # a type that cannot be taken from
+        return batch
+
+
+def bytes_of(batch: RecordBatch) -> int:
+    """Of an Arrow batch; of types whose slices cannot be measured, all the memory behind it."""
+    import pyarrow
+
+    try:
+        return batch.nbytes
+    except pyarrow.ArrowTypeError:
+        return batch.get_total_buffer_size()
 
 
 def _zip(path: Path) -> Pieces:

@@ -95,7 +95,7 @@ def tokenized_rows(
     files = list(files)
     records = read_records(files, data.fields)
     renderers = _renderers(data, tokenizer, entries=len(files))
-    for chunk in _chunks(records):
+    for chunk in in_chunks(records, characters=_CHUNK_CHARACTERS):
         yield from tokenize_records(chunk, renderers, tokenizer)
 
 
@@ -119,17 +119,19 @@ def tokenize_records(
             yield BadRow(record.file, record.line, "no token of it would be learned")
 
 
-def _chunks(records: Iterable[Record | BadRow]) -> Iterator[list[Record | BadRow]]:
-    """Records in lists short enough for their tokens to be in memory, however long the records are."""
+def in_chunks(records: Iterable[Record | BadRow], *, characters: int) -> Iterator[list[Record | BadRow]]:
+    """Records in lists short enough for their tokens to be in memory, however long the records are: a list ends with the record that
+    brings it to so many characters.
+    """
     chunk: list[Record | BadRow] = []
-    characters = 0
+    held = 0
     for record in records:
         chunk.append(record)
         if isinstance(record, Record):
-            characters += sum(len(message["content"]) for message in record.conversation.messages)
-        if len(chunk) == _CHUNK or characters >= _CHUNK_CHARACTERS:
+            held += sum(len(message["content"]) for message in record.conversation.messages)
+        if len(chunk) == _CHUNK or held >= characters:
             yield chunk
-            chunk, characters = [], 0
+            chunk, held = [], 0
     if chunk:
         yield chunk
 

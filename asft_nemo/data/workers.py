@@ -23,8 +23,8 @@ import numpy as np
 
 from asft_nemo.config.schema import DataConfig, FieldsConfig
 from asft_nemo.data.contamination import EvaluationIndex, found_in
-from asft_nemo.data.files import Piece, Pieces, decoded, pieces
-from asft_nemo.data.loading import renderer_of, tokenize_records
+from asft_nemo.data.files import Piece, Pieces, bytes_of, decoded, pieces
+from asft_nemo.data.loading import in_chunks, renderer_of, tokenize_records
 from asft_nemo.data.records import form_of
 from asft_nemo.data.sources import BadRow, empty_error, records_of
 from asft_nemo.data.store import LeftOut, TokenizedChunk, chunk_of
@@ -33,6 +33,9 @@ from asft_nemo.errors import DataError
 
 _CHUNK_BYTES = 1 << 20  # of rows handed over at once; one row can be 10 times as long
 _CHUNK_ROWS = 1024
+_ENCODED_CHARACTERS = (
+    1 << 18
+)  # tokenised at once: what the tokenizer tells of a text takes 100 times its memory
 _PARALLELISM = "TOKENIZERS_PARALLELISM"  # which the tokenizers library reads at every call
 Mark = TypeVar("Mark")
 
@@ -71,12 +74,17 @@ class Setup:
         """The rows of a task, tokenised."""
         form = None if task.fields is None else form_of(dict.fromkeys(task.fields), self._fields)
         rows = (row for piece in task.pieces for row in decoded(piece))
-        records = list(records_of(rows, self._fields, file=task.file, domain=0, form=form))
+        records = records_of(rows, self._fields, file=task.file, domain=0, form=form)
         examples: list[tuple[np.ndarray, np.ndarray]] = []
         places: list[tuple[int, int]] = []
         bad: list[LeftOut] = []
         contaminated: list[LeftOut] = []
-        for number, row in enumerate(tokenize_records(records, [self._renderer], self._tokenizer)):
+        tokenized = (
+            row
+            for some in in_chunks(records, characters=_ENCODED_CHARACTERS)
+            for row in tokenize_records(some, [self._renderer], self._tokenizer)
+        )
+        for number, row in enumerate(tokenized):
             if isinstance(row, BadRow):
                 bad.append((number, row.line, row.reason))
                 continue
@@ -121,7 +129,9 @@ def _groups(stream: Pieces, cut: int) -> Iterator[tuple[list[Piece], int, int]]:
     rows = nbytes = total = 0
     for piece in stream:
         content = piece[1]
-        count, size = (1, len(content)) if isinstance(content, bytes) else (content.num_rows, content.nbytes)
+        count, size = (
+            (1, len(content)) if isinstance(content, bytes) else (content.num_rows, bytes_of(content))
+        )
         group.append(piece)
         rows, nbytes, total = rows + count, nbytes + size, total + count
         if rows >= _CHUNK_ROWS or nbytes >= _CHUNK_BYTES or total == cut:

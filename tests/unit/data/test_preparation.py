@@ -30,6 +30,7 @@ from asft_nemo.data.digests import digest
 from asft_nemo.data.fingerprint import files_fingerprint
 from asft_nemo.data.preparation import Result, Suites, prepare_files
 from asft_nemo.data.store import Part, PartWriter
+from asft_nemo.data.workers import Setup, tasks
 from asft_nemo.errors import DataError
 
 Writer = Callable[..., Path]
@@ -520,6 +521,47 @@ def test_a_mapped_dataset_pickles_as_its_place(model: Path, jsonl: Writer, tmp_p
         < next(tmp_path.rglob("tokens.bin")).stat().st_size
     )
     assert_same_items(pickle.loads(pickled), dataset)
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_task_of_long_rows_is_small_in_every_format(
+    jsonl: Writer, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """In rows and bytes, also as it travels; with the same parts as from lines; the tokenizer gets some of it at a time."""
+    monkeypatch.setattr("asft_nemo.data.workers._CHUNK_ROWS", 1024)
+    monkeypatch.setattr("asft_nemo.data.files._BATCH", 1024)
+    long_rows = [{"instruction": "add " * 7500, "response": f"{number}"} for number in range(300)]
+    table, path = pyarrow.Table.from_pylist(long_rows), tmp_path / f"rows.{form}"
+    if form == "parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    found = list(tasks(path, DataConfig().fields, skip_rows=0))
+    assert sum(task.rows for task in found) == 300
+    assert max(task.nbytes for task in found) < 2 << 20
+    assert max(len(pickle.dumps(task)) for task in found) < 2.2 * (1 << 20)
+    resumed = list(tasks(path, DataConfig().fields, skip_rows=found[0].rows + found[1].rows))
+    assert [task.rows for task in resumed] == [task.rows for task in found[2:]]
+
+    most, encode = 0, TextTokenizer.encode
+
+    def watched(self: TextTokenizer, texts: Any) -> list[Tokenized]:
+        nonlocal most
+        most = max(most, sum(len(text.text) for text in texts))
+        return encode(self, texts)
+
+    setup = Setup(DataConfig(template="raw"), TextTokenizer.load(model), None)
+    monkeypatch.setattr(TextTokenizer, "encode", watched)
+    chunk = setup(found[0])
+    assert most <= (1 << 18) + 30_010
+    monkeypatch.setattr("asft_nemo.data.workers._CHUNK_BYTES", 1 << 30)
+    [lines] = tasks(jsonl(*long_rows[: found[0].rows]), DataConfig().fields, skip_rows=0)
+    expected = setup(lines)
+    assert (chunk.tokens.tobytes(), chunk.index.tobytes()) == (
+        expected.tokens.tobytes(),
+        expected.index.tobytes(),
+    )
 
 
 @pytest.mark.parametrize("megabytes", [3, 30])
