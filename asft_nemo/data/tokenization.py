@@ -71,7 +71,8 @@ class TextTokenizer:
         """Reads the tokenizer of a local Hugging Face directory; never asks a hub.
 
         Raises:
-            DataError: the directory has no tokenizer that can be read.
+            DataError: the directory has no tokenizer.json (from other files transformers would convert one, but fingerprints do not hold
+                those), or none that can be read.
         """
         from transformers import AutoTokenizer
 
@@ -79,12 +80,17 @@ class TextTokenizer:
             raise DataError(
                 f"{folder} is not a directory: give the Hugging Face directory that holds the tokenizer"
             )
+        if not (Path(folder) / "tokenizer.json").is_file():
+            raise DataError(
+                f"no tokenizer can be read from {folder}, for it has no tokenizer.json: add it, or make it from the other files with transformers' "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )
         try:
             return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
-                f"no tokenizer can be read from {folder} ({reason}): add its tokenizer.json"
+                f"no tokenizer can be read from {folder} ({reason}): correct its tokenizer.json"
             ) from error
 
     def refuse_smaller_model(self, vocab_size: int) -> None:

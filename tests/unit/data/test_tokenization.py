@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from asft_nemo.data import PROMPTS, TextTokenizer, Tokenized, render
 from asft_nemo.errors import DataError
@@ -134,8 +135,24 @@ def test_without_padding_token_the_end_token_pads(tokenizer_dirs: dict[str, Path
     assert tokenizer.pad_id == tokenizer.eos_id
 
 
+def test_a_folder_that_transformers_would_convert_is_refused(
+    tokenizer_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    model = json.loads((tokenizer_dirs["gpt2_like"] / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    names = dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<|end|>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **names}))
+    with pytest.raises(DataError, match=r"no tokenizer\.json: .*save_pretrained"):
+        TextTokenizer.load(tmp_path)
+    # the cure
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert TextTokenizer.load(tmp_path).size >= len(model["vocab"])
+
+
 def test_a_folder_without_tokenizer_says_what_to_add(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"tokenizer\.json"):
+    with pytest.raises(DataError, match=r"no tokenizer\.json: add it"):
         TextTokenizer.load(tmp_path)
     with pytest.raises(DataError, match="not a directory"):
         TextTokenizer.load(tmp_path / "nowhere")
