@@ -41,7 +41,7 @@ def _download(arguments: argparse.Namespace) -> int:
         fetched = download(files, arguments.out, progress=progress)
     lines = [
         f"{found.path}: {found.size} bytes, SHA-256 {found.sha256} "
-        f"({'as published' if found.known else 'of the first download, for none is published'})"
+        f"({'as published' if found.known else 'as first seen, for none is published'})"
         f"{'' if found.fresh else ', was there'}"
         for found in fetched
     ]

@@ -8,6 +8,7 @@ was there before it, counts from then on.
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import logging
@@ -76,12 +77,13 @@ def download(files: Sequence[PublishedFile], out: Path, *, progress: Progress) -
     """Puts files below `out`; those that are there and right are left alone.
 
     Raises:
-        DataError: a server cannot be reached or does not have a file, a file is not the one that was published, or the disk is full.
+        DataError: a server cannot be reached or does not have a file, a file is not the one that was published, or the folder cannot be
+            written.
     """
     from filelock import FileLock, Timeout
 
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / ".download.lock", timeout=0):
             fetched: list[Fetched] = []
             for file in files:
@@ -92,6 +94,8 @@ def download(files: Sequence[PublishedFile], out: Path, *, progress: Progress) -
             return fetched
     except Timeout as error:
         raise DataError(f"another download into {out} is under way: wait for it") from error
+    except OSError as error:
+        raise _unwritable(error, out) from error
 
 
 def _in_place(file: PublishedFile, out: Path, progress: Progress) -> Fetched:
@@ -254,6 +258,22 @@ def _unreachable(file: PublishedFile, out: Path, reason: str) -> DataError:
         f"{file.source} cannot be reached ({reason}): go online and run the command again, which goes on where it stopped, or fetch the "
         f"file elsewhere and put it into the folder as {file.name}"
     )
+
+
+def _unwritable(error: OSError, out: Path) -> DataError:
+    place = error.filename or out
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return DataError(
+            f"{place} is a file where a folder is needed: give another folder, or move the file away"
+        )
+    cure = (
+        "correct the permissions or give another folder"
+        if isinstance(error, PermissionError)
+        else "make room"
+    )
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM):
+        cure = "give another folder"
+    return DataError(f"{place} cannot be written ({error.strerror or error}): {cure}")
 
 
 def _record(out: Path) -> dict[str, Any]:

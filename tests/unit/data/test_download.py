@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -218,6 +220,30 @@ def test_no_server_is_one_sentence(tmp_path: Path) -> None:
         fetch(file, tmp_path)
 
 
+def test_a_folder_that_cannot_be_written_is_one_sentence(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "math").write_text("mine")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "below", tmp_path / "out"):
+        with pytest.raises(DataError, match="is a file where a folder is needed: give another folder"):
+            fetch(published(server), out)
+    for number, says in (
+        (errno.EACCES, r"other cannot be written \(Permission denied\): correct the permissions"),
+        (errno.ENOSPC, r"other cannot be written \(No space left on device\): make room"),
+        (errno.EROFS, r"other cannot be written \(Read-only file system\): give another folder"),
+    ):
+
+        def broken(*_: Any, number: int = number) -> None:
+            raise OSError(number, os.strerror(number), str(tmp_path / "other"))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module.os, "replace", broken)
+            with pytest.raises(DataError, match=says):
+                fetch(published(server), tmp_path / "other")
+
+
 def test_two_downloads_into_one_folder(server: Server, tmp_path: Path) -> None:
     from filelock import FileLock
 
@@ -317,6 +343,7 @@ def test_the_command(
         (["mine"], "give --out=DIR"),
         ([], "got no name"),
         (["x", "--out=y"], "no published set x"),
+        (["mine", f"--out={tmp_path / RECORD}"], "is a file where a folder is needed"),
     ):
         assert cli.main(["data", "download", *words]) == 2
         assert says in capsys.readouterr().err
