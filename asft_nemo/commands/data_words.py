@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from asft_nemo.config.schema import RunConfig
 
 
+_HELD_AGAINST = {
+    "data.train": ("data.templates", "data.weights"),
+    "data.validation": ("data.validation_templates", "trainer.validate_every"),
+}
+
+
 def files_and_run(words: Sequence[str], *, command: str) -> tuple[list[str], RunConfig]:
     """The files among the words, and the run that the other words describe.
 
@@ -33,8 +39,12 @@ def files_and_run(words: Sequence[str], *, command: str) -> tuple[list[str], Run
     # Only the data settings and the tokenizer matter here, so the rest of a run need not be spelt out.
     fill = ("recipe=tiny_cpu", "objective=sft")
     missing = [word for word in fill if word.partition("=")[0] not in given]
-    if "data.templates" in given:  # which is held against data.train
-        missing.append(f"data.train={json.dumps(files)}")
+    # What has a value for each entry is held against these.
+    for key, needed in _HELD_AGAINST.items():
+        if key not in given and given.intersection(needed):
+            missing.append(f"{key}={json.dumps(files)}")
+            if key == "data.validation" and "trainer.validate_every" not in given:
+                missing.append("trainer.validate_every=1")
     return files, compose([*missing, *settings], check_inputs=False)
 
 
