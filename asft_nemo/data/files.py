@@ -26,9 +26,12 @@ from asft_nemo.errors import DataError
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
-MOST_BYTES = 10 << 20  # of a line; longer ones are bad rows and never wholly in memory
+MOST_BYTES = (
+    10 << 20
+)  # of a line, or of a Parquet row's texts; longer ones are bad rows and never wholly in memory
 _BATCH, _BATCH_BYTES = 1024, 1 << 20  # rows of a Parquet file at once, and about how much of them
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".parquet")  # what a directory is searched for
+_TOO_LONG = f"longer than {MOST_BYTES >> 20} MiB: split it"
 _ENCODINGS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, whose mark is a prefix of it
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -81,7 +84,17 @@ def decoded(piece: Piece) -> Rows:
     if isinstance(content, bytes):
         yield number, parse(content)
     else:
-        yield from enumerate(content.to_pylist(), start=number)
+        most = bytes_of(content)  # hardly any row needs to be measured by itself
+        for place, row in enumerate(content.to_pylist(), start=number):
+            yield place, _TOO_LONG if most > MOST_BYTES < _text_bytes(row) else row
+
+
+def _text_bytes(value: Any) -> int:
+    """UTF-8 bytes of all texts in a row."""
+    if isinstance(value, str):
+        return len(value.encode())
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_text_bytes, inside))
 
 
 def pieces(path: Path) -> Pieces:
@@ -114,7 +127,7 @@ def unreadable(path: str | Path, error: OSError) -> DataError:
 def parse(raw: bytes) -> dict[str, Any] | str:
     """A line's object, or why it is none."""
     if len(raw) > MOST_BYTES:
-        return f"longer than {MOST_BYTES >> 20} MiB: split it"
+        return _TOO_LONG
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -136,6 +136,23 @@ def test_a_huge_line_is_a_bad_row_and_the_next_one_is_read(tmp_path: Path) -> No
     assert [record.line for record in (first, third, last) if isinstance(record, Record)] == [1, 3, 4]
 
 
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_huge_row_is_bad_in_parquet_and_arrow_too(tmp_path: Path, form: str) -> None:
+    talk = [{"role": "user", "content": "é" * (MOST_BYTES * 3 // 4)}, {"role": "assistant", "content": "b"}]
+    fitting = [{"role": "user", "content": "x" * (MOST_BYTES - 100)}, {"role": "assistant", "content": "b"}]
+    table = pyarrow.Table.from_pylist([{"messages": found} for found in (talk[1:], talk, fitting)])
+    path = tmp_path / f"rows.{form}"
+    if form == "parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    (_, first), huge, (_, last) = rows(path)
+    assert huge == (2, "longer than 10 MiB: split it")
+    assert isinstance(first, dict)
+    assert isinstance(last, dict)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
 def test_memory_is_bounded_by_the_line_not_by_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
