@@ -16,6 +16,7 @@ from asft_nemo.config.data_rules import DATA
 from asft_nemo.config.facts import Facts, Level, Rule
 from asft_nemo.config.input_rules import INPUTS
 from asft_nemo.config.model_shape import ModelShape, read_model_shape
+from asft_nemo.config.pipeline_rules import PIPELINE
 from asft_nemo.config.recipes import suggest
 from asft_nemo.config.schema import EvalConfig, RunConfig, data_parallel_size, num_microbatches, walk
 from asft_nemo.errors import ConfigError
@@ -216,6 +217,12 @@ def _ignored(facts: Facts) -> Iterator[str]:
         ),
         ("eval.", tuple(EvalConfig.__dataclass_fields__), True, "asft train; asft eval has its own options"),
         ("data.", ("max_bad_rows",), run.data.on_bad_row == "fail", "data.on_bad_row=fail"),
+        (
+            "recompute.",
+            ("method", "num_layers"),
+            run.recompute.granularity != "full",
+            f"recompute.granularity={run.recompute.granularity}",
+        ),
         ("trainer.", ("max_skips",), run.trainer.on_nonfinite == "stop", "trainer.on_nonfinite=stop"),
         ("optim.", ("min_lr_ratio",), run.optim.schedule == "constant", "optim.schedule=constant"),
         (
@@ -279,15 +286,6 @@ def _batches(facts: Facts) -> Iterator[str]:
         )
 
 
-def _virtual_stages(facts: Facts) -> Iterator[str]:
-    layout = facts.run.parallel
-    if layout.vpp_size is not None and layout.pp_size < 2:
-        yield (
-            f"parallel.vpp_size={layout.vpp_size} needs pipeline stages, got pp_size=1: "
-            "set parallel.vpp_size=null or parallel.pp_size=2"
-        )
-
-
 def _sequence_parallel(facts: Facts) -> Iterator[str]:
     layout, length = facts.run.parallel, facts.run.data.sequence_length
     if not layout.sequence_parallel:
@@ -323,22 +321,6 @@ def _model_heads(facts: Facts) -> Iterator[str]:
                 f"parallel.tp_size={tp_size} does not divide the model's {number} {what}: set one of "
                 f"{choices}"
             )
-
-
-def _model_layers(facts: Facts) -> Iterator[str]:
-    shape, layout = facts.shape, facts.run.parallel
-    if shape is None:
-        return
-    stages = layout.pp_size * (layout.vpp_size or 1)
-    if stages > 0 and shape.num_layers % stages:
-        virtual = f" x vpp_size={layout.vpp_size}" if layout.vpp_size else ""
-        fitting = ", ".join(
-            str(size) for size in range(1, shape.num_layers + 1) if shape.num_layers % size == 0
-        )
-        yield (
-            f"parallel.pp_size={layout.pp_size}{virtual} does not divide the model's {shape.num_layers} "
-            f"layers: choose them so that their product is one of {fitting}"
-        )
 
 
 def _model_positions(facts: Facts) -> Iterator[str]:
@@ -380,10 +362,9 @@ SETTINGS: tuple[Rule, ...] = (
     _world,
     _batches,
     *CONTEXT,
-    _virtual_stages,
+    *PIPELINE,
     _sequence_parallel,
     _model_heads,
-    _model_layers,
     _model_positions,
     _model_window,
     *DATA,

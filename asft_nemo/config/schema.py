@@ -149,6 +149,22 @@ class ParallelConfig(Section):
     vpp_size: int | None = None  # virtual stages per pipeline rank; None = no interleaving
     cp_size: int = 1
     sequence_parallel: bool = False
+    # Layers of the first and the last pipeline rank, all its virtual stages together; None = an equal share of what is left
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    # Instead: the embedding, and the loss with its head, count as one layer each where layers are shared out
+    account_for_embedding: bool = False
+    account_for_loss: bool = False
+
+
+@dataclass(unsafe_hash=True)
+class RecomputeConfig(Section):
+    """Activations that are computed again in backward instead of being kept; the names are Megatron's. The frozen reference keeps none."""
+
+    granularity: str = "none"  # none | selective = the attention's products alone | full = whole layers
+    # full only: uniform = all layers, in groups of num_layers that keep their input alone; block = the first num_layers of each stage
+    method: str = "uniform"
+    num_layers: int = 1
 
 
 @dataclass(unsafe_hash=True)
@@ -226,6 +242,7 @@ class RunConfig(Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     precision: str = "bf16"  # fp32 | bf16 | fp8_current | fp8_blockwise | fp8_delayed
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -106,6 +106,8 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
         batch_p2p_comm=layout.vpp_size is None,
         overlap_p2p_comm=layout.vpp_size is not None and not backend.active(),
         calculate_per_token_loss=True,
+        **pipeline_shares(run),
+        **_recompute(run),
         objective_name=run.objective.name,
         kl_weight=run.objective.kl_weight,
         kl_direction=run.objective.kl_direction,
@@ -117,6 +119,29 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
         validation_domains=_several(run.data.validation),
         adapters=adapter_spec(run),
     )
+
+
+def pipeline_shares(run: RunConfig) -> dict[str, Any]:
+    """Megatron's arguments for how layers are shared out over pipeline stages."""
+    layout = run.parallel
+    return {
+        "num_layers_in_first_pipeline_stage": layout.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": layout.last_stage_layers,
+        "account_for_embedding_in_pipeline_split": layout.account_for_embedding,
+        "account_for_loss_in_pipeline_split": layout.account_for_loss,
+    }
+
+
+def _recompute(run: RunConfig) -> dict[str, Any]:
+    """Megatron's arguments for activations that are computed again."""
+    asked = run.recompute
+    if asked.granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": asked.method,
+            "recompute_num_layers": asked.num_layers,
+        }
+    return {} if asked.granularity == "none" else {"recompute_granularity": asked.granularity}
 
 
 def adapter_spec(run: RunConfig) -> AdapterSpec | None:
@@ -164,6 +189,7 @@ def strategy(run: RunConfig, base_dir: Path, *, resuming: bool) -> AnchoredStrat
         virtual_pipeline_model_parallel_size=layout.vpp_size,
         context_parallel_size=layout.cp_size,
         sequence_parallel=layout.sequence_parallel,
+        **pipeline_shares(run),  # NeMo's strategy writes its own over the model's
         pipeline_dtype=precision_row(run.precision).compute_dtype,
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=run.optim.distributed,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MegatronGPTModel
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel
@@ -130,6 +131,8 @@ class AnchoredGPTConfig(GPTConfig):
         chunk = self.build_chunk(vp_stage=vp_stage, pre_process=pre_process, post_process=post_process)
         if self.adapters is not None:
             add_adapters(chunk, self.adapters)
+            if self.recompute_granularity == "full" and chunk.pre_process:
+                chunk.embedding.register_forward_hook(_with_gradient)
         return chunk
 
     def build_chunk(
@@ -169,6 +172,13 @@ class AnchoredGPTConfig(GPTConfig):
             ),
             returns_hidden=returns_hidden,
         )
+
+
+def _with_gradient(embedding: Any, inputs: Any, hidden: Tensor) -> Tensor:
+    """Makes a frozen embedding's output ask for a gradient: a recomputed layer none of whose inputs does would give its adapters none,
+    and say nothing.
+    """
+    return hidden.requires_grad_() if torch.is_grad_enabled() else hidden
 
 
 def core_chunks(wrapped: Iterable[Any]) -> list[AnchoredGPTModel]:

@@ -19,15 +19,21 @@ from asft_nemo.objectives import Objective
 
 
 def make_model(
-    folder: Path, *, tied: bool, seed: int = 0, vocab_size: int = VOCAB, hidden_size: int = 64
+    folder: Path,
+    *,
+    tied: bool,
+    seed: int = 0,
+    vocab_size: int = VOCAB,
+    hidden_size: int = 64,
+    num_layers: int = 4,
 ) -> Path:
-    """Saves a random 4-layer Qwen2 with distinguishable biases and norms in fp32; returns its folder."""
+    """Saves a random Qwen2 with distinguishable biases and norms in fp32; returns its folder."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,

@@ -1,0 +1,53 @@
+"""Stages of different numbers of layers: gradients against the fp64 oracle, checkpoints that any layout reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import RandomTokens
+from models import make_model, oracle_gradients, worst_error
+from test_gradients import (
+    BOUND,
+    LAYOUTS,
+    LENGTH,
+    OBJECTIVES,
+    VALID,
+    chosen_objective,
+    megatron_gradients,
+    second_batch,
+)
+
+pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
+
+# layout, layers of the model, tied, settings; what each stage then has
+CASES: dict[str, tuple[str, int, bool, dict[str, Any]]] = {
+    "3_and_1": ("pp2", 4, True, {"parallel.last_stage_layers": 1}),
+    "2_and_1_with_the_loss": ("tp2_pp2_sp", 3, False, {"parallel.account_for_loss": True}),
+    "1_2_2_1": (
+        "pp2_vpp2",
+        6,
+        False,
+        {"parallel.account_for_embedding": True, "parallel.account_for_loss": True},
+    ),
+    "2_1_2_1": ("pp2_vpp2", 6, True, {"parallel.last_stage_layers": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_the_oracle(case: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    layout, layers, tied, shares = CASES[case]
+    world, parallel = LAYOUTS[layout]
+    model = make_model(tmp_path / "model", tied=tied, num_layers=layers)
+    settings = {**OBJECTIVES["asft"], **parallel, **shares}
+    group = request.getfixturevalue(f"ranks{world}")
+    found, policy, value = megatron_gradients(group, settings, model, tmp_path)
+    data = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
+    expected, loss = oracle_gradients(
+        policy, chosen_objective(settings), second_batch(42, data), data, ref=model
+    )
+    error, where = worst_error(found, expected)
+    print(f"{case}: worst gradient error {error:.1e} of max |grad| ({where})")
+    assert error <= BOUND, (error, where)
+    assert value == pytest.approx(loss, rel=1e-5)
