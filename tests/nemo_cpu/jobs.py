@@ -326,10 +326,15 @@ def train_itself(settings: dict[str, Any]) -> None:
     """`asft_nemo.train.train`, as torchrun or NeMo-Run call it: no launcher of ours has prepared anything."""
     import os
 
+    from asft_nemo import run_dir
     from asft_nemo.train import train
 
     os.environ.pop("ASFT_LAUNCHER_PID", None)
-    train(run_config(settings))
+    try:
+        train(run_config(settings))
+    finally:
+        while run_dir._held:  # which a process of its own would let go by ending
+            run_dir._held.pop().release()
 
 
 def means_of_steps(settings: dict[str, Any]) -> list[Any]:
