@@ -29,7 +29,7 @@ def coloured(choice: str, stream: TextIO) -> bool:
 
 
 def check_words(found: Inspection, data: DataConfig, tokenizer: str) -> str:
-    """EntryCounts, reasons, lengths and duplicates."""
+    """Counts, reasons, lengths and duplicates."""
     total = found.total()
     lines = [f"{total.rows} rows, {total.rows - total.bad} usable, {total.bad} bad"]
     lines += [

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from asft_nemo.data.contamination import Contaminated
     from asft_nemo.data.inspection import Inspection
 
-_SHOWN = 2  # examples of each entry
-
 
 def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
     """Adds the commands."""
@@ -43,10 +41,17 @@ def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
         "hold one of their questions are reported",
     )
     check.add_argument(
-        "--show", type=int, metavar="N", help="examples of each entry to print (2 where not given)"
+        "--show",
+        type=int,
+        default=2,
+        metavar="N",
+        help="examples of each entry to print (default: %(default)s)",
     )
     check.add_argument(
-        "--color", choices=("auto", "always", "never"), help="of the examples; auto where not given"
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="of the examples (default: %(default)s)",
     )
     check.set_defaults(command=_data_check)
     add_prepare(kinds, common)
@@ -57,7 +62,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     files, run = files_and_run(arguments.words, command="asft data check")
     from asft_nemo.data import TextTokenizer, inspect_files
 
-    show = _SHOWN if arguments.show is None else arguments.show
+    show = arguments.show
     if show < 0:
         raise UserError(f"--show={show} is negative: give 0 or more")
     folder = tokenizer_dir(run.model.path)
@@ -117,7 +122,7 @@ def _say(
     if arguments.against is not None:
         words.append(f"{len(found)} rows hold a question of {arguments.against}")
     if report.shown:
-        colour = check_words.coloured(arguments.color or "auto", sys.stdout)
+        colour = check_words.coloured(arguments.color, sys.stdout)
         words.append("\n" + check_words.legend(colour=colour))
         words += [
             "\n" + check_words.example_words(shown, run.data, tokenizer, colour=colour)

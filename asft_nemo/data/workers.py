@@ -33,9 +33,7 @@ from asft_nemo.errors import DataError
 
 _CHUNK_BYTES = 1 << 20  # of rows handed over at once; one row can be 10 times as long
 _CHUNK_ROWS = 1024
-_ENCODED_CHARACTERS = (
-    1 << 18
-)  # tokenised at once: what the tokenizer tells of a text takes 100 times its memory
+_ENCODED_CHARACTERS = 1 << 18  # at once: what the tokenizer tells of a text takes 100 times its memory
 _PARALLELISM = "TOKENIZERS_PARALLELISM"  # which the tokenizers library reads at every call
 Mark = TypeVar("Mark")
 
