@@ -6,24 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gradients import BATCH, LENGTH, OBJECTIVES, VALID, check_step, second_batch
 from jobs import RandomTokens, ShortTokens
-from models import make_model, oracle_gradients, worst_error
 from ranks import RankGroup
 from test_distributed_optimizer import KEPT, OVERLAPPED, back_to_step_2
-from test_gradients import (
-    BATCH,
-    BOUND,
-    LENGTH,
-    OBJECTIVES,
-    VALID,
-    chosen_objective,
-    megatron_gradients,
-    second_batch,
-)
-from test_training import metrics, settings_of, without_times
 
 from asft_nemo.data import PackedDataset
 from asft_nemo.data.context_slices import segment_multiple
+from runs import metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
@@ -49,12 +39,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {name: make_model(folder / name, tied=name == "tied") for name in ("tied", "untied")}
-
-
 @pytest.mark.parametrize(
     ("layout", "name", "weights", "items"), CASES, ids=["-".join(case) for case in CASES]
 )
@@ -71,28 +55,16 @@ def test_gradients_equal_the_oracle(
     world, parallel = LAYOUTS[layout]
     settings = {**OBJECTIVES[name], **parallel, "data.packing": items == "packed"}
     group = request.getfixturevalue(f"ranks{world}")
-    found, policy, value = megatron_gradients(group, settings, models[weights], tmp_path)
     data: RandomTokens = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
-    batches = second_batch(42, data)
+    batches = second_batch(data)
     if items == "packed":
         data = ShortTokens(size=64, sequence_length=LENGTH, valid=VALID)
-        packed = PackedDataset(data, multiple_of=segment_multiple(parallel["parallel.cp_size"]))  # type: ignore[arg-type]
-        batches = [packed.rows[row] for (row,) in second_batch(42, packed)]  # type: ignore[arg-type]
+        packed = PackedDataset(data, multiple_of=segment_multiple(parallel["parallel.cp_size"]))
+        batches = [packed.rows[row] for (row,) in second_batch(packed)]
         assert max(len(row) for row in batches) > 1
     assert len(batches) == BATCH
-    chosen = chosen_objective(settings)
-    expected, loss = oracle_gradients(
-        policy,
-        chosen,
-        batches,
-        data,
-        ref=models[weights] if chosen.needs_reference else None,
-        old=models[weights] if chosen.needs_old_policy else None,
-    )
-    error, where = worst_error(found, expected)
-    print(f"{items} {layout} {name} {weights}: worst gradient error {error:.1e} of max |grad| ({where})")
-    assert error <= BOUND, (error, where)
-    assert value == pytest.approx(loss, rel=1e-5)
+    label = f"{items} {layout} {name} {weights}"
+    check_step(group, settings, models[weights], tmp_path, label=label, data=data, batches=batches)
 
 
 TP2_DP2 = {"parallel.pp_size": 1}

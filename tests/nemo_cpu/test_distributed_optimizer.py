@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_model
 from ranks import RankGroup
-from test_training import VALID, all_tensors, metrics, settings_of, without_times
 
 from asft_nemo.checkpoint import export_hf
+from runs import VALID, all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
@@ -43,12 +42,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_pp2_vpp2_dp2": ("tied", {**PP2_DP2, **LORA, "parallel.vpp_size": 2}),
     "psft_tp2_dp2": ("untied", {**TP2_DP2, **PSFT}),
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {name: make_model(folder / name, tied=name == "tied") for name in ("tied", "untied")}
 
 
 def settings_for(models: dict[str, Path], folder: Path, case: str) -> dict[str, Any]:

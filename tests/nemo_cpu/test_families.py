@@ -5,20 +5,31 @@ The other tests of this folder train Qwen2; these are its siblings, each in the 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jobs import VOCAB, RandomTokens
+from gradients import (
+    BOUND,
+    LAYOUTS,
+    LENGTH,
+    OBJECTIVES,
+    VALID,
+    assert_equal,
+    fp64_gradients,
+    megatron_step,
+    random_tokens,
+    second_batch,
+)
+from jobs import VOCAB
 from models import oracle_gradients, read_hf, worst_error
 from ranks import RankGroup
-from test_gradients import BOUND, LAYOUTS, LENGTH, OBJECTIVES, VALID, megatron_gradients, second_batch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from asft_nemo.checkpoint import export_hf, export_merged, verify
 from asft_nemo.objectives import objective
+from runs import metrics
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
@@ -71,27 +82,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in FAMILIES}
 
 
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("family", CASES)
 def test_training_is_exact(
     family: str, ranks4: RankGroup, models: dict[str, Path], tmp_path: Path, record_property: Any
 ) -> None:
     _, parallel = LAYOUTS[CASES[family]]
     settings = {**OBJECTIVES["asft"], **parallel}
-    found, policy, loss = megatron_gradients(ranks4, settings, models[family], tmp_path)
-    data = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
-    expected, expected_loss = oracle_gradients(
-        policy, objective("asft", kl_weight=0.5), second_batch(42, data), data, ref=models[family]
-    )
-    error, where = worst_error(found, expected)
+    step = megatron_step(ranks4, settings, models[family], tmp_path)
+    expected = fp64_gradients(step, settings, models[family])
+    error = assert_equal(step, expected, label=f"{family} at {CASES[family]}")
     record_property("worst_relative_error", error)
-    print(f"{family} at {CASES[family]}: worst gradient error {error:.1e} of max |grad| ({where})")
-    assert error <= BOUND, (error, where)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    first, second = metrics_of(tmp_path / "run")
+    policy = step.policy
+    first, second = metrics(tmp_path / "run")
     assert first["kl"] == 0.0
     assert second["kl"] > 0.0
     assert verify(tmp_path / "run" / "base", models[family]).identical
@@ -106,7 +108,7 @@ def test_a_scaling_that_was_forgotten_would_show(models: dict[str, Path], tmp_pa
     model = AutoModelForCausalLM.from_pretrained(models["llama32"], dtype=torch.float32)
     model.config.rope_scaling = None
     model.save_pretrained(tmp_path / "unscaled")
-    data = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
+    data = random_tokens()
     scaled, unscaled = (
         oracle_gradients(folder, objective("sft", kl_weight=0.0), [[0, 2]], data)[0]
         for folder in (models["llama32"], tmp_path / "unscaled")
@@ -136,12 +138,12 @@ def test_adapters_of_wide_heads_merge_to_what_was_trained(
     }
     ranks4.run("jobs:train_steps", settings=settings, valid=VALID)
     export_merged(tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "merged")
-    data = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
+    data = random_tokens()
     chosen = objective("asft", kl_weight=0.5)
-    batches = second_batch(42, data)
+    batches = second_batch(data)
     _, expected = oracle_gradients(tmp_path / "merged", chosen, batches, data, ref=models["qwen3"])
     _, unmoved = oracle_gradients(models["qwen3"], chosen, batches, data, ref=models["qwen3"])
-    first, second = metrics_of(tmp_path / "run")
+    first, second = metrics(tmp_path / "run")
     assert first["kl"] == 0.0
     assert second["loss"] == pytest.approx(expected, rel=1e-5)
     assert abs(unmoved - expected) > 1e-3 * expected

@@ -8,33 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gradients import BATCH, LAYOUTS, LENGTH, OBJECTIVES, SEED, VALID, check_step
 from jobs import ShortTokens
-from models import make_model, oracle_gradients, worst_error
 from ranks import RankGroup
-from test_gradients import (
-    BATCH,
-    BOUND,
-    LAYOUTS,
-    LENGTH,
-    OBJECTIVES,
-    VALID,
-    chosen_objective,
-    megatron_gradients,
-)
-from test_training import metrics, settings_of
 
 from asft_nemo.config.paths import project_dir
 from asft_nemo.data.grouping import GroupedByLength
+from runs import metrics, settings_of
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
 # With sequence parallelism rows are of 16 or 32 tokens, without of 8 to 32.
 CASES = [("tp2_pp2_sp", "asft"), ("tp2_pp2", "psft"), ("tp2_dp2", "iw_sft")]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
 
 
 @pytest.mark.parametrize(("layout", "name"), CASES, ids=["-".join(case) for case in CASES])
@@ -50,23 +35,10 @@ def test_gradients_are_those_of_the_examples(
         "trainer.micro_batch_size": 2,
     }
     group = request.getfixturevalue(f"ranks{world}")
-    found, policy, value = megatron_gradients(group, settings, model, tmp_path)
     data = ShortTokens(size=64, sequence_length=LENGTH, valid=VALID)
-    order = GroupedByLength(data.lengths, seed=42, global_batch_size=BATCH)
-    items = order.at(np.arange(BATCH, 2 * BATCH)).tolist()
-    chosen = chosen_objective(settings)
-    expected, loss = oracle_gradients(
-        policy,
-        chosen,
-        [[item] for item in items],
-        data,
-        ref=model if chosen.needs_reference else None,
-        old=model if chosen.needs_old_policy else None,
-    )
-    error, where = worst_error(found, expected)
-    print(f"grouped {layout} {name}: worst gradient error {error:.1e} of max |grad| ({where})")
-    assert error <= BOUND, (error, where)
-    assert value == pytest.approx(loss, rel=1e-5)
+    order = GroupedByLength(data.lengths, seed=SEED, global_batch_size=BATCH)
+    items = [[item] for item in order.at(np.arange(BATCH, 2 * BATCH)).tolist()]
+    check_step(group, settings, model, tmp_path, label=f"grouped {layout} {name}", data=data, batches=items)
 
 
 def of_many_lengths(folder: Path, run: str, **more: Any) -> dict[str, Any]:

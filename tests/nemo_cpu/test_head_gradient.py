@@ -13,19 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import RandomTokens
-from models import make_model, oracle_gradients, read_hf, worst_error
+from gradients import (
+    BATCH,
+    OBJECTIVES,
+    VALID,
+    Step,
+    assert_equal,
+    fp64_gradients,
+    megatron_step,
+    random_tokens,
+    second_batch,
+    step_settings,
+)
 from ranks import RankGroup
-
-from asft_nemo.checkpoint.convert import export_hf
-from asft_nemo.data import GlobalBatchSampler, Shuffled
-from asft_nemo.objectives import objective
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
-LENGTH, BATCH = 32, 8
-VALID = [5, 0, 32, 1, 17, 3, 0, 20]
-BOUND = 1e-5  # of the largest gradient entry, fp32 against fp64
+ASFT = OBJECTIVES["asft"]
 TIMES = ("seconds", "reference_seconds", "tokens_per_second")
 OVERLAP = {"optim.overlap_grad_reduce": True}
 TP2, PP2 = {"parallel.tp_size": 2}, {"parallel.pp_size": 2}
@@ -44,53 +48,13 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {name: make_model(folder / name, tied=name == "tied") for name in ("tied", "untied")}
-
-
-def settings_of(group: RankGroup, model: Path, folder: Path, more: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "objective.name": "asft",
-        "objective.kl_weight": 0.5,
-        "model.path": str(model),
-        "run.dir": str(folder),
-        "run.world_size": group.world_size,
-        "data.sequence_length": LENGTH,
-        "trainer.global_batch_size": BATCH,
-        "optim.lr": 3e-3,
-        "optim.warmup_ratio": 0.0,
-        **more,
-    }
-
-
-def second_batch(data: RandomTokens) -> list[int]:
-    """Indices of the second global batch."""
-    sampler = GlobalBatchSampler(
-        Shuffled(len(data), seed=42),
-        consumed_samples=BATCH,
-        micro_batch_size=1,
-        global_batch_size=BATCH,
-        dp_rank=0,
-        dp_size=1,
-    )
-    batches = iter(sampler)
-    return [index for _ in range(BATCH) for index in next(batches)]
-
-
-def expected_gradients(
-    policy: Path, ref: Path, *, normalize_by: str
-) -> tuple[dict[str, torch.Tensor], float]:
-    """In fp64: the mean over all tokens, or the mean of the micro batches' means (those without a token do not count)."""
-    data = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
-    batch, asft = second_batch(data), objective("asft", kl_weight=0.5)
-    if normalize_by == "tokens":
-        return oracle_gradients(policy, asft, [[index] for index in batch], data, ref=ref)
+def mean_of_micro_batches(step: Step, model: Path) -> tuple[dict[str, torch.Tensor], float]:
+    """In fp64: the mean of the micro batches' means; those without a learned token do not count."""
+    data = random_tokens()
     parts = [
-        oracle_gradients(policy, asft, [[index]], data, ref=ref)
-        for index in batch
-        if data[index]["loss_mask"].any()
+        fp64_gradients(step, ASFT, model, data=data, batches=[batch])
+        for batch in second_batch(data)
+        if data[batch[0]]["loss_mask"].any()
     ]
     mean = {name: torch.stack([part[0][name] for part in parts]).mean(0) for name in parts[0][0]}
     return mean, sum(part[1] for part in parts) / len(parts)
@@ -107,31 +71,27 @@ def test_gradients_equal_the_oracle(
     """Every parameter's gradient, what the head's forward passes used, and what was allocated for it."""
     world, weights, more = CASES[case]
     group: RankGroup = request.getfixturevalue(f"ranks{world}")
-    settings = settings_of(group, models[weights], tmp_path / "run", more)
-    seen = group.run(
-        "head_gradient_jobs:gradients", settings=settings, valid=VALID, out=str(tmp_path / "gradients")
+    step = megatron_step(
+        group, {**ASFT, **more}, models[weights], tmp_path, job="head_gradient_jobs:gradients"
     )
-    export_hf(tmp_path / "gradients", tmp_path / "gradients_hf")
-    export_hf(tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "policy")
     by = more.get("loss.normalize_by", "tokens")
-    expected, loss = expected_gradients(tmp_path / "policy", models[weights], normalize_by=by)
-    error, where = worst_error(read_hf(tmp_path / "gradients_hf"), expected)
-    record_property("worst_relative_error", error)
-    print(f"{case}: worst gradient error {error:.1e} of max |grad| ({where})")
-    assert error <= BOUND, (error, where)
-    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
-    assert json.loads(last)["loss"] == pytest.approx(loss, rel=1e-5)
+    expected = (
+        fp64_gradients(step, ASFT, models[weights])
+        if by == "tokens"
+        else mean_of_micro_batches(step, models[weights])
+    )
+    record_property("worst_relative_error", assert_equal(step, expected, label=case))
 
     overlap, pp_size = "optim.overlap_grad_reduce" in more, more.get("parallel.pp_size", 1)
     dp_size = world // (pp_size * more.get("parallel.tp_size", 1))
-    heads = [one for one in seen if one["sinks"]]
+    heads = [one for one in step.answers if one["sinks"]]
     assert len(heads) == world // pp_size
     for one in heads:
         # every forward pass of both steps, with the scale where it is known
         assert one["sinks"] == [[True, True, 1.0 if by == "tokens" else None]] * (2 * BATCH // dp_size)
-    assert all(one["grads_left"] == 0 for one in seen)
+    assert all(one["grads_left"] == 0 for one in step.answers)
     if overlap:
-        assert max(max(one["bucket_groups"]) for one in seen) > 1
+        assert max(max(one["bucket_groups"]) for one in step.answers) > 1
     if pp_size > 1:  # no embedding on the head's rank: whatever has the head's shape belongs to the head
         dummies = ["aten.empty_like.default"] * (BATCH // dp_size if overlap else 0)
         assert all(one["made"] == dummies for one in heads)
@@ -143,7 +103,8 @@ def test_validation_between_steps_changes_nothing(
     """Three steps with a validation pass after each: metrics equal, bit for bit, those of three steps without."""
     lines = {}
     for name, validation in (("plain", 0), ("validated", BATCH)):
-        settings = settings_of(ranks2, models["tied"], tmp_path / name, {**OVERLAP, "trainer.max_steps": 3})
+        more = {**ASFT, **OVERLAP, "trainer.max_steps": 3}
+        settings = step_settings(ranks2, models["tied"], tmp_path / name, more)
         if validation:
             settings["trainer.validate_every"] = 1
         seen = ranks2.run("head_gradient_jobs:train", settings=settings, valid=VALID, validation=validation)
@@ -172,7 +133,7 @@ def test_bf16_head_gradient_is_not_rounded(
 ) -> None:
     """In bf16 `main_grad` is the fp32 sum of the head's gradient; by way of autograd each micro batch's is rounded to bf16."""
     more = {**PP2, "precision": "bf16", "objective.name": "dft", "trainer.max_steps": 1}
-    settings = settings_of(ranks2, models["untied"], tmp_path / "run", more)
+    settings = step_settings(ranks2, models["untied"], tmp_path / "run", more)
     found = ranks2.run("head_gradient_jobs:low_precision_errors", settings=settings, valid=VALID)
     assert found[0] is None
     errors = found[1]

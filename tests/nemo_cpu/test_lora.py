@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import BATCH, BOUND, LAYOUTS, LENGTH, second_batch
 from jobs import RandomTokens, run_config
-from models import load64, make_model, worst_error
+from models import load64, worst_error
 from ranks import RankGroup
-from test_gradients import BATCH, BOUND, LAYOUTS, LENGTH, second_batch
-from test_training import VALID, all_tensors, metrics, settings_of, without_times
 from torch import Tensor
 
 from asft_nemo.checkpoint.adapters import AdapterDescription, adapter_description
@@ -20,22 +19,12 @@ from asft_nemo.errors import CheckpointError
 from asft_nemo.losses import dense_loss
 from asft_nemo.objectives import objective
 from asft_nemo.run_dir import resume_from
+from runs import VALID, all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
 RANK, ALPHA = 8, 16.0
 LAYERS = "module.decoder.layers"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {name: make_model(folder / name, tied=name == "tied") for name in ("tied", "untied")}
-
-
-@pytest.fixture(scope="module")
-def model(models: dict[str, Path]) -> Path:
-    return models["untied"]
 
 
 def lora(model: Path, folder: Path, **more: Any) -> dict[str, Any]:
@@ -80,7 +69,7 @@ def oracle(base: Path, adapters: dict[str, Tensor], kl_weight: float) -> tuple[d
     weights = {name: value.detach() for name, value in network.named_parameters()}
     leaves = {name: value.double().requires_grad_() for name, value in adapters.items()}
     data = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
-    items = [data[index] for (index,) in second_batch(42, data)]
+    items = [data[index] for (index,) in second_batch(data)]
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
     policy = torch.func.functional_call(
         network, merged(weights, leaves), kwargs={"input_ids": batch["tokens"]}

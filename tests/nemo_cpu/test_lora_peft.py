@@ -9,20 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import LENGTH, second_batch
 from jobs import RandomTokens
 from models import load64, oracle_gradients
 from ranks import RankGroup
-from test_gradients import LENGTH, second_batch
-from test_lora import adapters_in, lora, model, models, same_checkpoints
-from test_training import VALID, metrics, without_times
+from test_lora import adapters_in, lora, same_checkpoints
 
 from asft_nemo.checkpoint.lora_merge import export_merged
 from asft_nemo.checkpoint.lora_peft import export_peft
 from asft_nemo.objectives import objective
 from asft_nemo.run_dir import point_at
+from runs import VALID, metrics, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
-__all__ = ["model", "models"]  # fixtures
 
 DATA = RandomTokens(size=64, sequence_length=LENGTH, valid=[32])
 
@@ -81,7 +80,7 @@ def test_merged_peft_and_megatron_compute_the_same_and_training_goes_on(
     steps = tmp_path / "run" / "checkpoints"
     export_merged(steps / "step_1", tmp_path / "step_1")
     anchored = objective("asft", kl_weight=0.1)
-    _, loss = oracle_gradients(tmp_path / "step_1", anchored, second_batch(42, DATA), DATA, ref=model)
+    _, loss = oracle_gradients(tmp_path / "step_1", anchored, second_batch(DATA), DATA, ref=model)
     assert lines[1]["loss"] == pytest.approx(loss, rel=1e-5)
 
     shutil.move(steps / "step_2", tmp_path / "straight")

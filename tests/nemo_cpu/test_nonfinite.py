@@ -10,20 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_model
 from ranks import RankGroup
-from test_training import all_tensors, metrics, without_times
+
+from runs import all_tensors, metrics, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow, pytest.mark.timeout(900)]
 
 VALID = [5, 9, 32, 1, 17, 3, 2, 20]
 JOB = "nonfinite_jobs:poisoned"
 LIMIT = 300  # seconds; a run takes 5 on an idle machine
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "untied", tied=False)
 
 
 def settings_of(

@@ -6,19 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gradients import BATCH, LAYOUTS, LENGTH, OBJECTIVES, VALID, check_step, second_batch
 from jobs import ShortTokens
-from models import make_model, oracle_gradients, worst_error
-from test_gradients import (
-    BATCH,
-    BOUND,
-    LAYOUTS,
-    LENGTH,
-    OBJECTIVES,
-    VALID,
-    chosen_objective,
-    megatron_gradients,
-    second_batch,
-)
 
 from asft_nemo.data import PackedDataset
 
@@ -31,12 +20,6 @@ CASES = [
     ("tp2_pp2", "iw_sft", "untied"),
     ("tp2_pp2_vpp2_sp", "psft", "tied"),
 ]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {name: make_model(folder / name, tied=name == "tied") for name in ("tied", "untied")}
 
 
 @pytest.mark.parametrize(("layout", "name", "weights"), CASES, ids=["-".join(case) for case in CASES])
@@ -52,22 +35,10 @@ def test_gradients_are_those_of_the_examples(
     world, parallel = LAYOUTS[layout]
     settings: dict[str, Any] = {**OBJECTIVES[name], **parallel, "data.packing": True}
     group = request.getfixturevalue(f"ranks{world}")
-    found, policy, value = megatron_gradients(group, settings, models[weights], tmp_path)
     data = ShortTokens(size=64, sequence_length=LENGTH, valid=VALID)
     packed = PackedDataset(data)
-    rows = [packed.rows[row] for (row,) in second_batch(42, packed)]
+    rows = [packed.rows[row] for (row,) in second_batch(packed)]
     assert len(rows) == BATCH
     assert max(len(row) for row in rows) > 2
-    chosen = chosen_objective(settings)
-    expected, loss = oracle_gradients(
-        policy,
-        chosen,
-        rows,
-        data,
-        ref=models[weights] if chosen.needs_reference else None,
-        old=models[weights] if chosen.needs_old_policy else None,
-    )
-    error, where = worst_error(found, expected)
-    print(f"packed {layout} {name} {weights}: worst gradient error {error:.1e} of max |grad| ({where})")
-    assert error <= BOUND, (error, where)
-    assert value == pytest.approx(loss, rel=1e-5)
+    label = f"packed {layout} {name} {weights}"
+    check_step(group, settings, models[weights], tmp_path, label=label, data=data, batches=rows)

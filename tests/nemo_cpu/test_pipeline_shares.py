@@ -6,18 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import RandomTokens
-from models import make_model, oracle_gradients, worst_error
-from test_gradients import (
-    BOUND,
-    LAYOUTS,
-    LENGTH,
-    OBJECTIVES,
-    VALID,
-    chosen_objective,
-    megatron_gradients,
-    second_batch,
-)
+from gradients import LAYOUTS, OBJECTIVES, check_step
+from models import make_model
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
@@ -42,12 +32,4 @@ def test_gradients_equal_the_oracle(case: str, request: pytest.FixtureRequest, t
     model = make_model(tmp_path / "model", tied=tied, num_layers=layers)
     settings = {**OBJECTIVES["asft"], **parallel, **shares}
     group = request.getfixturevalue(f"ranks{world}")
-    found, policy, value = megatron_gradients(group, settings, model, tmp_path)
-    data = RandomTokens(size=64, sequence_length=LENGTH, valid=VALID)
-    expected, loss = oracle_gradients(
-        policy, chosen_objective(settings), second_batch(42, data), data, ref=model
-    )
-    error, where = worst_error(found, expected)
-    print(f"{case}: worst gradient error {error:.1e} of max |grad| ({where})")
-    assert error <= BOUND, (error, where)
-    assert value == pytest.approx(loss, rel=1e-5)
+    check_step(group, settings, model, tmp_path, label=case)

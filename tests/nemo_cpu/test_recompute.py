@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_model
 from ranks import RankGroup
-from test_training import VALID, all_tensors, metrics, settings_of, without_times
+
+from runs import VALID, all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
@@ -31,11 +31,6 @@ RUNS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("every_layer",),
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "untied", tied=False)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -14,7 +14,8 @@ import torch
 from models import make_model_with_tokenizer
 from ranks import RankGroup
 from safetensors.torch import load_file
-from test_training import all_tensors, metrics, settings_of, without_times
+
+from runs import all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
@@ -119,8 +120,8 @@ def test_forms_agree_bit_for_bit(
     assert moved["reference_device_bytes"] < 0.5 * cost["reference_device_bytes"]
 
     cached = {**resident, "reference.form": "cached", "run.dir": str(tmp_path / "cached")}
-    ranks4.run("jobs:cache_itself", settings=cached, repair=False)
-    for steps in ranks4.run("jobs:reading_ahead", settings=cached):
+    ranks4.run("reference_jobs:cache_itself", settings=cached, repair=False)
+    for steps in ranks4.run("reference_jobs:reading_ahead", settings=cached):
         assert len(steps["told"]) == len(steps["taken"]) == STEPS
         assert steps["told"][:-1] == steps["taken"][1:]
     compare(tmp_path / "resident", tmp_path / "cached")
@@ -163,7 +164,7 @@ def test_a_cache_serves_another_layout(
     for name, settings in layouts.items():
         ranks4.run("jobs:train_itself", settings=settings)
         cache = {"reference.form": "cached", "reference.cache_dir": str(tmp_path / f"cache_{name}")}
-        ranks4.run("jobs:cache_itself", settings={**settings, **cache}, repair=False)
+        ranks4.run("reference_jobs:cache_itself", settings={**settings, **cache}, repair=False)
     rows = [stored_rows(tmp_path / f"cache_{name}") for name in layouts]
     assert rows[0].keys() == rows[1].keys()
     largest = max(float(row.abs().max()) for row in rows[0].values())
@@ -207,7 +208,10 @@ def test_larger_micro_batches_of_the_reference(
         layout == "pp2_vpp2_dp2"
     ):  # virtual stages want two reference micro batches a step on each data-parallel rank
         alike["trainer.global_batch_size"] = larger["trainer.global_batch_size"] = 16
-    passes = [ranks4.run("jobs:reference_micro_batches", settings=one)[0][:STEPS] for one in (alike, larger)]
+    passes = [
+        ranks4.run("reference_jobs:reference_micro_batches", settings=one)[0][:STEPS]
+        for one in (alike, larger)
+    ]
     assert passes == [[8] * STEPS, [2] * STEPS]
     found = differences(tmp_path / "alike", tmp_path / "larger")
     print(f"{layout}: {found}")
@@ -227,7 +231,7 @@ def test_a_prepass_moves_no_bit_of_the_policy(
         settings = {**run_settings(model, data, tmp_path / name, "tp2_pp2_sp"), **objective}
         ranks4.run("jobs:train_itself", settings=settings)
     beside = {**run_settings(model, data, tmp_path / "beside", "tp2_pp2_sp"), **runs["sft"]}
-    computed = ranks4.run("jobs:train_with_a_reference_beside", settings=beside)
+    computed = ranks4.run("reference_jobs:train_with_a_reference_beside", settings=beside)
     assert all(count >= STEPS for count in computed)
     assert bits(tmp_path / "sft") == bits(tmp_path / "beside")
     assert bits(tmp_path / "dft") == bits(tmp_path / "asft")
@@ -254,7 +258,7 @@ def test_a_cache_that_does_not_fit_is_refused(
         "reference.form": "cached",
         "reference.cache_dir": str(tmp_path / "cache"),
     }
-    ranks4.run("jobs:cache_itself", settings=cached, repair=False)
+    ranks4.run("reference_jobs:cache_itself", settings=cached, repair=False)
     before = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
     other = tmp_path / "other.jsonl"
     other.write_text(Path(data["train"]).read_text().replace("copy", "Copy"))

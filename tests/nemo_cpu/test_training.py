@@ -9,61 +9,16 @@ from typing import Any
 import pytest
 import torch
 from jobs import VOCAB, RandomTokens
-from models import load64, make_model, read_hf
+from models import load64, read_hf
 from ranks import RankGroup
 
 from asft_nemo.checkpoint.convert import export_hf
 from asft_nemo.checkpoint.dist_read import DistReader
 from asft_nemo.checkpoint.verify import verify
 from asft_nemo.config.paths import project_dir
+from runs import NOT_TIMES, VALID, all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
-
-VALID = [5, 0, 32, 1, 17, 3, 0, 20]
-TP2_PP2 = {"parallel.tp_size": 2, "parallel.pp_size": 2}
-NOT_TIMES = ("seconds", "reference_seconds", "tokens_per_second")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "untied", tied=False)
-
-
-def settings_of(model: Path, folder: Path, **more: Any) -> dict[str, Any]:
-    named = {key.replace("__", "."): value for key, value in more.items()}
-    return {
-        **TP2_PP2,
-        "run.world_size": 4,
-        "objective.name": "asft",
-        "objective.kl_weight": 0.1,
-        "model.path": str(model),
-        "run.dir": str(folder),
-        "optim.lr": 3e-3,
-        **named,
-    }
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in NOT_TIMES} for line in lines]
-
-
-def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a distributed checkpoint, optimizer state included, read without a model."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    reader = dcp.FileSystemReader(checkpoint / "weights")
-    found = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    dcp.load(found, storage_reader=reader, no_dist=True)
-    return found
 
 
 def test_logits_equal_transformers(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
@@ -85,7 +40,7 @@ def test_reference_is_frozen_apart_and_exact(
     ranks4: RankGroup, model: Path, tmp_path: Path, vpp_size: int | None
 ) -> None:
     settings = settings_of(model, tmp_path / "run", trainer__max_steps=2, parallel__vpp_size=vpp_size)
-    facts = ranks4.run("jobs:describe_reference", settings=settings, valid=VALID)
+    facts = ranks4.run("reference_jobs:describe_reference", settings=settings, valid=VALID)
     for rank in facts:
         assert rank["parameters"] == rank["policy_parameters"] > 0
         assert rank["buckets_hold"] == rank["policy_parameters"]
@@ -251,7 +206,7 @@ def test_loss_implementations_agree(ranks4: RankGroup, model: Path, tmp_path: Pa
 
 def test_an_objective_without_reference_builds_none(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
     settings = settings_of(model, tmp_path / "run", objective__name="dft", reference__form="none")
-    assert ranks4.run("jobs:has_reference", settings=settings, valid=VALID) == [False] * 4
+    assert ranks4.run("reference_jobs:has_reference", settings=settings, valid=VALID) == [False] * 4
     (line,) = metrics(tmp_path / "run")
     assert line["kl"] is None
     assert line["kl_reverse"] is None

@@ -177,7 +177,7 @@ def test_tables_of_objectives_are_the_codes(page: Path) -> None:
 
 
 def test_gradient_figures_are_within_the_tests_bound() -> None:
-    source = (ROOT / "tests" / "nemo_cpu" / "test_gradients.py").read_text()
+    source = (ROOT / "tests" / "nemo_cpu" / "gradients.py").read_text()
     bound = float(re.findall(r"^BOUND = (\S+)", source, flags=re.MULTILINE)[0])
     cells = [cell for row in table_rows(ROOT / "README.md", "layout") for cell in row[2:] if cell]
     assert len(cells) >= 20
