@@ -23,6 +23,12 @@ class ModelShape:
     vocab_size: int
     max_positions: int
     attention_window: int | None = None  # see the function of that name
+    head_dim: int | None = None  # channels of a head where they are not hidden_size / num_attention_heads
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 # our name -> names in config.json, the first present counts
@@ -82,7 +88,18 @@ def read_model_shape(path: str | Path) -> ModelShape:
         if found is None:
             raise ConfigError(f"{file} has no {keys[0]}: the model is not a decoder this project knows")
         sizes[name] = found
-    return ModelShape(**sizes, attention_window=attention_window(values))
+    return ModelShape(
+        **sizes, attention_window=attention_window(values), head_dim=_own_head_dim(values, sizes)
+    )
+
+
+def _own_head_dim(values: Mapping[str, Any], sizes: Mapping[str, int]) -> int | None:
+    """Channels of a head where config.json says other than what follows from the other sizes, as Qwen3's may."""
+    stated = values.get("head_dim")
+    follows = (
+        sizes["num_attention_heads"] * stated == sizes["hidden_size"] if isinstance(stated, int) else True
+    )
+    return None if follows else stated
 
 
 def attention_window(values: Mapping[str, Any]) -> int | None:
