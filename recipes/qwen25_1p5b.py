@@ -10,6 +10,8 @@ from . import base
 if TYPE_CHECKING:
     import nemo_run
 
+MODEL = "Qwen/Qwen2.5-1.5B"
+
 
 def fragment() -> dict[str, Any]:
     """28 layers, hidden 1536, 12 heads, 2 kv heads, tied embeddings; 1.5 B parameters."""

@@ -10,6 +10,8 @@ from . import base
 if TYPE_CHECKING:
     import nemo_run
 
+MODEL = "Qwen/Qwen2.5-32B"
+
 
 def fragment() -> dict[str, Any]:
     """64 layers, hidden 5120, 40 heads, 8 kv heads, untied embeddings; 32.8 B parameters."""

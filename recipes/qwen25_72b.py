@@ -10,6 +10,8 @@ from . import base
 if TYPE_CHECKING:
     import nemo_run
 
+MODEL = "Qwen/Qwen2.5-72B"
+
 
 def fragment() -> dict[str, Any]:
     """80 layers, hidden 8192, 64 heads, 8 kv heads, untied embeddings; 72.7 B parameters."""

@@ -10,6 +10,8 @@ from . import base
 if TYPE_CHECKING:
     import nemo_run
 
+MODEL = "Qwen/Qwen2.5-7B"
+
 
 def fragment() -> dict[str, Any]:
     """28 layers, hidden 3584, 28 heads, 4 kv heads, untied embeddings; 7.6 B parameters."""

@@ -29,11 +29,24 @@ def recipe_fragment(name: str) -> Mapping[str, Any]:
     Raises:
         ConfigError: no recipe has this name.
     """
+    return _recipe(name).fragment()
+
+
+def recipe_model(name: str) -> str | None:
+    """The hub id of the model that a recipe is made for; None where the model is a file of the project.
+
+    Raises:
+        ConfigError: no recipe has this name.
+    """
+    return getattr(_recipe(name), "MODEL", None)
+
+
+def _recipe(name: str) -> ModuleType:
     known = known_recipes()
     if name not in known:
         raise ConfigError(f"unknown recipe '{name}': {suggest(name, known)}")
     _load_package(project_dir() / "recipes")
-    return importlib.import_module(f"{_PACKAGE}.{name}").fragment()
+    return importlib.import_module(f"{_PACKAGE}.{name}")
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
