@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,3 +147,22 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def model(tokenizer_dirs: dict[str, Path], tmp_path: Path) -> Path:
+    """A model's directory with a chat template."""
+    folder = shutil.copytree(tokenizer_dirs["gpt2_like"], tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return folder
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks a file, each recorded as done."""
+    monkeypatch.setattr("asft_nemo.data.workers._CHUNK_ROWS", 7)
+    monkeypatch.setattr("asft_nemo.data.files._BATCH", 5)
+    monkeypatch.setattr("asft_nemo.data.store._SAVE_SECONDS", 0.0)

@@ -1,12 +1,7 @@
-"""Makes `loss_cases` importable under any import mode, and keeps the tests to one thread."""
-
-import sys
-from pathlib import Path
+"""Keeps the tests to one thread."""
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
