@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
         "repair": functools.partial(cache_reference, repair=True),
         "logits": write_logits,
     }
-    signal.signal(signal.SIGTERM, lambda *_: _leave(TERMINATED_EXIT))
+    signal.signal(signal.SIGTERM, lambda *_: leave(TERMINATED_EXIT))
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     set_up_logging(rank=int(os.environ.get("RANK", "0")))
     if os.environ.get("ASFT_ERROR_FILE"):
@@ -45,12 +46,12 @@ def main(argv: list[str]) -> int:
             does[job["job"]](from_dict(job["config"]), **files)
         except UserError as error:
             _report(error)
-            _leave(USER_ERROR_EXIT)
+            leave(USER_ERROR_EXIT)
         except Exception:
             logging.getLogger(__name__).error(
                 "rank %s failed:\n%s", os.environ.get("RANK", "0"), traceback.format_exc()
             )
-            _leave(1)
+            leave(1)
     return 0
 
 
@@ -62,7 +63,7 @@ def _end_with_launcher() -> None:
     launcher = int(os.environ.get("ASFT_LAUNCHER_PID", "0"))
     while os.getppid() == parent and _alive(launcher):
         time.sleep(WATCH_SECONDS)
-    _leave(1)
+    leave(1)
 
 
 def _alive(pid: int) -> bool:
@@ -86,7 +87,7 @@ def _report(error: Exception) -> None:
     partial.replace(target)
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """Ends this rank and its helper processes at once: other ranks may wait in a collective for it, and torchrun ends them when one has gone."""
     for child in psutil.Process().children(recursive=True):
         child.kill()  # megatron's checkpoint writer keeps a helper process that would outlive us

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 ADAPTER_FOLDER = "adapter"  # what peft.adapter became
 CACHE_FOLDER = "reference_cache"  # of the reference, where reference.cache_dir names no other
+# What stages of a launched run leave before it trains.
+MADE_BEFORE = ("base", ADAPTER_FOLDER, CACHE_FOLDER, "data", "launch", "launch.json", "eval")
 VERSIONED = (
     "asft_nemo",
     "torch",
@@ -223,8 +225,7 @@ def check_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
         # also without a checkpoint yet: base/ was made from that run's model.path
         _same_run(run, json.loads(record.read_text()), data_fingerprint)
     elif folder.exists() and any(
-        entry.name not in ("base", ADAPTER_FOLDER, CACHE_FOLDER) and not entry.name.startswith(".")
-        for entry in folder.iterdir()
+        entry.name not in MADE_BEFORE and not entry.name.startswith(".") for entry in folder.iterdir()
     ):
         raise ConfigError(f"run.dir={folder} is not empty and holds no run: choose another run.dir")
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from asft_nemo import slurm_ranks
 from asft_nemo.commands.output import DONE, Add, answer
+from asft_nemo.config.schema import RunConfig
+from asft_nemo.errors import UserError
 
 
 def add_training(add: Add) -> None:
@@ -41,6 +44,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from asft_nemo.config.load import compose
 
     run = compose(arguments.overrides)
+    _refuse_cluster(run, "train")
+    if slurm_ranks.here():
+        slurm_ranks.run_rank(run, "train")
     from asft_nemo.launch_local import launch
 
     launch(run)
@@ -54,10 +60,20 @@ def _train(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _refuse_cluster(run: RunConfig, command: str) -> None:
+    if run.cluster.executor != "local":
+        raise UserError(
+            f"asft {command} starts ranks on this machine and does nothing with cluster={run.cluster.name}: leave it out, or call asft launch"
+        )
+
+
 def _cache_reference(arguments: argparse.Namespace) -> int:
     from asft_nemo.config.load import compose
 
     run = compose([*arguments.overrides, "reference=cached"])
+    _refuse_cluster(run, "cache-reference")
+    if slurm_ranks.here():
+        slurm_ranks.run_rank(run, "repair" if arguments.repair else "cache")
     from asft_nemo.launch_local import launch_cache
     from asft_nemo.run_dir import cache_dir
 

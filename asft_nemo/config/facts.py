@@ -21,11 +21,19 @@ class Level(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rule may look at."""
+    """What a rule may look at.
+
+    Attributes:
+        run: the settings.
+        shape: the model's sizes, None where its config.json cannot be read.
+        level_of: which level gave each dotted key.
+        launched: `asft launch` asks: the stages run as `run.cluster` says.
+    """
 
     run: RunConfig
     shape: ModelShape | None
     level_of: Mapping[str, Level]
+    launched: bool = False
 
     def asked(self, key: str, *, least: Level = Level.EXPERIMENT) -> bool:
         """Whether an experiment or the command line gave this setting (or only the latter, with `least`)."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from asft_nemo.config import fp8
+from asft_nemo.config.cluster_rules import CLUSTER_INPUTS, on_slurm
 from asft_nemo.config.facts import Facts, Rule
 from asft_nemo.config.hub_ids import hub_id
 from asft_nemo.config.machine import gpu_count
@@ -22,7 +23,14 @@ def _data_files(facts: Facts) -> Iterator[str]:
             yield f"data file {name} does not exist (looked in {Path.cwd()}): correct data.train"
 
 
+def _elsewhere(facts: Facts) -> bool:
+    """Whether the ranks are not this process's to start: they run on a cluster's nodes, or this is one of them."""
+    return (facts.launched and on_slurm(facts.run)) or "ASFT_SLURM_RANKS" in os.environ
+
+
 def _machine(facts: Facts) -> Iterator[str]:
+    if _elsewhere(facts):
+        return
     world, cores = facts.run.run.world_size, os.cpu_count() or 1
     gpus = gpu_count()
     most = gpus or max(16, 4 * cores)
@@ -63,7 +71,15 @@ def _run_dir(facts: Facts) -> Iterator[str]:
 
 
 def _fp8_machine(facts: Facts) -> Iterator[str]:
-    yield from fp8.machine_violations(facts.run)
+    if not _elsewhere(facts):
+        yield from fp8.machine_violations(facts.run)
 
 
-INPUTS: tuple[Rule, ...] = (_data_files, _machine, _fp8_machine, _adapter_directory, _run_dir)
+INPUTS: tuple[Rule, ...] = (
+    _data_files,
+    _machine,
+    _fp8_machine,
+    _adapter_directory,
+    _run_dir,
+    *CLUSTER_INPUTS,
+)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from asft_nemo.config import fp8, tables
+from asft_nemo.config.cluster_rules import CLUSTER
 from asft_nemo.config.context_rules import CONTEXT
 from asft_nemo.config.data_rules import DATA
 from asft_nemo.config.facts import Facts, Level, Rule
@@ -34,6 +35,7 @@ def check(
     level_of: Mapping[str, Level] | None = None,
     shape: ModelShape | None = None,
     check_inputs: bool = False,
+    launched: bool = False,
 ) -> None:
     """Checks every rule.
 
@@ -42,6 +44,7 @@ def check(
         level_of: which level gave each dotted key; None = all are the schema's.
         shape: the model's sizes; None = read from `run.model.path` where it can be read.
         check_inputs: also check files, run.dir and this machine.
+        launched: also check the cluster, for `asft launch`.
 
     Raises:
         ConfigError: with one sentence per violation.
@@ -52,7 +55,7 @@ def check(
             shape = read_model_shape(run.model.path)
         except ConfigError as error:
             found += error.violations if check_inputs else ()
-    facts = Facts(run, shape, level_of or {})
+    facts = Facts(run, shape, level_of or {}, launched)
     for row in (*SETTINGS, *(INPUTS if check_inputs else ())):
         found += row(facts)
     if found:
@@ -215,7 +218,7 @@ def _ignored(facts: Facts) -> Iterator[str]:
             not _reads_chunk_tokens(run),
             f"loss.implementation={run.loss.implementation}",
         ),
-        ("eval.", tuple(EvalConfig.__dataclass_fields__), True, "asft train; asft eval has its own options"),
+        ("eval.", tuple(EvalConfig.__dataclass_fields__), not facts.launched, "asft train; asft eval has its own options"),
         ("data.", ("max_bad_rows",), run.data.on_bad_row == "fail", "data.on_bad_row=fail"),
         (
             "recompute.",
@@ -368,5 +371,6 @@ SETTINGS: tuple[Rule, ...] = (
     _model_positions,
     _model_window,
     *DATA,
+    *CLUSTER,
     _not_yet,
 )

@@ -212,9 +212,35 @@ class RunSection(Section):
 
 @dataclass(unsafe_hash=True)
 class ClusterConfig(Section):
-    """Where the ranks run."""
+    """Where `asft launch` runs the stages; `asft train` runs here and reads none of it."""
 
-    name: str = REQUIRED
+    name: str = REQUIRED  # of the file in conf/cluster
+    executor: str = "local"  # local = one stage after another on this machine | slurm
+    partition: str | None = None
+    account: str | None = None  # any word where the cluster keeps no accounts
+    qos: str | None = None
+    constraint: str | None = None
+    time: str = "04:00:00"  # limit of every job: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS
+    nodes: int | None = None  # of jobs with ranks; None = run.world_size / gpus_per_node
+    gpus_per_node: int = 8  # ranks on a node, one for each GPU
+    request_gpus: bool = True  # false where the cluster hands out whole nodes and knows no GPUs
+    exclusive: bool = False  # whole nodes for jobs with ranks
+    cpus_per_task: int | None = None
+    mem: str | None = None  # of a node, as sbatch takes it; "0" = all of it
+    cpu_partition: str | None = None  # for stages that need no GPU; None = partition
+    pyxis: bool = False  # this cluster's srun has the --container-* options
+    container_image: str | None = None  # a registry's image as pyxis writes it, or a .sqsh file
+    # SOURCE:TARGET[:FLAGS]; the folders that the run's own settings name are mounted without being listed
+    container_mounts: tuple[str, ...] = ()
+    srun_args: tuple[str, ...] = ()  # further words for srun
+    sbatch_args: tuple[str, ...] = ()  # further NAME=VALUE for sbatch, for example mail-type=END
+    env: tuple[str, ...] = ()  # NAME=VALUE, exported to every stage
+    setup: tuple[
+        str, ...
+    ] = ()  # shell lines ahead of every stage on its node, for example "module load cuda"
+    asft: str | None = None  # the command on the nodes; None = this Python, or `asft` in a container
+    signal_seconds: int = 300  # training is told so long before the time limit to write a checkpoint
+    max_requeues: int = 20  # a job that comes back more often, for whatever reason, fails
 
 
 @dataclass(unsafe_hash=True)

@@ -28,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.schedule": ("cosine", "linear", "constant"),
     "trainer.resume": ("never", "if_exists", "must"),
     "trainer.on_nonfinite": ("stop", "skip"),
-    "cluster.name": ("local",),
+    "cluster.executor": ("local", "slurm"),
 }
 
 # key -> (smallest, largest, smallest is allowed itself); largest None = no limit; None itself passes
@@ -71,6 +71,11 @@ RANGES: dict[str, tuple[float, float | None, bool]] = {
     "trainer.max_skips": (1, None, True),
     "run.seed": (0, 2**31 - 1, True),
     "run.world_size": (1, None, True),
+    "cluster.nodes": (1, None, True),
+    "cluster.gpus_per_node": (1, None, True),
+    "cluster.cpus_per_task": (1, None, True),
+    "cluster.signal_seconds": (10, 65535, True),  # the most that sbatch takes
+    "cluster.max_requeues": (0, None, True),
     "eval.max_tokens": (1, None, True),
     "eval.batch_size": (1, None, True),
     "eval.limit": (1, None, True),

@@ -30,6 +30,7 @@ from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.optim import WarmupSchedule
 from asft_nemo.nemo.precision import precision_plugin, precision_row
+from asft_nemo.nemo.preemption import preemption
 from asft_nemo.nemo.references import Frozen, reference_builder, snapshot_builder
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.summary import SummaryCallback
@@ -274,7 +275,15 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         max_epochs=-1,
         strategy=strategy(run, base_dir, resuming=resume is not None),
         plugins=precision_plugin(run.precision),
-        callbacks=[*adapters, prepass, guard, metrics, checkpoints, SummaryCallback(run_dir, prepass)],
+        callbacks=[
+            *adapters,
+            prepass,
+            guard,
+            metrics,
+            checkpoints,
+            SummaryCallback(run_dir, prepass),
+            *preemption(checkpoints),
+        ],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

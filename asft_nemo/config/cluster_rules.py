@@ -1,0 +1,166 @@
+"""Rules about the cluster, for `asft launch` alone: whoever trains on this machine is told nothing of clusters."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from asft_nemo.config.facts import Facts, Rule
+from asft_nemo.config.schema import ClusterConfig, RunConfig
+
+_TIME = re.compile(r"\d+|\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+(:[0-5]?\d){0,2}")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*=[^\n]*")
+_FLAG = re.compile(r"[a-z][a-z-]*=[^\n]*")
+
+
+def on_slurm(run: RunConfig) -> bool:
+    """Whether the stages of a launched run become jobs of Slurm."""
+    return run.cluster.executor == "slurm"
+
+
+def nodes(run: RunConfig) -> int:
+    """Nodes of a job with ranks: cluster.nodes, or as many as the ranks fill."""
+    cluster = run.cluster
+    return cluster.nodes or max(1, -(-run.run.world_size // cluster.gpus_per_node))
+
+
+def ranks_per_node(run: RunConfig) -> int:
+    """Ranks on each node; fewer than GPUs where a run has fewer ranks than one node has GPUs."""
+    return (
+        min(run.cluster.gpus_per_node, run.run.world_size) if nodes(run) == 1 else run.cluster.gpus_per_node
+    )
+
+
+def time_seconds(text: str) -> int:
+    """Seconds of a time limit in Slurm's notation.
+
+    Args:
+        text: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if not _TIME.fullmatch(text):
+        raise ValueError(text)
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _required(facts: Facts) -> Iterator[str]:
+    cluster = facts.run.cluster
+    where = {
+        "partition": "one that `sinfo` lists",
+        "account": "one that `sacctmgr show associations user=$USER` lists, or any word where the cluster keeps none",
+    }
+    for name, cure in where.items():
+        if not getattr(cluster, name):
+            yield f"cluster={cluster.name} needs cluster.{name}: set cluster.{name}=<{cure}>"
+    if cluster.pyxis and not cluster.container_image:
+        yield (
+            f"cluster={cluster.name} runs stages in a container and got no image: set cluster.container_image=<registry#name:tag or a .sqsh "
+            "file>, or cluster=slurm to run without"
+        )
+
+
+def _container(facts: Facts) -> Iterator[str]:
+    cluster = facts.run.cluster
+    if cluster.pyxis:
+        for mount in cluster.container_mounts:
+            source, colon, target = mount.partition(":")
+            if not (colon and source.startswith("/") and target.startswith("/")):
+                yield f"cluster.container_mounts has '{mount}': write /path/on/the/node:/path/in/the/container"
+        return
+    for name in ("container_image", "container_mounts"):
+        if getattr(cluster, name):
+            yield (
+                f"cluster.{name} needs pyxis, which cluster={cluster.name} is not said to have: set cluster=slurm_pyxis, or leave "
+                f"cluster.{name} out"
+            )
+
+
+def _layout(facts: Facts) -> Iterator[str]:
+    run, cluster = facts.run, facts.run.cluster
+    if cluster.gpus_per_node < 1 or run.run.world_size < 1 or (cluster.nodes or 1) < 1:
+        return  # reported by the range rule
+    many = nodes(run)
+    there, world = many * ranks_per_node(run), run.run.world_size
+    if there != world:
+        layout = run.parallel
+        ranks = layout.tp_size * layout.pp_size * layout.cp_size
+        fitting = f"run.world_size={there}" if there % max(1, ranks) == 0 else f"a layout of {there} ranks"
+        yield (
+            f"{many} nodes x {cluster.gpus_per_node} GPUs = {many * cluster.gpus_per_node} do not make the layout's "
+            f"run.world_size={world}: set cluster.nodes={max(1, -(-world // cluster.gpus_per_node))}"
+            f"{'' if world % cluster.gpus_per_node == 0 or world < cluster.gpus_per_node else ' with a cluster.gpus_per_node that divides it'}"
+            f", or {fitting}"
+        )
+
+
+def _time_limit(facts: Facts) -> Iterator[str]:
+    cluster = facts.run.cluster
+    try:
+        seconds = time_seconds(cluster.time)
+    except ValueError:
+        yield (
+            f"cluster.time={cluster.time} is no time limit: write MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS, for example "
+            'cluster.time="04:00:00"'
+        )
+        return
+    if seconds <= cluster.signal_seconds:
+        yield (
+            f"cluster.signal_seconds={cluster.signal_seconds} leaves nothing of cluster.time={cluster.time} ({seconds} s): raise "
+            "cluster.time, or lower cluster.signal_seconds"
+        )
+
+
+def _lists(facts: Facts) -> Iterator[str]:
+    cluster = facts.run.cluster
+    for key, pattern, example in (
+        ("env", _VARIABLE, "NCCL_DEBUG=INFO, names in capitals"),
+        ("sbatch_args", _FLAG, "mail-type=END"),
+    ):
+        for word in getattr(cluster, key):
+            if not pattern.fullmatch(word):
+                yield f"cluster.{key} has '{word}': write NAME=VALUE, for example {example}"
+
+
+def _only_slurm(facts: Facts) -> Iterator[str]:
+    given = [
+        f"cluster.{name}"
+        for name in ClusterConfig.__dataclass_fields__
+        if name not in ("name", "executor", "env", "setup", "asft") and facts.asked(f"cluster.{name}")
+    ]
+    if given:
+        yield f"{', '.join(given)} does nothing with cluster={facts.run.cluster.name}, which is this machine: leave it out, or set cluster=slurm"
+
+
+def _cluster(facts: Facts) -> Iterator[str]:
+    if not facts.launched:
+        return
+    rows = (_required, _container, _layout, _time_limit) if on_slurm(facts.run) else (_only_slurm,)
+    for row in (*rows, _lists):
+        yield from row(facts)
+
+
+def _writable(facts: Facts) -> Iterator[str]:
+    folder = Path(facts.run.run.dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if facts.launched and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        yield (
+            f"run.dir={facts.run.run.dir} cannot be written ({folder} is {'read-only for you' if folder.is_dir() else 'a file'}): set run.dir "
+            "to a folder of yours on a file system that all nodes share"
+        )
+
+
+CLUSTER: tuple[Rule, ...] = (_cluster,)
+CLUSTER_INPUTS: tuple[Rule, ...] = (_writable,)

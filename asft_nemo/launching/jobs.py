@@ -1,0 +1,214 @@
+"""Stages as jobs of NeMo-Run: one experiment, one job a stage, on Slurm or one after another on this machine.
+
+NEMORUN_HOME is `run.dir/launch`, so that scripts and logs of a run are in its folder; NeMo-Run reads it when it is imported, which is why
+`submit` and `render` import it themselves. Nothing here imports NeMo or torch: a login node need not have them working.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asft_nemo.config.cluster_rules import nodes, on_slurm, ranks_per_node
+from asft_nemo.config.schema import RunConfig
+from asft_nemo.launching.record import Job, Record
+from asft_nemo.launching.scripts import batch_setup, stage_script
+from asft_nemo.launching.stages import Stage
+
+_TITLE = "asft"
+_NAME_LENGTH = 40  # of a run, in a job's name
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launch writes and from where it was called.
+
+    Attributes:
+        folder: run.dir, absolute.
+        start: the directory `asft launch` was called in.
+        name: of the run, in its jobs' names.
+    """
+
+    folder: Path
+    start: Path
+    name: str
+
+    @property
+    def home(self) -> Path:
+        """NeMo-Run's own folder."""
+        return self.folder / "launch"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A stage's scripts.
+
+    Attributes:
+        script: what the node runs.
+        batch: what sbatch gets; None on this machine.
+        batch_file: where it is.
+    """
+
+    script: str
+    batch: str | None
+    batch_file: Path | None
+
+
+def render(run: RunConfig, stages: Sequence[Stage], place: Place, *, experiment: str) -> dict[str, Rendered]:
+    """Every script of a launch by stage, left in the experiment's folder. Asks nobody: neither Slurm nor the nodes' files are needed."""
+    with _experiment(run, stages, place, experiment) as exp:
+        exp.dryrun(log=False, exist_ok=True, delete_exp_dir=False)
+        return {stage.name: _rendered(Path(exp._exp_dir), stage) for stage in stages}
+
+
+def submit(run: RunConfig, stages: Sequence[Stage], place: Place, *, experiment: str) -> Record:
+    """Hands every stage over: on Slurm they are all in the queue when it returns, on this machine they have ended."""
+    (place.home / "experiments").mkdir(parents=True, exist_ok=True)
+    with _experiment(run, stages, place, experiment) as exp:
+        exp.run(detach=on_slurm(run), tail_logs=not on_slurm(run))
+        if not on_slurm(run) and len(stages) == 1:
+            exp._wait_for_jobs(
+                jobs=exp.jobs
+            )  # what leaving the experiment does, but we look at the jobs before
+        folder = Path(exp._exp_dir)
+        jobs = [_job(stage, job.handle, folder) for stage, job in zip(stages, exp.jobs, strict=True)]
+        return Record(experiment, run.cluster.executor, run.cluster.name, tuple(jobs))
+
+
+def experiment_name() -> str:
+    """A name that no other launch has."""
+    return f"{_TITLE}_{time.time_ns()}"
+
+
+@contextlib.contextmanager
+def _experiment(run: RunConfig, stages: Sequence[Stage], place: Place, name: str) -> Any:
+    """The experiment with its jobs; NeMo-Run's own words are kept from the terminal."""
+    os.environ["NEMORUN_HOME"] = str(place.home)
+    import nemo_run
+
+    for logger in ("nemo_run", "torchx"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    exp = nemo_run.Experiment(
+        _TITLE,
+        id=name,
+        base_dir=str(place.home),
+        clean_mode=True,
+        enable_goodbye_message=False,
+        skip_status_at_exit=True,
+        serialize_metadata_for_scripts=False,
+        threadpool_workers=1,
+        log_level="ERROR",
+    )
+    with contextlib.redirect_stdout(io.StringIO()) if on_slurm(run) else contextlib.nullcontext(), exp:
+        for stage in stages:
+            script = stage_script(stage, run.cluster, folder=place.folder, start=place.start)
+            executor = _slurm(run, stage, place, name) if on_slurm(run) else nemo_run.LocalExecutor()
+            exp.add(
+                nemo_run.Script(inline=script),
+                executor=executor,
+                name=stage.name,
+                dependencies=list(stage.after),
+            )
+        yield exp
+
+
+def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
+    """NeMo-Run's executor for one stage; ranks are one task for each GPU."""
+    import nemo_run
+
+    cluster = run.cluster
+    many, each = (nodes(run), ranks_per_node(run)) if stage.ranks else (1, 1)
+    partition = cluster.partition if stage.gpus or cluster.cpu_partition is None else cluster.cpu_partition
+    prefix = f"{place.name[:_NAME_LENGTH]}."  # NeMo-Run reads a job's stage behind the last dot
+    jobs = place.home / "experiments"
+    log = (
+        jobs
+        / _TITLE
+        / experiment
+        / stage.name
+        / f"log-{prefix}{stage.name}_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}.out"
+    )
+    gpus = (
+        (ranks_per_node(run) if stage.ranks else cluster.gpus_per_node)
+        if stage.gpus and cluster.request_gpus
+        else None
+    )
+    # srun does not take over what sbatch was told of it.
+    cores = [] if cluster.cpus_per_task is None else [f"--cpus-per-task={cluster.cpus_per_task}"]
+    return nemo_run.SlurmExecutor(
+        account=str(cluster.account),
+        partition=partition,
+        qos=cluster.qos,
+        constraint=cluster.constraint,
+        time=cluster.time,
+        nodes=many,
+        ntasks_per_node=each,
+        gpus_per_node=gpus,
+        cpus_per_task=cluster.cpus_per_task,
+        mem=cluster.mem,
+        exclusive=True if cluster.exclusive and stage.ranks else None,
+        signal=f"USR1@{cluster.signal_seconds}" if stage.ranks else None,
+        container_image=cluster.container_image,
+        container_mounts=_mounts(run, place),
+        srun_args=[*cores, *cluster.srun_args],
+        additional_parameters=_parameters(cluster.sbatch_args),
+        job_name_prefix=prefix,
+        setup_lines=batch_setup(stage, cluster, folder=place.folder, log=f'"{log}"'),
+        # nothing is packed: the nodes see this installation, or the image has one
+        packager=nemo_run.Packager(),
+        tunnel=nemo_run.LocalTunnel(job_dir=str(jobs)),
+        poll_estimated_start_time=False,
+    )
+
+
+def _parameters(words: Sequence[str]) -> dict[str, Any]:
+    """Further flags of sbatch. A job whose stage before it failed must not wait for ever."""
+    pairs = [word.partition("=") for word in words]
+    return {"kill_on_invalid_dep": "yes", **{name.replace("-", "_"): value for name, _, value in pairs}}
+
+
+def _mounts(run: RunConfig, place: Place) -> list[str]:
+    """Mounts of a container: what the settings list, and every folder they name, under its own name."""
+    if run.cluster.container_image is None:
+        return []
+    listed = list(run.cluster.container_mounts)
+    inside = [Path(mount.split(":")[1]) for mount in listed]
+    files = [*run.data.train, *run.data.validation, *run.eval.suites]
+    named = [place.start, place.folder, Path(run.model.path), *(Path(file).parent for file in files)]
+    named += [Path(path) for path in (run.reference.cache_dir, run.peft.adapter) if path is not None]
+    for path in sorted({(place.start / path) for path in named}, key=lambda path: len(path.parts)):
+        if not any(path.is_relative_to(target) for target in inside):
+            inside.append(path)
+            listed.append(f"{path}:{path}")
+    return listed
+
+
+def _rendered(folder: Path, stage: Stage) -> Rendered:
+    script = (folder / stage.name / "scripts" / f"{stage.name}.sh").read_text()
+    batch = folder / f"{stage.name}_sbatch.sh"
+    return Rendered(script, batch.read_text(), batch) if batch.exists() else Rendered(script, None, None)
+
+
+def _job(stage: Stage, handle: str, folder: Path) -> Job:
+    batch = folder / f"{stage.name}_sbatch.sh"
+    return Job(
+        stage=stage.name,
+        job_id=handle.partition("://")[2].split("/")[1],
+        after=stage.after,
+        script=str(folder / stage.name / "scripts" / f"{stage.name}.sh"),
+        batch_script=str(batch) if batch.exists() else None,
+        logs=str(folder / stage.name),
+    )
+
+
+def forget(place: Place, experiment: str) -> None:
+    """Removes what `render` left of an experiment that is not submitted."""
+    shutil.rmtree(place.home / "experiments" / _TITLE / experiment, ignore_errors=True)

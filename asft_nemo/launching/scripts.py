@@ -1,0 +1,124 @@
+"""The shell text of a stage: what its node runs, and what the batch script around it does about signals and restarts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from asft_nemo.config.schema import ClusterConfig
+from asft_nemo.launching.stages import Stage
+
+#: of a job that stopped for a signal and may not come back; sysexits.h's "try again later"
+STOPPED_EXIT = 75
+
+
+def stop_file(folder: Path) -> str:
+    """Where training says, in shell words, that it stopped for a signal behind a complete checkpoint: one name per attempt."""
+    return f"{shlex.quote(str(folder / 'launch'))}/stopped-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
+
+
+def stage_script(stage: Stage, cluster: ClusterConfig, *, folder: Path, start: Path) -> str:
+    """What a node runs for a stage, once or once for each rank.
+
+    Args:
+        stage: the stage.
+        cluster: where.
+        folder: run.dir, absolute.
+        start: the directory `asft launch` was called in; relative names mean what they meant there.
+    """
+    lines = [f"# Stage {stage.name} of {folder}, made by asft launch.", "set -euo pipefail"]
+    lines += [f"cd {shlex.quote(str(start))}", *_exports(cluster), *cluster.setup]
+    if cluster.executor == "slurm" and stage.ranks:
+        lines += [
+            "# One rank: its number and where rank 0 is come from Slurm's variables.",
+            "export ASFT_SLURM_RANKS=1",
+            f"export ASFT_STOP_FILE={stop_file(folder)}",
+            "# Until the rank listens, the signal to stop waits instead of ending it.",
+            "trap '' USR1",
+        ]
+    if cluster.executor == "local":
+        return "\n".join([*lines, *_local(stage, folder)]) + "\n"
+    return "\n".join([*lines, *stage.lines]) + "\n"
+
+
+def _exports(cluster: ClusterConfig) -> list[str]:
+    pairs = [entry.partition("=") for entry in cluster.env]
+    return [f"export {name}={shlex.quote(value)}" for name, _, value in pairs]
+
+
+def done_file(folder: Path, stage: str) -> Path:
+    """What says, on this machine, that a stage of the current launch succeeded."""
+    return folder / "launch" / f"{stage}.done"
+
+
+def _local(stage: Stage, folder: Path) -> list[str]:
+    """Here nobody but the script itself looks whether the stages before it succeeded."""
+    waits = []
+    for name in stage.after:
+        done = shlex.quote(str(done_file(folder, name)))
+        waits.append(
+            f"[ -e {done} ] || {{ echo 'asft: stage {name} has not succeeded, so {stage.name} is not run' >&2; exit 3; }}"
+        )
+    lines = [line.removeprefix("exec ") for line in stage.lines]  # something comes behind it
+    return [*waits, *lines, f"touch {shlex.quote(str(done_file(folder, stage.name)))}"]
+
+
+def batch_setup(stage: Stage, cluster: ClusterConfig, *, folder: Path, log: str) -> str:
+    """Lines of the batch script ahead of srun.
+
+    srun waits in the foreground, so this shell cannot act on a signal while ranks run: Slurm signals the ranks themselves (`--signal`
+    without `B:`), they leave a file behind a complete checkpoint, and the shell looks for it when it ends. A job that was cancelled is
+    no longer RUNNING then, and one that succeeded or failed has left no file: neither comes back.
+
+    Args:
+        stage: the stage.
+        cluster: where.
+        folder: run.dir, absolute.
+        log: the log of the stage's own output, with Slurm's variables as a shell reads them.
+    """
+    lines = [
+        "set +vx",
+        f"log={log}",
+        "trap : USR1 TERM  # meant for the ranks; this shell stays to see how they end",
+        "asft_end() {",
+        "  code=$?",
+        *(_requeue(cluster, folder) if stage.ranks else ()),
+        '  if [ "$code" -ne 0 ]; then',
+        f'    echo "asft: stage {stage.name} failed with exit code $code: see $log" >&2',
+        "  fi",
+        '  exit "$code"',
+        "}",
+        "trap asft_end EXIT",
+        f'if [ "${{SLURM_RESTART_COUNT:-0}}" -gt {cluster.max_requeues} ]; then',
+        f'  echo "asft: this job was started again more than cluster.max_requeues={cluster.max_requeues} times" >&2',
+        "  exit 1",
+        "fi",
+    ]
+    return "\n".join([*lines, *(_rendezvous() if stage.ranks else ())])
+
+
+def _requeue(cluster: ClusterConfig, folder: Path) -> Sequence[str]:
+    return (
+        f"  stopped={stop_file(folder)}",
+        '  if [ "$code" -eq 0 ] && [ -e "$stopped" ]; then',
+        f"    code={STOPPED_EXIT}",
+        '    state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)',
+        f'    if [ "$state" = RUNNING ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {cluster.max_requeues} ]; then',
+        '      echo "asft: stopped behind $(cat "$stopped"); the job goes back to the queue"',
+        '      scontrol requeue "$SLURM_JOB_ID" && exit 0',
+        "    fi",
+        '    echo "asft: stopped behind $(cat "$stopped"), and the job (${state:-gone}) does not go back to the queue" >&2',
+        "  fi",
+    )
+
+
+def _rendezvous() -> Sequence[str]:
+    return (
+        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "# A node's name that no resolver knows has an address in Slurm.",
+        'getent hosts "$MASTER_ADDR" > /dev/null ||',
+        "  MASTER_ADDR=$(scontrol show node \"$MASTER_ADDR\" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')",
+        "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        "export MASTER_ADDR MASTER_PORT",
+    )

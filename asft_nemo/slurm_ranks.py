@@ -1,0 +1,108 @@
+"""One rank of a job that `asft launch` submitted: `asft train` in a task of srun is that task's rank instead of starting ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from typing import NoReturn
+
+from asft_nemo import stop_signal
+from asft_nemo.config.schema import RunConfig
+from asft_nemo.errors import ConfigError, UserError
+from asft_nemo.logs import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+#: what torchrun sets, from what Slurm's tasks have
+_VARIABLES = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "LOCAL_WORLD_SIZE": "SLURM_NTASKS_PER_NODE",
+    "GROUP_RANK": "SLURM_NODEID",
+    "TORCHELASTIC_RUN_ID": "SLURM_JOB_ID",  # Lightning then takes torchrun's variables, not Slurm's with its own signal handlers
+}
+_OTHERS_WAIT = (
+    5.0  # seconds: most errors are every rank's, and rank 0 says them; srun ends the others when it has
+)
+
+
+def here() -> bool:
+    """Whether this process is a rank that a launched job started."""
+    return "ASFT_SLURM_RANKS" in os.environ
+
+
+def run_rank(run: RunConfig, job: str) -> NoReturn:
+    """Does a job as this rank, and ends the process: other ranks may wait in a collective for one that has failed.
+
+    Args:
+        run: the settings.
+        job: ``train``, ``cache`` or ``repair``.
+    """
+    from asft_nemo.ranks import USER_ERROR_EXIT, leave
+
+    try:
+        _enter()
+        stop_signal.listen()
+        set_up_logging(rank=int(os.environ["RANK"]))
+        _do(run, job)
+    except stop_signal.Stopped as stopped:
+        logger.info("stopped as asked, behind %s", stopped)
+        leave(0)
+    except UserError as error:
+        _say(str(error))
+        leave(USER_ERROR_EXIT)
+    except Exception:
+        _say(f"rank {os.environ.get('RANK')} failed:\n{traceback.format_exc()}")
+        leave(1)
+    leave(0)
+
+
+def _enter() -> None:
+    """Puts torchrun's variables in place.
+
+    Raises:
+        ConfigError: this is no task of such a job.
+    """
+    missing = [
+        name for name in (*_VARIABLES.values(), "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
+    if missing:
+        raise ConfigError(
+            f"ASFT_SLURM_RANKS is set, but not {', '.join(missing)}: start the script by srun inside its batch script, or unset ASFT_SLURM_RANKS"
+        )
+    os.environ.update({ours: os.environ[theirs] for ours, theirs in _VARIABLES.items()})
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _do(run: RunConfig, job: str) -> None:
+    from asft_nemo.train import cache_reference, train
+
+    if job != "train":
+        cache_reference(run, repair=job == "repair")
+    elif not _finished(run):
+        train(run)
+
+
+def _finished(run: RunConfig) -> bool:
+    """Whether a job that came back finds nothing left to train."""
+    from asft_nemo.data import prepare
+    from asft_nemo.run_dir import hf_dir, resume_from
+
+    latest = resume_from(run)
+    if latest is None:
+        return False
+    last = prepare(run, tokenizer_dir=hf_dir(run)).max_steps
+    if latest.name == f"step_{last}":
+        logger.info("%s is finished: step %d of %d", run.run.dir, last, last)
+        return True
+    return False
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_OTHERS_WAIT)
+    logger.error("%s", text)

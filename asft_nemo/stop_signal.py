@@ -1,0 +1,57 @@
+"""The signal to stop: SIGUSR1 ahead of a time limit, SIGTERM ahead of a preemption; heard by a thread, acted on between steps.
+
+Slurm signals every process of a step, also those that a rank started. Both signals are therefore blocked, which children inherit and so
+survive, and taken by a thread that waits for them; a handler would be lost in children that start a program of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_heard = threading.Event()
+_listening = threading.Event()
+
+
+class Stopped(Exception):
+    """Training stopped as asked, behind the complete checkpoint of the step it names."""
+
+
+def listen() -> None:
+    """Begins to listen. Called in the main thread, before it starts threads or processes."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # a shell may have left SIGUSR1 ignored
+    _listening.set()
+    threading.Thread(target=_wait, name="stop-signal", daemon=True).start()
+
+
+def _wait() -> None:
+    while True:
+        number = signal.sigwait(SIGNALS)
+        if not _heard.is_set():
+            logger.info("%s: training stops behind the step it is in", signal.Signals(number).name)
+        _heard.set()
+
+
+def listening() -> bool:
+    """Whether this process listens; the same on all ranks of a job."""
+    return _listening.is_set()
+
+
+def heard() -> bool:
+    """Whether this process was asked to stop; ranks of one job hear it at different times, and some may not."""
+    return _heard.is_set()
+
+
+def say_stopped(step: int) -> None:
+    """Leaves word for the batch script that the job stopped behind the complete checkpoint of `step`. One rank calls it."""
+    name = os.environ.get("ASFT_STOP_FILE")
+    if name is not None:
+        Path(name).write_text(f"step {step}\n")
