@@ -12,6 +12,7 @@ from asft_nemo.config.schema import ClusterConfig, RunConfig
 
 _TIME = re.compile(r"\d+|\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+(:[0-5]?\d){0,2}")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*=[^\n]*")
+_FOLDER = re.compile(r"[A-Za-z0-9_./,+@-]+")
 _FLAG = re.compile(r"[a-z][a-z-]*=[^\n]*")
 
 
@@ -66,7 +67,7 @@ def _required(facts: Facts) -> Iterator[str]:
             yield f"cluster={cluster.name} needs cluster.{name}: set cluster.{name}=<{cure}>"
     if cluster.pyxis and not cluster.container_image:
         yield (
-            f"cluster={cluster.name} runs stages in a container and got no image: set cluster.container_image=<registry#name:tag or a .sqsh "
+            f"cluster={cluster.name} runs stages in a container and got no image: set cluster.container_image=<registry/name:tag or a .sqsh "
             "file>, or cluster=slurm to run without"
         )
 
@@ -133,6 +134,14 @@ def _lists(facts: Facts) -> Iterator[str]:
                 yield f"cluster.{key} has '{word}': write NAME=VALUE, for example {example}"
 
 
+def _folder_name(facts: Facts) -> Iterator[str]:
+    folder = Path(facts.run.run.dir).absolute()
+    if not _FOLDER.fullmatch(str(folder)):
+        yield (
+            f"run.dir={folder} has characters that NeMo-Run's batch scripts do not quote: choose one of letters, digits and _ . , + @ - alone"
+        )
+
+
 def _only_slurm(facts: Facts) -> Iterator[str]:
     given = [
         f"cluster.{name}"
@@ -146,7 +155,7 @@ def _only_slurm(facts: Facts) -> Iterator[str]:
 def _cluster(facts: Facts) -> Iterator[str]:
     if not facts.launched:
         return
-    rows = (_required, _container, _layout, _time_limit) if on_slurm(facts.run) else (_only_slurm,)
+    rows = (_required, _container, _layout, _time_limit, _folder_name) if on_slurm(facts.run) else (_only_slurm,)
     for row in (*rows, _lists):
         yield from row(facts)
 

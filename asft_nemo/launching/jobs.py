@@ -11,8 +11,9 @@ import io
 import logging
 import os
 import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def experiment_name() -> str:
 
 
 @contextlib.contextmanager
-def _experiment(run: RunConfig, stages: Sequence[Stage], place: Place, name: str) -> Any:
+def _experiment(run: RunConfig, stages: Sequence[Stage], place: Place, name: str) -> Iterator[Any]:
     """The experiment with its jobs; NeMo-Run's own words are kept from the terminal."""
     os.environ["NEMORUN_HOME"] = str(place.home)
     import nemo_run
@@ -107,7 +108,7 @@ def _experiment(run: RunConfig, stages: Sequence[Stage], place: Place, name: str
         threadpool_workers=1,
         log_level="ERROR",
     )
-    with contextlib.redirect_stdout(io.StringIO()) if on_slurm(run) else contextlib.nullcontext(), exp:
+    with _left_alone(silent=on_slurm(run)), exp:
         for stage in stages:
             script = stage_script(stage, run.cluster, folder=place.folder, start=place.start)
             executor = _slurm(run, stage, place, name) if on_slurm(run) else nemo_run.LocalExecutor()
@@ -118,6 +119,18 @@ def _experiment(run: RunConfig, stages: Sequence[Stage], place: Place, name: str
                 dependencies=list(stage.after),
             )
         yield exp
+
+
+@contextlib.contextmanager
+def _left_alone(*, silent: bool) -> Iterator[None]:
+    """NeMo-Run's helpers read the terminal, which would stop a command in the background; and print what they do."""
+    before = sys.stdin
+    with open(os.devnull) as nothing, contextlib.ExitStack() as stack:
+        sys.stdin = nothing
+        stack.callback(setattr, sys, "stdin", before)
+        if silent:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        yield
 
 
 def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
@@ -156,7 +169,7 @@ def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
         mem=cluster.mem,
         exclusive=True if cluster.exclusive and stage.ranks else None,
         signal=f"USR1@{cluster.signal_seconds}" if stage.ranks else None,
-        container_image=cluster.container_image,
+        container_image=_image(cluster.container_image),
         container_mounts=_mounts(run, place),
         srun_args=[*cores, *cluster.srun_args],
         additional_parameters=_parameters(cluster.sbatch_args),
@@ -173,6 +186,12 @@ def _parameters(words: Sequence[str]) -> dict[str, Any]:
     """Further flags of sbatch. A job whose stage before it failed must not wait for ever."""
     pairs = [word.partition("=") for word in words]
     return {"kill_on_invalid_dep": "yes", **{name.replace("-", "_"): value for name, _, value in pairs}}
+
+
+def _image(name: str | None) -> str | None:
+    """An image as pyxis writes it: the registry's host ends with #, for a / would be part of a name on Docker Hub."""
+    host, slash, rest = (name or "").partition("/")
+    return f"{host}#{rest}" if slash and "." in host and "#" not in host else name
 
 
 def _mounts(run: RunConfig, place: Place) -> list[str]:

@@ -1,0 +1,11 @@
+#!/usr/bin/bash
+# Stage export of /HOME-OF-THE-RUN, made by asft launch.
+set -euo pipefail
+cd /START
+export NCCL_DEBUG=WARN
+step=$(basename "$(readlink -e /shared/runs/medical_72b/checkpoints/latest)")
+if [ -e /shared/runs/medical_72b/hf/"$step" ]; then
+  echo /shared/runs/medical_72b/hf/"$step" 'is there already'
+else
+  asft export /shared/runs/medical_72b/checkpoints/"$step" /shared/runs/medical_72b/hf/"$step"
+fi

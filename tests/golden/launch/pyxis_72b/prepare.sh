@@ -1,0 +1,8 @@
+#!/usr/bin/bash
+# Stage prepare of /HOME-OF-THE-RUN, made by asft launch.
+set -euo pipefail
+cd /START
+export NCCL_DEBUG=WARN
+asft data prepare /shared/data/medmcqa.jsonl --out /shared/runs/medical_72b/data/medmcqa \
+  model.path=/models/Qwen2.5-72B \
+  data.template=alpaca

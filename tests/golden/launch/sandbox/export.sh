@@ -1,0 +1,13 @@
+#!/usr/bin/bash
+# Stage export of /HOME-OF-THE-RUN, made by asft launch.
+set -euo pipefail
+cd /START
+export ASFT_DEVICE=cpu
+export GLOO_SOCKET_IFNAME=lo
+export OMP_NUM_THREADS=1
+step=$(basename "$(readlink -e /START/run/checkpoints/latest)")
+if [ -e /START/run/hf/"$step" ]; then
+  echo /START/run/hf/"$step" 'is there already'
+else
+  /PYTHON -m asft_nemo export /START/run/checkpoints/"$step" /START/run/hf/"$step"
+fi

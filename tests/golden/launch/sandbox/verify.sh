@@ -1,0 +1,9 @@
+#!/usr/bin/bash
+# Stage verify of /HOME-OF-THE-RUN, made by asft launch.
+set -euo pipefail
+cd /START
+export ASFT_DEVICE=cpu
+export GLOO_SOCKET_IFNAME=lo
+export OMP_NUM_THREADS=1
+step=$(basename "$(readlink -e /START/run/checkpoints/latest)")
+/PYTHON -m asft_nemo verify /START/run/checkpoints/"$step" /START/run/hf/"$step" --out /START/run/verify/"$step" --weights-only

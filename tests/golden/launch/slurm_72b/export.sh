@@ -1,0 +1,10 @@
+#!/usr/bin/bash
+# Stage export of /HOME-OF-THE-RUN, made by asft launch.
+set -euo pipefail
+cd /START
+step=$(basename "$(readlink -e /shared/runs/medical_72b/checkpoints/latest)")
+if [ -e /shared/runs/medical_72b/hf/"$step" ]; then
+  echo /shared/runs/medical_72b/hf/"$step" 'is there already'
+else
+  /PYTHON -m asft_nemo export /shared/runs/medical_72b/checkpoints/"$step" /shared/runs/medical_72b/hf/"$step"
+fi

@@ -1,0 +1,7 @@
+#!/usr/bin/bash
+# Stage prepare of /HOME-OF-THE-RUN, made by asft launch.
+set -euo pipefail
+cd /START
+/PYTHON -m asft_nemo data prepare /shared/data/medmcqa.jsonl --out /shared/runs/medical_72b/data/medmcqa \
+  model.path=/models/Qwen2.5-72B \
+  data.template=alpaca

@@ -1,0 +1,47 @@
+"""A real Slurm for the tests of this folder; they are skipped where none is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cluster import TOOL, Cluster
+
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+@contextmanager
+def started(folder: Path, **shape: int) -> Iterator[Cluster]:
+    """A sandbox of a shape of its own, until the block ends."""
+    if shutil.which("slurmctld", path=PATH) is None or shutil.which("mariadbd", path=PATH) is None:
+        pytest.skip("Slurm is not installed: tools/slurm_sandbox start --install gets it (Debian, root)")
+    if os.geteuid() != 0:
+        pytest.skip("tools/slurm_sandbox needs root")
+    settings = {f"SLURM_SANDBOX_{name.upper()}": str(value) for name, value in shape.items()}
+    environment = {**os.environ, **settings, "PATH": PATH, "SLURM_SANDBOX_DIR": str(folder)}
+    done = subprocess.run([TOOL, "start"], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    try:
+        yield Cluster({**environment, "SLURM_CONF": str(folder / "slurm.conf")}, folder)
+    finally:
+        subprocess.run([TOOL, "stop"], env=environment, timeout=120, check=True)
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes of two fake GPUs."""
+    with started(tmp_path_factory.mktemp("slurm"), nodes=2, gpus=2, port=36817) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def h100(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four nodes that say of themselves what H100 nodes do: 8 GPUs, 112 cores, 2 TB."""
+    shape = {"nodes": 4, "gpus": 8, "cpus": 112, "memory_mb": 2_000_000, "port": 37817}
+    with started(tmp_path_factory.mktemp("h100"), **shape) as cluster:
+        yield cluster
