@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(arguments, "layout"):  # argparse takes words of a list in one place only
             arguments.layout += [word for word in unknown if word.startswith("parallel.")]
             unknown = [word for word in unknown if not word.startswith("parallel.")]
+        if hasattr(arguments, "overrides"):  # likewise
+            arguments.overrides += [word for word in unknown if "=" in word and not word.startswith("-")]
+            unknown = [word for word in unknown if word.startswith("-") or "=" not in word]
         if hasattr(arguments, "words"):  # of `asft data`, likewise
             arguments.words += [word for word in unknown if not word.startswith("-")]
             unknown = [word for word in unknown if word.startswith("-")]

@@ -155,7 +155,9 @@ def _only_slurm(facts: Facts) -> Iterator[str]:
 def _cluster(facts: Facts) -> Iterator[str]:
     if not facts.launched:
         return
-    rows = (_required, _container, _layout, _time_limit, _folder_name) if on_slurm(facts.run) else (_only_slurm,)
+    rows = (
+        (_required, _container, _layout, _time_limit, _folder_name) if on_slurm(facts.run) else (_only_slurm,)
+    )
     for row in (*rows, _lists):
         yield from row(facts)
 

@@ -166,9 +166,7 @@ def _step(launch: Launch) -> tuple[str, str]:
     """The checkpoint that is exported, and the line that finds the name of its step."""
     link = "best" if launch.run.trainer.keep.startswith("best:") else "latest"
     checkpoint = launch.folder / "checkpoints"
-    return _of_step(checkpoint), (
-        f'step=$(basename "$(readlink -e {shlex.quote(str(checkpoint / link))})")'
-    )
+    return _of_step(checkpoint), (f'step=$(basename "$(readlink -e {shlex.quote(str(checkpoint / link))})")')
 
 
 def _export(launch: Launch) -> list[str]:

@@ -34,7 +34,9 @@ class Cluster:
         path = os.pathsep.join([str(ROOT), str(ROOT / "eval"), self.environment.get("PYTHONPATH", "")])
         environment = {**self.environment, "PYTHONPATH": path}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
-        assert code is None or done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert code is None or done.returncode == code, (
+            f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
     def asft(self, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
@@ -75,7 +77,9 @@ class Cluster:
 
     def logs(self, run_dir: Path) -> str:
         """The ends of all logs of a run."""
-        files = sorted(run_dir.glob("launch/experiments/asft/*/*/*.out"), key=lambda file: file.stat().st_mtime)
+        files = sorted(
+            run_dir.glob("launch/experiments/asft/*/*/*.out"), key=lambda file: file.stat().st_mtime
+        )
         return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files)
 
 

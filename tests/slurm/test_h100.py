@@ -29,8 +29,17 @@ def test_slurm_would_start_every_stage_of_72b(h100: Cluster, tmp_path: Path) -> 
 
 
 def test_slurm_refuses_more_than_there_is(h100: Cluster, tmp_path: Path) -> None:
-    more = ["cluster.nodes=5", "run.world_size=40", "parallel.pp_size=5", "parallel.vpp_size=4", "trainer.global_batch_size=60"]
+    more = [
+        "cluster.nodes=5",
+        "run.world_size=40",
+        "parallel.pp_size=5",
+        "parallel.vpp_size=4",
+        "trainer.global_batch_size=60",
+    ]
     plan = json.loads(h100.asft("launch", *WORDS, *more, "--stages=train", "--dry-run", "--json").stdout)
     script = tmp_path / "train.sh"
     script.write_text(plan["stages"][0]["batch_script"])
-    assert "Requested node configuration is not available" in h100.run("sbatch", "--test-only", str(script), code=1).stderr
+    assert (
+        "Requested node configuration is not available"
+        in h100.run("sbatch", "--test-only", str(script), code=1).stderr
+    )

@@ -23,9 +23,15 @@ STEPS = 12
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The settings of all runs of this module but their folder: small data, two data-parallel and two tensor-parallel ranks."""
     folder = tmp_path_factory.mktemp("data")
-    rows = [{"question": f"What is {i} + {j}?", "answer": f"It is {i + j}. #### {i + j}"} for i in range(12) for j in range(8)]
+    rows = [
+        {"question": f"What is {i} + {j}?", "answer": f"It is {i + j}. #### {i + j}"}
+        for i in range(12)
+        for j in range(8)
+    ]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "suite.jsonl").write_text('{"prompt": "What is 1 + 1?", "answer": "2"}\n{"prompt": "What is 2 + 1?", "answer": "3"}\n')
+    (folder / "suite.jsonl").write_text(
+        '{"prompt": "What is 1 + 1?", "answer": "2"}\n{"prompt": "What is 2 + 1?", "answer": "3"}\n'
+    )
     return [
         *("experiment=tiny_gsm8k", "cluster=slurm_sandbox", "run.world_size=4", "parallel.tp_size=2"),
         *(f"data.train=[{folder}/train.jsonl]", "data.sequence_length=64", f"trainer.max_steps={STEPS}"),
@@ -48,7 +54,9 @@ def test_a_signal_requeues_and_all_stages_end_in_a_comparison(sandbox: Cluster, 
     states = sandbox.wait(stopped)
     assert {stage["state"] for stage in states.values()} == {"COMPLETED"}, sandbox.logs(stopped)
     assert list(states) == "prepare import cache-reference train export verify eval compare".split()  # noqa: SIM905
-    restarts = sandbox.run("sacct", "-X", "-n", "-P", "-D", "-j", states["train"]["job_id"], "-o", "State").stdout.split()
+    restarts = sandbox.run(
+        "sacct", "-X", "-n", "-P", "-D", "-j", states["train"]["job_id"], "-o", "State"
+    ).stdout.split()
     assert restarts == ["REQUEUED", "COMPLETED"]
     (comparison,) = stopped.glob(f"compare/step_{STEPS}/comparison.json")
     assert set(json.loads(comparison.read_text())["results"]) == {"base", "asft"}
@@ -59,7 +67,12 @@ def test_a_killed_rank_fails_the_job_then_resumes_to_the_same_numbers(
     sandbox: Cluster, words: list[str], stopped: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    mine = [*words, "reference=cached", f"reference.cache_dir={stopped / 'reference_cache'}", f"run.dir={folder}"]
+    mine = [
+        *words,
+        "reference=cached",
+        f"reference.cache_dir={stopped / 'reference_cache'}",
+        f"run.dir={folder}",
+    ]
     sandbox.wait(stopped)  # its cache is whole, and the nodes are free
     sandbox.asft("launch", *mine, "--stages=train,export")
     sandbox.wait_for_step(folder, 5)  # behind the checkpoint of step 4
@@ -81,7 +94,12 @@ def test_uninterrupted_training_has_the_same_numbers(
     sandbox: Cluster, words: list[str], stopped: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    mine = [*words, f"reference.cache_dir={stopped / 'reference_cache'}", "reference=cached", f"run.dir={folder}"]
+    mine = [
+        *words,
+        f"reference.cache_dir={stopped / 'reference_cache'}",
+        "reference=cached",
+        f"run.dir={folder}",
+    ]
     sandbox.asft("launch", *mine, "--stages=train")
     assert sandbox.wait(folder)["train"]["state"] == "COMPLETED", sandbox.logs(folder)
     assert metrics(folder) == metrics(stopped)
@@ -93,7 +111,10 @@ def test_cancel_ends_the_jobs_for_good(sandbox: Cluster, words: list[str], tmp_p
     job = sandbox.jobs(folder)["train"]
     running = lambda: sandbox.run("squeue", "-h", "-j", job, "-o", "%T").stdout.strip() == "RUNNING"  # noqa: E731
     sandbox.wait_for("a running job", folder, running)
-    assert "belongs to jobs that wait or run" in sandbox.asft("launch", *words, f"run.dir={folder}", code=2).stderr
+    assert (
+        "belongs to jobs that wait or run"
+        in sandbox.asft("launch", *words, f"run.dir={folder}", code=2).stderr
+    )
     sandbox.asft("cancel", str(folder))
     states = sandbox.wait(folder)
     assert {stage["state"] for stage in states.values()} == {"CANCELLED"}

@@ -75,7 +75,7 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
 
 
 def test_every_command_of_the_design_answers_help() -> None:
-    commands = "demo train launch plan data cache-reference import export verify eval compare".split()  # noqa: SIM905
+    commands = "demo train launch status logs cancel plan data cache-reference import export verify eval compare".split()  # noqa: SIM905
     text = cli.parser().format_help()
     for command in commands:
         assert f"\n    {command}" in text
@@ -96,7 +96,18 @@ def test_every_command_of_the_design_answers_help() -> None:
             ["train", "recipe=tiny_cpu", "objective=asft", "reference=none"],
             "kl_weight=0.05 needs a reference",
         ),
-        (["launch", "experiment=x", "--dry-run"], "asft: asft launch is not available yet: use asft train"),
+        (["launch", "experiment=x", "--dry-run"], "asft: unknown experiment 'x'"),
+        (
+            ["launch", "recipe=tiny_cpu", "objective=sft", "cluster=slrum", "--dry-run"],
+            "unknown cluster 'slrum': did you mean 'slurm'?",
+        ),
+        (["train", "recipe=tiny_cpu", "objective=sft", "cluster=slurm"], "data.train is empty"),
+        (
+            ["status", "nowhere"],
+            "nowhere holds no launch.json: give the run.dir of a run that `asft launch` started",
+        ),
+        (["logs", "nowhere"], "nowhere holds no launch.json"),
+        (["cancel", "nowhere"], "nowhere holds no launch.json"),
         (["plan", "--search"], "asft plan is not available yet"),
         (["cache-reference"], "asft: no recipe is given: set recipe="),
         (["data", "prepare", "x"], "the following arguments are required: --out"),

@@ -27,7 +27,12 @@ TINY = [
 ]
 BIG = [
     *("experiment=medical_qwen25_72b", "model.path=/models/Qwen2.5-72B", "run.dir=/shared/runs/medical_72b"),
-    *("data.train=[/shared/data/medmcqa.jsonl]", "cluster.partition=gpu", "cluster.account=llm", "cluster.time=2-00:00:00"),
+    *(
+        "data.train=[/shared/data/medmcqa.jsonl]",
+        "cluster.partition=gpu",
+        "cluster.account=llm",
+        "cluster.time=2-00:00:00",
+    ),
 ]
 CASES = {
     "sandbox": [*TINY, "cluster=slurm_sandbox", "reference=cached"],
@@ -53,7 +58,12 @@ def drawn(words: Sequence[str], folder: Path, start: Path) -> dict[str, str]:
     scripts = render(run, build(launch, names), Place(folder, start, target.name), experiment="asft_0")
     found = {f"{name}.sh": one.script for name, one in scripts.items()}
     found |= {f"{name}_sbatch.sh": one.batch for name, one in scripts.items() if one.batch is not None}
-    machine = {str(folder): "/HOME-OF-THE-RUN", str(start): "/START", str(project_dir()): "/PROJECT", sys.executable: "/PYTHON"}
+    machine = {
+        str(folder): "/HOME-OF-THE-RUN",
+        str(start): "/START",
+        str(project_dir()): "/PROJECT",
+        sys.executable: "/PYTHON",
+    }
     for name, text in found.items():
         for here, word in machine.items():
             text = text.replace(here, word)
@@ -74,7 +84,9 @@ def test_scripts_are_the_golden_ones(case: str, tmp_path: Path, monkeypatch: pyt
     assert {path.name: path.read_text() for path in folder.iterdir()} == found
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.rglob("*.sh")), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path", sorted(GOLDEN.rglob("*.sh")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_script_is_clean_for_shellcheck(path: Path) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")

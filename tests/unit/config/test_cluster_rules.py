@@ -1,0 +1,131 @@
+"""Rules about the cluster: each fires for `asft launch`, says the cure, and leaves every other command alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from asft_nemo.config.cluster_rules import nodes, ranks_per_node, time_seconds
+from asft_nemo.config.load import compose, known_options
+from asft_nemo.config.schema import RunConfig
+from asft_nemo.errors import ConfigError
+
+FINE = ["cluster.partition=gpu", "cluster.account=llm"]
+
+
+@pytest.fixture
+def launched(model_dir: Path, data_file: Path, tmp_path: Path) -> Callable[..., tuple[str, ...]]:
+    """The sentences that a launch's overrides lead to."""
+
+    def call(*overrides: str, check_inputs: bool = False) -> tuple[str, ...]:
+        base = ["recipe=tiny_cpu", "objective=sft", f"model.path={model_dir}", f"data.train=[{data_file}]"]
+        try:
+            compose(
+                [*base, f"run.dir={tmp_path / 'run'}", *overrides], check_inputs=check_inputs, launched=True
+            )
+        except ConfigError as error:
+            return error.violations
+        return ()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["cluster=slurm", "cluster.account=llm"], "cluster=slurm needs cluster.partition: set cluster.partition=<one that `sinfo` lists>"),
+        (["cluster=slurm", "cluster.partition=gpu"], "cluster=slurm needs cluster.account: set cluster.account=<one that `sacctmgr show"),
+        (["cluster=slurm_pyxis", *FINE], "runs stages in a container and got no image: set cluster.container_image="),
+        (["cluster=slurm", *FINE, "cluster.container_image=a.sqsh"], "cluster.container_image needs pyxis, which cluster=slurm is not said to have"),
+        (["cluster=slurm", *FINE, 'cluster.container_mounts=["/a:/a"]'], "cluster.container_mounts needs pyxis"),
+        (
+            ["cluster=slurm_pyxis", *FINE, "cluster.container_image=a.sqsh", "cluster.container_mounts=[data]"],
+            "cluster.container_mounts has 'data': write /path/on/the/node:/path/in/the/container",
+        ),
+        (
+            ["cluster=slurm", *FINE, "cluster.nodes=2", "run.world_size=8", "trainer.global_batch_size=16"],
+            "2 nodes x 8 GPUs = 16 do not make the layout's run.world_size=8: set cluster.nodes=1, or run.world_size=16",
+        ),
+        (
+            ["cluster=slurm", *FINE, "run.world_size=12", "trainer.global_batch_size=24"],
+            "2 nodes x 8 GPUs = 16 do not make the layout's run.world_size=12: set cluster.nodes=2 with a cluster.gpus_per_node that divides it",
+        ),
+        (["cluster=slurm", *FINE, "cluster.time=tomorrow"], "cluster.time=tomorrow is no time limit: write MM, MM:SS, HH:MM:SS"),
+        (["cluster=slurm", *FINE, "cluster.time='00:04:00'"], "cluster.signal_seconds=300 leaves nothing of cluster.time=00:04:00 (240 s)"),
+        (["cluster=slurm", *FINE, "cluster.env=[debug]"], "cluster.env has 'debug': write NAME=VALUE, for example NCCL_DEBUG=INFO"),
+        (["cluster=slurm", *FINE, "cluster.sbatch_args=[END]"], "cluster.sbatch_args has 'END': write NAME=VALUE, for example mail-type=END"),
+        (["cluster=slurm", *FINE, "run.dir='/tmp/a b'"], "run.dir=/tmp/a b has characters that NeMo-Run's batch scripts do not quote"),
+        (["cluster=slurm", *FINE, "cluster.gpus_per_node=0"], "cluster.gpus_per_node=0 is out of range"),
+        (["cluster.partition=gpu"], "cluster.partition does nothing with cluster=local, which is this machine"),
+    ],
+    ids=lambda value: value[:60] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_one_rule(launched: Callable[..., tuple[str, ...]], overrides: list[str], sentence: str) -> None:
+    (only,) = launched(*overrides)
+    assert sentence in only
+
+
+def test_everything_wrong_is_said_at_once(launched: Callable[..., tuple[str, ...]]) -> None:
+    assert (
+        len(launched("cluster=slurm_pyxis", "cluster.time=x", "cluster.env=[a]", "objective.name=asfd")) == 6
+    )
+
+
+def test_an_unwritable_folder_is_found_before_anything_is_submitted(
+    launched: Callable[..., tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    (only,) = launched("cluster=slurm", *FINE, check_inputs=True)
+    assert re.search(r"cannot be written \(.* is read-only for you\): set run.dir to a folder of yours", only)
+    (tmp_path / "file").touch()
+    (only,) = launched("cluster=slurm", *FINE, f"run.dir={tmp_path / 'file' / 'run'}", check_inputs=True)
+    assert "is a file): set run.dir" in only
+
+
+def test_more_ranks_than_this_machine_runs_are_no_matter_on_a_cluster(
+    launched: Callable[..., tuple[str, ...]],
+) -> None:
+    many = ["run.world_size=4096", "trainer.global_batch_size=8192"]
+    assert launched("cluster=slurm", *FINE, *many, check_inputs=True) == ()
+    (only,) = launched(*many, check_inputs=True)
+    assert "more ranks than this machine can run" in only
+
+
+@pytest.mark.parametrize("cluster", [name for name in known_options("cluster") if name != "local"])
+def test_other_commands_are_told_nothing_of_clusters(cluster: str, model_dir: Path) -> None:
+    words = ["recipe=tiny_cpu", "objective=sft", f"model.path={model_dir}", f"cluster={cluster}"]
+    compose(words, check_inputs=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("30", 1800), ("30:15", 1815), ("4:00:00", 14400), ("04:00:30", 14430)),
+        *(("1-2", 93600), ("1-02:30", 95400), ("2-00:00:00", 172800)),
+    ],
+)
+def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int) -> None:
+    assert time_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "4h", "1:2:3:4", "1-", "-5", "00:99", "4:00:00 ", "INFINITE"])
+def test_what_is_no_time_limit(text: str) -> None:
+    with pytest.raises(ValueError):
+        time_seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["run.world_size=32", "trainer.global_batch_size=64"], (4, 8)),
+        (["run.world_size=2"], (1, 2)),
+        (["run.world_size=8", "trainer.global_batch_size=16", "cluster.gpus_per_node=4"], (2, 4)),
+    ],
+)
+def test_nodes_follow_from_the_ranks(settings: list[str], expected: tuple[int, int], model_dir: Path) -> None:
+    words = ["recipe=tiny_cpu", "objective=sft", f"model.path={model_dir}", "cluster=slurm", *FINE]
+    run: RunConfig = compose([*words, *settings], check_inputs=False, launched=True)
+    assert (nodes(run), ranks_per_node(run)) == expected

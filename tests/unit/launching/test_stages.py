@@ -1,0 +1,159 @@
+"""Which stages a launch has, what they wait for, and what they are told."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from asft_nemo.config.load import compose, known_options
+from asft_nemo.errors import UserError
+from asft_nemo.launching.stages import STAGES, Launch, Stage, build, choose
+from asft_nemo.launching.words import setting, without
+
+EVERYTHING = list(STAGES)
+SLURM = ["cluster.partition=gpu", "cluster.account=llm", "cluster.container_image=a.sqsh"]
+
+
+def stages(
+    words: Sequence[str], asked: Sequence[str] | None = None, *, folder: Path = Path("/run")
+) -> list[Stage]:
+    run = compose(words, check_inputs=False, launched=True)
+    names, _ = choose(run, asked)
+    launch = Launch(run=run, words=tuple(words), asft=("asft",), folder=folder, prepared="prepare" in names)
+    return build(launch, names)
+
+
+def tiny(*words: str) -> list[str]:
+    return ["experiment=tiny_gsm8k", "data.train=[a.jsonl]", *words]
+
+
+def last_command(stage: Stage) -> list[str]:
+    return shlex.split(stage.lines[-1].replace("\\\n", " "))
+
+
+def test_a_cached_reference_and_suites_give_every_stage() -> None:
+    found = stages(tiny("reference=cached", "eval.suites=[s.jsonl]"))
+    assert [stage.name for stage in found] == EVERYTHING
+    assert {stage.name for stage in found if stage.ranks} == {"cache-reference", "train"}
+    assert {stage.name: stage.after for stage in found} == {
+        "prepare": (),
+        "import": (),
+        "cache-reference": ("prepare", "import"),
+        "train": ("prepare", "import", "cache-reference"),
+        "export": ("train",),
+        "verify": ("export",),
+        "eval": ("export",),
+        "compare": ("eval",),
+    }
+
+
+def test_what_does_not_apply_is_left_out_with_the_reason() -> None:
+    run = compose(tiny(), check_inputs=False, launched=True)
+    names, idle = choose(run, None)
+    assert names == ["prepare", "import", "train", "export", "verify"]
+    assert idle["compare"] == "eval.suites is empty: set eval.suites=[suite.jsonl]"
+    assert "reference=resident" in idle["cache-reference"]
+
+
+def test_merged_adapters_are_exported_and_not_held_against_the_checkpoint() -> None:
+    found = {stage.name: stage for stage in stages(tiny("peft=lora", "reference=adapter_disabled"))}
+    assert "verify" not in found
+    assert found["export"].lines[-1].count("--adapters merge") == 1
+
+
+def test_a_subset_waits_through_what_is_left_out() -> None:
+    words = tiny("reference=cached", "eval.suites=[s.jsonl]")
+    found = {stage.name: stage.after for stage in stages(words, ["import", "export", "compare"])}
+    assert found == {"import": (), "export": ("import",), "compare": ("export",)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (["trian"], "unknown stage 'trian': did you mean 'train'?"),
+        (["train", "cache-reference"], "stage cache-reference does nothing here (reference=resident"),
+        (["eval"], "stage eval does nothing here (eval.suites is empty: set eval.suites=[suite.jsonl])"),
+    ],
+)
+def test_wrong_stages_are_refused(asked: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        stages(tiny(), asked)
+    assert sentence in str(caught.value)
+
+
+def test_training_is_the_command_a_user_would_type() -> None:
+    words = tiny(
+        "cluster=slurm_sandbox",
+        "run.world_size=4",
+        "eval.limit=3",
+        "objective.kl_weight=0.1",
+        "cluster.time=20",
+    )
+    train = next(stage for stage in stages(words) if stage.name == "train")
+    said = last_command(train)
+    assert said[:3] == ["exec", "asft", "train"]
+    run = compose(said[3:], check_inputs=False)
+    assert run.cluster.name == "local", "a rank is told nothing of the cluster"
+    assert (run.objective.kl_weight, run.run.world_size, run.run.dir) == (0.1, 4, "/run")
+    assert run.data.train == ("/run/data/a",)
+    assert run.trainer.resume == "if_exists"
+
+
+def test_prepared_data_are_told_apart_and_read_by_their_own_template(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    (ready / "manifest.json").touch()
+    files = f"[x/train.jsonl,y/train.jsonl,{ready},z/*.parquet]"
+    words = tiny("data.templates=[alpaca,raw,alpaca,alpaca]", f"data.train={files}", "data.on_bad_row=skip")
+    found = {stage.name: stage for stage in stages(words)}
+    lines = [shlex.split(line.replace("\\\n", " ")) for line in found["prepare"].lines]
+    assert [line[3] for line in lines] == ["x/train.jsonl", "y/train.jsonl", "z/*.parquet"]
+    assert ["data.template=raw" in line for line in lines] == [False, True, False]
+    assert all("data.on_bad_row=skip" in line and "data.fields.prompt=question" in line for line in lines)
+    trained = compose(last_command(found["train"])[3:], check_inputs=False).data.train
+    assert trained == ("/run/data/train", "/run/data/train~2", str(ready), "/run/data/all")
+
+
+@pytest.mark.parametrize("cluster", known_options("cluster"))
+@pytest.mark.parametrize("experiment", known_options("experiment"))
+def test_every_experiment_has_stages_on_every_cluster(experiment: str, cluster: str) -> None:
+    words = [
+        f"experiment={experiment}",
+        "model.path=/models/m",
+        "data.train=[/data/a.jsonl]",
+        f"cluster={cluster}",
+    ]
+    needs = {"slurm": SLURM[:2], "slurm_pyxis": SLURM}.get(cluster, [])
+    fits = ["cluster.gpus_per_node=8"] if cluster == "slurm_sandbox" else []
+    assert {"train", "export"} <= {stage.name for stage in stages([*words, *needs, *fits])}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "plain/path.jsonl",
+        "with space",
+        "it's",
+        "a,b]",
+        "1e3",
+        "true",
+        "",
+        "ü=$x",
+        None,
+        True,
+        3,
+        ["a b", "c"],
+    ],
+)
+def test_a_setting_comes_back_as_it_was(value: object) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    assert OverridesParser.create().parse_override(setting("run.dir", value)).value() == value
+
+
+def test_words_are_dropped_by_key_section_and_group() -> None:
+    words = ["cluster=slurm", "cluster.time=1", "clusters=x", "run.dir=a", "run.dirs=b", "eval.limit=3"]
+    assert without(words, "cluster.", "eval.", "run.dir") == ["clusters=x", "run.dirs=b"]
