@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from ranks import RankGroup
-from runs import metrics
 from test_training import two_files
+
+from runs import metrics
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
