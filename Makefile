@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help demo test check format venv clean
+.PHONY: help demo test test-slurm check format venv clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -18,6 +18,12 @@ test: $(STAMP)  ## the whole suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slurm: $(STAMP)  ## the tests on a real Slurm; installs Debian's packages of it where it may
+	@if command -v slurmctld >/dev/null || [ -x /usr/sbin/slurmctld ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then tools/slurm_sandbox install; \
+	else echo "test-slurm: skipped: Slurm is not installed, and only root on Debian can install it here"; fi
+	timeout --signal=INT --kill-after=60 480 $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 check: $(STAMP)  ## the fast checks: style, types, layers
 	$(BIN)/ruff check .

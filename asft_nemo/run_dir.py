@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -263,16 +264,23 @@ def claim_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
 def _lock(run: RunConfig) -> FileLock:
     """A lock on the run's folder, held while it is written to; released when the process that holds it ends, however it ends.
 
+    Who holds it is said in a file of its own, which an attempt to lock does not empty; what a process that has ended left there is nobody's.
+
     Raises:
         ConfigError: another process trains in this folder.
     """
-    lock = FileLock(str(Path(run.run.dir) / ".run.lock"))
+    folder = Path(run.run.dir)
+    owner, lock = folder / ".run.owner", FileLock(str(folder / ".run.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        holder = owner.read_text() if owner.exists() else "another process"
         raise ConfigError(
-            f"run.dir={run.run.dir} is being trained in by another process: wait for it, or choose another run.dir"
+            f"run.dir={folder} is being trained in by {holder}: wait for it, or choose another run.dir"
         ) from None
+    job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    user = os.environ.get("USER", f"user {os.getuid()}")  # a container may know no name
+    owner.write_text(f"process {os.getpid()} of {user} on {socket.gethostname()}{job}")
     return lock
 
 

@@ -45,7 +45,7 @@ def run_rank(run: RunConfig, job: str) -> NoReturn:
 
     try:
         _enter()
-        stop_signal.listen()
+        stop_signal.listen(at_once=None if job == "train" else _leave_cache)
         set_up_logging(rank=int(os.environ["RANK"]))
         _do(run, job)
     except stop_signal.Stopped as stopped:
@@ -85,6 +85,14 @@ def _do(run: RunConfig, job: str) -> None:
         cache_reference(run, repair=job == "repair")
     elif not _finished(run):
         train(run)
+
+
+def _leave_cache() -> None:
+    """A cache may be left at any moment: what is whole in it is not computed again."""
+    from asft_nemo.ranks import leave
+
+    stop_signal.say_stopped("the rows that are stored")
+    leave(0)
 
 
 def _finished(run: RunConfig) -> bool:

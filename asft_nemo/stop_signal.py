@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -23,18 +24,24 @@ class Stopped(Exception):
     """Training stopped as asked, behind the complete checkpoint of the step it names."""
 
 
-def listen() -> None:
-    """Begins to listen. Called in the main thread, before it starts threads or processes."""
+def listen(*, at_once: Callable[[], None] | None = None) -> None:
+    """Begins to listen. Called in the main thread, before it starts threads or processes.
+
+    Args:
+        at_once: called by the listening thread when a signal comes, by work that may be ended anywhere; None = the work asks `heard`.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # a shell may have left SIGUSR1 ignored
     _listening.set()
-    threading.Thread(target=_wait, name="stop-signal", daemon=True).start()
+    threading.Thread(target=_wait, args=(at_once,), name="stop-signal", daemon=True).start()
 
 
-def _wait() -> None:
+def _wait(at_once: Callable[[], None] | None) -> None:
     while True:
         number = signal.sigwait(SIGNALS)
+        if at_once is not None:
+            at_once()
         if not _heard.is_set():
             logger.info("%s: training stops behind the step it is in", signal.Signals(number).name)
         _heard.set()
@@ -50,8 +57,8 @@ def heard() -> bool:
     return _heard.is_set()
 
 
-def say_stopped(step: int) -> None:
-    """Leaves word for the batch script that the job stopped behind the complete checkpoint of `step`. One rank calls it."""
+def say_stopped(where: str) -> None:
+    """Leaves word for the batch script that the job stopped, and may go on, behind what `where` names."""
     name = os.environ.get("ASFT_STOP_FILE")
     if name is not None:
-        Path(name).write_text(f"step {step}\n")
+        Path(name).write_text(f"{where}\n")

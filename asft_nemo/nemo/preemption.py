@@ -44,7 +44,7 @@ class PreemptionCallback(Callback):
         if not most_of_ranks(float(there)):
             self.checkpoints.save(trainer, step, best=False)
         if trainer.is_global_zero:
-            stop_signal.say_stopped(step)
+            stop_signal.say_stopped(f"step {step}")
         raise stop_signal.Stopped(f"step {step}")
 
 

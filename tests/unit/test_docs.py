@@ -102,6 +102,8 @@ def test_commands_parse(words: list[str]) -> None:
     assert arguments.command is not not_yet, "documented as if it worked"
     if words[1] == "train":
         compose(arguments.overrides, check_inputs=False)
+    if words[1] == "launch":
+        compose(arguments.overrides, check_inputs=False, launched=True)
     if words[1:3] == ["data", "check"]:
         settings = [word for word in arguments.words if "=" in word]
         compose(["recipe=tiny_cpu", "objective=sft", *settings], check_inputs=False)
