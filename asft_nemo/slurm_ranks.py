@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import traceback
 from typing import NoReturn
 
@@ -111,6 +110,5 @@ def _finished(run: RunConfig) -> bool:
 
 
 def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(_OTHERS_WAIT)
-    logger.error("%s", text)
+    if os.environ.get("RANK", "0") == "0" or not stop_signal.heard(within=_OTHERS_WAIT):
+        logger.error("%s", text)

@@ -52,9 +52,9 @@ def listening() -> bool:
     return _listening.is_set()
 
 
-def heard() -> bool:
-    """Whether this process was asked to stop; ranks of one job hear it at different times, and some may not."""
-    return _heard.is_set()
+def heard(*, within: float = 0.0) -> bool:
+    """Whether this process was asked to stop, or is within so many seconds; ranks of one job hear it at different times, and some may not."""
+    return _heard.wait(within)
 
 
 def say_stopped(where: str) -> None:

@@ -53,8 +53,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     from asft_nemo.launching.jobs import Place
 
     run = compose(arguments.overrides, check_inputs=not arguments.dry_run, launched=True)
-    folder = Path(run.run.dir).absolute()
-    place = Place(folder, Path.cwd(), folder.name)
+    place = Place.of(Path(run.run.dir).absolute())
     stages, idle = _stages(run, arguments, place)
     if arguments.dry_run:
         return _dry_run(arguments, run, stages, idle, place)
@@ -92,8 +91,8 @@ def _dry_run(
     from asft_nemo.launching.jobs import Place, render
 
     with tempfile.TemporaryDirectory(prefix="asft-") as scratch:
-        drawn = render(run, stages, Place(Path(scratch), place.start, place.name), experiment="asft_0")
-        scripts = {name: _named(one, Path(scratch), place.folder) for name, one in drawn.items()}
+        drawn = render(run, stages, Place(place.folder, place.start, Path(scratch)), experiment="asft_0")
+        scripts = {name: _named(one, scratch, str(place.home)) for name, one in drawn.items()}
     values = {
         "run_dir": str(place.folder),
         "stages": [
@@ -110,13 +109,10 @@ def _dry_run(
     return DONE
 
 
-def _named(drawn: Rendered, scratch: Path, folder: Path) -> dict[str, str | None]:
-    """The scripts with the run's folder for the one they were drawn in."""
+def _named(drawn: Rendered, scratch: str, home: str) -> dict[str, str | None]:
+    """The scripts with the run's own folder for the one they were drawn in."""
     texts = {"script": drawn.script, "batch_script": drawn.batch}
-    return {
-        kind: None if text is None else text.replace(str(scratch), str(folder))
-        for kind, text in texts.items()
-    }
+    return {kind: None if text is None else text.replace(scratch, home) for kind, text in texts.items()}
 
 
 def _plan(run: RunConfig, stages: Sequence[Stage], idle: dict[str, str]) -> list[str]:

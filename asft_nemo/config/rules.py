@@ -218,7 +218,12 @@ def _ignored(facts: Facts) -> Iterator[str]:
             not _reads_chunk_tokens(run),
             f"loss.implementation={run.loss.implementation}",
         ),
-        ("eval.", tuple(EvalConfig.__dataclass_fields__), not facts.launched, "asft train; asft eval has its own options"),
+        (
+            "eval.",
+            tuple(EvalConfig.__dataclass_fields__),
+            not facts.launched,
+            "asft train; asft eval has its own options",
+        ),
         ("data.", ("max_bad_rows",), run.data.on_bad_row == "fail", "data.on_bad_row=fail"),
         (
             "recompute.",

@@ -35,17 +35,17 @@ class Place:
     Attributes:
         folder: run.dir, absolute.
         start: the directory `asft launch` was called in.
-        name: of the run, in its jobs' names.
+        home: NeMo-Run's own folder: `launch` in run.dir, or a scratch folder where nothing is submitted.
     """
 
     folder: Path
     start: Path
-    name: str
+    home: Path
 
-    @property
-    def home(self) -> Path:
-        """NeMo-Run's own folder."""
-        return self.folder / "launch"
+    @staticmethod
+    def of(folder: Path) -> Place:
+        """That of a run, called from here."""
+        return Place(folder, Path.cwd(), folder / "launch")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
     cluster = run.cluster
     many, each = (nodes(run), ranks_per_node(run)) if stage.ranks else (1, 1)
     partition = cluster.partition if stage.gpus or cluster.cpu_partition is None else cluster.cpu_partition
-    prefix = f"{place.name[:_NAME_LENGTH]}."  # NeMo-Run reads a job's stage behind the last dot
+    prefix = f"{place.folder.name[:_NAME_LENGTH]}."  # NeMo-Run reads a job's stage behind the last dot
     jobs = place.home / "experiments"
     log = (
         jobs

@@ -72,8 +72,17 @@ class Cluster:
         return self.status(run_dir)
 
     def wait_for_step(self, run_dir: Path, step: int) -> None:
-        """Waits until training has gone through `step`."""
-        self.wait_for(f"step {step}", run_dir, lambda: len(metrics(run_dir)) >= step)
+        """Waits until training has gone through `step`; it must not end before."""
+        train = self.jobs(run_dir)["train"]
+
+        def there() -> bool:
+            states = self.run(
+                "squeue", "--noheader", "--states=all", "--job", train, "--format=%T"
+            ).stdout.split()
+            assert states in (["PENDING"], ["RUNNING"]), f"training ended:\n{self.logs(run_dir)}"
+            return len(metrics(run_dir)) >= step
+
+        self.wait_for(f"step {step}", run_dir, there)
 
     def logs(self, run_dir: Path) -> str:
         """The ends of all logs of a run."""

@@ -34,7 +34,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     )
     return [
         *("experiment=tiny_gsm8k", "cluster=slurm_sandbox", "run.world_size=4", "parallel.tp_size=2"),
-        *(f"data.train=[{folder}/train.jsonl]", "data.sequence_length=64", f"trainer.max_steps={STEPS}"),
+        *(f"data.train=[{folder}/train.jsonl]", "data.sequence_length=256", f"trainer.max_steps={STEPS}"),
         *("trainer.global_batch_size=8", "trainer.micro_batch_size=2", "trainer.checkpoint_every=4"),
         *(f"eval.suites=[{folder}/suite.jsonl]", "eval.max_tokens=4"),
     ]

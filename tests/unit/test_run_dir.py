@@ -103,7 +103,9 @@ def test_another_model_is_another_run_before_the_first_checkpoint_too(run: RunCo
 def test_one_process_at_a_time(run: RunConfig) -> None:
     lock = open_run_dir(run, data_fingerprint="f")
     before = (Path(run.run.dir) / "run.json").stat().st_mtime_ns
-    with pytest.raises(ConfigError, match=rf"is being trained in by process {os.getpid()} of .+ on .+: wait for it"):
+    with pytest.raises(
+        ConfigError, match=rf"is being trained in by process {os.getpid()} of .+ on .+: wait for it"
+    ):
         open_run_dir(replace(run, {"trainer.resume": "if_exists"}), data_fingerprint="f")
     assert (Path(run.run.dir) / "run.json").stat().st_mtime_ns == before
     lock.release()

@@ -55,14 +55,14 @@ def drawn(words: Sequence[str], folder: Path, start: Path) -> dict[str, str]:
     target = (start / run.run.dir) if run.run.dir == "run" else Path(run.run.dir)
     asft = ("asft",) if run.cluster.container_image else (sys.executable, "-m", "asft_nemo")
     launch = Launch(run=run, words=tuple(words), asft=asft, folder=target, prepared=True)
-    scripts = render(run, build(launch, names), Place(folder, start, target.name), experiment="asft_0")
+    scripts = render(run, build(launch, names), Place(target, start, folder), experiment="asft_0")
     found = {f"{name}.sh": one.script for name, one in scripts.items()}
     found |= {f"{name}_sbatch.sh": one.batch for name, one in scripts.items() if one.batch is not None}
     machine = {
-        str(folder): "/HOME-OF-THE-RUN",
+        str(folder): "/NEMO-RUN",
         str(start): "/START",
+        sys.executable: "/PYTHON",  # before the project, in which it may be
         str(project_dir()): "/PROJECT",
-        sys.executable: "/PYTHON",
     }
     for name, text in found.items():
         for here, word in machine.items():

@@ -1,8 +1,8 @@
 #!/usr/bin/bash
-# Stage compare of /HOME-OF-THE-RUN, made by asft launch.
+# Stage compare of /START/run, made by asft launch.
 set -euo pipefail
 cd /START
-[ -e /HOME-OF-THE-RUN/launch/eval.done ] || { echo 'asft: stage eval has not succeeded, so compare is not run' >&2; exit 3; }
+[ -e /START/run/launch/eval.done ] || { echo 'asft: stage eval has not succeeded, so compare is not run' >&2; exit 3; }
 step=$(basename "$(readlink -e /START/run/checkpoints/latest)")
 /PYTHON -m asft_nemo compare base=/START/run/eval/base asft=/START/run/eval/"$step" --out /START/run/compare/"$step"
-touch /HOME-OF-THE-RUN/launch/compare.done
+touch /START/run/launch/compare.done

@@ -1,8 +1,8 @@
 #!/usr/bin/bash
-# Stage eval of /HOME-OF-THE-RUN, made by asft launch.
+# Stage eval of /START/run, made by asft launch.
 set -euo pipefail
 cd /START
-[ -e /HOME-OF-THE-RUN/launch/export.done ] || { echo 'asft: stage export has not succeeded, so eval is not run' >&2; exit 3; }
+[ -e /START/run/launch/export.done ] || { echo 'asft: stage export has not succeeded, so eval is not run' >&2; exit 3; }
 if [ -e /START/run/eval/base/results.json ]; then
   echo /START/run/eval/base/results.json 'is there already'
 else
@@ -10,4 +10,4 @@ else
 fi
 step=$(basename "$(readlink -e /START/run/checkpoints/latest)")
 /PYTHON -m asft_nemo eval /START/run/hf/"$step" --suite suite.jsonl --backend hf --protocol greedy --max-tokens 256 --batch-size 16 --limit 8 --out /START/run/eval/"$step"
-touch /HOME-OF-THE-RUN/launch/eval.done
+touch /START/run/launch/eval.done

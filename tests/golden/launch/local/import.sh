@@ -1,5 +1,5 @@
 #!/usr/bin/bash
-# Stage import of /HOME-OF-THE-RUN, made by asft launch.
+# Stage import of /START/run, made by asft launch.
 set -euo pipefail
 cd /START
 if [ -e /START/run/base ]; then
@@ -7,4 +7,4 @@ if [ -e /START/run/base ]; then
 else
   /PYTHON -m asft_nemo import /PROJECT/assets/tiny-base /START/run/base
 fi
-touch /HOME-OF-THE-RUN/launch/import.done
+touch /START/run/launch/import.done

@@ -1,5 +1,5 @@
 #!/usr/bin/bash
-# Stage prepare of /HOME-OF-THE-RUN, made by asft launch.
+# Stage prepare of /START/run, made by asft launch.
 set -euo pipefail
 cd /START
 /PYTHON -m asft_nemo data prepare gsm8k/train.jsonl --out /START/run/data/train \
@@ -7,4 +7,4 @@ cd /START
   data.template=alpaca \
   data.fields.prompt=question \
   data.fields.response=answer
-touch /HOME-OF-THE-RUN/launch/prepare.done
+touch /START/run/launch/prepare.done

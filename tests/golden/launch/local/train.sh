@@ -1,9 +1,9 @@
 #!/usr/bin/bash
-# Stage train of /HOME-OF-THE-RUN, made by asft launch.
+# Stage train of /START/run, made by asft launch.
 set -euo pipefail
 cd /START
-[ -e /HOME-OF-THE-RUN/launch/prepare.done ] || { echo 'asft: stage prepare has not succeeded, so train is not run' >&2; exit 3; }
-[ -e /HOME-OF-THE-RUN/launch/import.done ] || { echo 'asft: stage import has not succeeded, so train is not run' >&2; exit 3; }
+[ -e /START/run/launch/prepare.done ] || { echo 'asft: stage prepare has not succeeded, so train is not run' >&2; exit 3; }
+[ -e /START/run/launch/import.done ] || { echo 'asft: stage import has not succeeded, so train is not run' >&2; exit 3; }
 /PYTHON -m asft_nemo train \
   experiment=tiny_gsm8k \
   parallel.tp_size=2 \
@@ -11,4 +11,4 @@ cd /START
   run.world_size=4 \
   'data.train=[/START/run/data/train]' \
   trainer.resume=if_exists
-touch /HOME-OF-THE-RUN/launch/train.done
+touch /START/run/launch/train.done

@@ -1,8 +1,8 @@
 #!/usr/bin/bash
-# Stage verify of /HOME-OF-THE-RUN, made by asft launch.
+# Stage verify of /START/run, made by asft launch.
 set -euo pipefail
 cd /START
-[ -e /HOME-OF-THE-RUN/launch/export.done ] || { echo 'asft: stage export has not succeeded, so verify is not run' >&2; exit 3; }
+[ -e /START/run/launch/export.done ] || { echo 'asft: stage export has not succeeded, so verify is not run' >&2; exit 3; }
 step=$(basename "$(readlink -e /START/run/checkpoints/latest)")
 /PYTHON -m asft_nemo verify /START/run/checkpoints/"$step" /START/run/hf/"$step" --out /START/run/verify/"$step" parallel.tp_size=2 parallel.pp_size=1
-touch /HOME-OF-THE-RUN/launch/verify.done
+touch /START/run/launch/verify.done

@@ -1,11 +1,11 @@
 #!/usr/bin/bash
-# Stage train of /HOME-OF-THE-RUN, made by asft launch.
+# Stage train of /shared/runs/medical_72b, made by asft launch.
 set -euo pipefail
 cd /START
 export NCCL_DEBUG=WARN
 # One rank: its number and where rank 0 is come from Slurm's variables.
 export ASFT_SLURM_RANKS=1
-export ASFT_STOP_FILE=/HOME-OF-THE-RUN/launch/stopped-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+export ASFT_STOP_FILE=/shared/runs/medical_72b/launch/stopped-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 # Until the rank listens, the signal to stop waits instead of ending it.
 trap '' USR1
 exec asft train \

@@ -14,7 +14,7 @@
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
 #SBATCH --open-mode=append
-#SBATCH --output=/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/train/sbatch_medical_72b.train_%j.out
+#SBATCH --output=/NEMO-RUN/experiments/asft/asft_0/train/sbatch_medical_72b.train_%j.out
 #SBATCH --partition=gpu
 #SBATCH --signal=USR1@300
 #SBATCH --time=2-00:00:00
@@ -35,11 +35,11 @@ head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 set +vx
-log="/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/train/log-medical_72b.train_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
+log="/NEMO-RUN/experiments/asft/asft_0/train/log-medical_72b.train_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
 trap : USR1 TERM  # meant for the ranks; this shell stays to see how they end
 asft_end() {
   code=$?
-  stopped=/HOME-OF-THE-RUN/launch/stopped-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+  stopped=/shared/runs/medical_72b/launch/stopped-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   if [ "$code" -eq 0 ] && [ -e "$stopped" ]; then
     code=75
     state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)
@@ -69,7 +69,7 @@ export MASTER_ADDR MASTER_PORT
 
 # Command 1
 
-srun --output /HOME-OF-THE-RUN/launch/experiments/asft/asft_0/train/log-medical_72b.train_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io#nvidia/nemo:25.11 --container-mounts /models:/models,/shared/data:/shared/data,/START:/START,/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/train:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --no-container-mount-home bash /nemo_run/scripts/train.sh
+srun --output /NEMO-RUN/experiments/asft/asft_0/train/log-medical_72b.train_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io#nvidia/nemo:25.11 --container-mounts /models:/models,/shared/data:/shared/data,/shared/runs/medical_72b:/shared/runs/medical_72b,/START:/START,/NEMO-RUN/experiments/asft/asft_0/train:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --no-container-mount-home bash /nemo_run/scripts/train.sh
 
 exitcode=$?
 

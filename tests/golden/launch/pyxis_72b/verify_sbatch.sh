@@ -13,7 +13,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
-#SBATCH --output=/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/verify/sbatch_medical_72b.verify_%j.out
+#SBATCH --output=/NEMO-RUN/experiments/asft/asft_0/verify/sbatch_medical_72b.verify_%j.out
 #SBATCH --partition=gpu
 #SBATCH --time=2-00:00:00
 
@@ -33,7 +33,7 @@ head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 set +vx
-log="/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/verify/log-medical_72b.verify_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
+log="/NEMO-RUN/experiments/asft/asft_0/verify/log-medical_72b.verify_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
 trap : USR1 TERM  # meant for the ranks; this shell stays to see how they end
 asft_end() {
   code=$?
@@ -51,7 +51,7 @@ fi
 
 # Command 1
 
-srun --output /HOME-OF-THE-RUN/launch/experiments/asft/asft_0/verify/log-medical_72b.verify_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io#nvidia/nemo:25.11 --container-mounts /models:/models,/shared/data:/shared/data,/START:/START,/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/verify:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --no-container-mount-home bash /nemo_run/scripts/verify.sh
+srun --output /NEMO-RUN/experiments/asft/asft_0/verify/log-medical_72b.verify_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io#nvidia/nemo:25.11 --container-mounts /models:/models,/shared/data:/shared/data,/shared/runs/medical_72b:/shared/runs/medical_72b,/START:/START,/NEMO-RUN/experiments/asft/asft_0/verify:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --no-container-mount-home bash /nemo_run/scripts/verify.sh
 
 exitcode=$?
 

@@ -1,5 +1,5 @@
 #!/usr/bin/bash
-# Stage import of /HOME-OF-THE-RUN, made by asft launch.
+# Stage import of /START/run, made by asft launch.
 set -euo pipefail
 cd /START
 export ASFT_DEVICE=cpu

@@ -1,5 +1,5 @@
 #!/usr/bin/bash
-# Stage train of /HOME-OF-THE-RUN, made by asft launch.
+# Stage train of /START/run, made by asft launch.
 set -euo pipefail
 cd /START
 export ASFT_DEVICE=cpu
@@ -7,7 +7,7 @@ export GLOO_SOCKET_IFNAME=lo
 export OMP_NUM_THREADS=1
 # One rank: its number and where rank 0 is come from Slurm's variables.
 export ASFT_SLURM_RANKS=1
-export ASFT_STOP_FILE=/HOME-OF-THE-RUN/launch/stopped-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+export ASFT_STOP_FILE=/START/run/launch/stopped-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 # Until the rank listens, the signal to stop waits instead of ending it.
 trap '' USR1
 exec /PYTHON -m asft_nemo train \

@@ -12,7 +12,7 @@
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=2
 #SBATCH --open-mode=append
-#SBATCH --output=/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/train/sbatch_run.train_%j.out
+#SBATCH --output=/NEMO-RUN/experiments/asft/asft_0/train/sbatch_run.train_%j.out
 #SBATCH --partition=batch
 #SBATCH --signal=USR1@300
 #SBATCH --time=00:10:00
@@ -33,11 +33,11 @@ head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 set +vx
-log="/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/train/log-run.train_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
+log="/NEMO-RUN/experiments/asft/asft_0/train/log-run.train_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
 trap : USR1 TERM  # meant for the ranks; this shell stays to see how they end
 asft_end() {
   code=$?
-  stopped=/HOME-OF-THE-RUN/launch/stopped-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+  stopped=/START/run/launch/stopped-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   if [ "$code" -eq 0 ] && [ -e "$stopped" ]; then
     code=75
     state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)
@@ -67,7 +67,7 @@ export MASTER_ADDR MASTER_PORT
 
 # Command 1
 
-srun --output /HOME-OF-THE-RUN/launch/experiments/asft/asft_0/train/log-run.train_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /HOME-OF-THE-RUN/launch/experiments/asft/asft_0/train/code --wait=60 --kill-on-bad-exit=1 bash /HOME-OF-THE-RUN/launch/experiments/asft/asft_0/train/scripts/train.sh
+srun --output /NEMO-RUN/experiments/asft/asft_0/train/log-run.train_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /NEMO-RUN/experiments/asft/asft_0/train/code --wait=60 --kill-on-bad-exit=1 bash /NEMO-RUN/experiments/asft/asft_0/train/scripts/train.sh
 
 exitcode=$?
 

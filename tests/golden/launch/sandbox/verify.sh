@@ -1,5 +1,5 @@
 #!/usr/bin/bash
-# Stage verify of /HOME-OF-THE-RUN, made by asft launch.
+# Stage verify of /START/run, made by asft launch.
 set -euo pipefail
 cd /START
 export ASFT_DEVICE=cpu

@@ -11,7 +11,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
-#SBATCH --output=/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/verify/sbatch_run.verify_%j.out
+#SBATCH --output=/NEMO-RUN/experiments/asft/asft_0/verify/sbatch_run.verify_%j.out
 #SBATCH --partition=batch
 #SBATCH --time=00:10:00
 
@@ -31,7 +31,7 @@ head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 set +vx
-log="/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/verify/log-run.verify_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
+log="/NEMO-RUN/experiments/asft/asft_0/verify/log-run.verify_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
 trap : USR1 TERM  # meant for the ranks; this shell stays to see how they end
 asft_end() {
   code=$?
@@ -49,7 +49,7 @@ fi
 
 # Command 1
 
-srun --output /HOME-OF-THE-RUN/launch/experiments/asft/asft_0/verify/log-run.verify_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /HOME-OF-THE-RUN/launch/experiments/asft/asft_0/verify/code --wait=60 --kill-on-bad-exit=1 bash /HOME-OF-THE-RUN/launch/experiments/asft/asft_0/verify/scripts/verify.sh
+srun --output /NEMO-RUN/experiments/asft/asft_0/verify/log-run.verify_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /NEMO-RUN/experiments/asft/asft_0/verify/code --wait=60 --kill-on-bad-exit=1 bash /NEMO-RUN/experiments/asft/asft_0/verify/scripts/verify.sh
 
 exitcode=$?
 

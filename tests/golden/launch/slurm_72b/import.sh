@@ -1,5 +1,5 @@
 #!/usr/bin/bash
-# Stage import of /HOME-OF-THE-RUN, made by asft launch.
+# Stage import of /shared/runs/medical_72b, made by asft launch.
 set -euo pipefail
 cd /START
 if [ -e /shared/runs/medical_72b/base ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/bash
-# Stage prepare of /HOME-OF-THE-RUN, made by asft launch.
+# Stage prepare of /shared/runs/medical_72b, made by asft launch.
 set -euo pipefail
 cd /START
 /PYTHON -m asft_nemo data prepare /shared/data/medmcqa.jsonl --out /shared/runs/medical_72b/data/medmcqa \

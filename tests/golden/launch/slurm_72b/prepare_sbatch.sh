@@ -12,7 +12,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
-#SBATCH --output=/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/prepare/sbatch_medical_72b.prepare_%j.out
+#SBATCH --output=/NEMO-RUN/experiments/asft/asft_0/prepare/sbatch_medical_72b.prepare_%j.out
 #SBATCH --partition=cpu
 #SBATCH --time=2-00:00:00
 
@@ -32,7 +32,7 @@ head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 set +vx
-log="/HOME-OF-THE-RUN/launch/experiments/asft/asft_0/prepare/log-medical_72b.prepare_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
+log="/NEMO-RUN/experiments/asft/asft_0/prepare/log-medical_72b.prepare_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
 trap : USR1 TERM  # meant for the ranks; this shell stays to see how they end
 asft_end() {
   code=$?
@@ -50,7 +50,7 @@ fi
 
 # Command 1
 
-srun --output /HOME-OF-THE-RUN/launch/experiments/asft/asft_0/prepare/log-medical_72b.prepare_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /HOME-OF-THE-RUN/launch/experiments/asft/asft_0/prepare/code --wait=60 --kill-on-bad-exit=1 --cpus-per-task=12 bash /HOME-OF-THE-RUN/launch/experiments/asft/asft_0/prepare/scripts/prepare.sh
+srun --output /NEMO-RUN/experiments/asft/asft_0/prepare/log-medical_72b.prepare_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /NEMO-RUN/experiments/asft/asft_0/prepare/code --wait=60 --kill-on-bad-exit=1 --cpus-per-task=12 bash /NEMO-RUN/experiments/asft/asft_0/prepare/scripts/prepare.sh
 
 exitcode=$?
 

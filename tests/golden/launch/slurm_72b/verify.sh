@@ -1,5 +1,5 @@
 #!/usr/bin/bash
-# Stage verify of /HOME-OF-THE-RUN, made by asft launch.
+# Stage verify of /shared/runs/medical_72b, made by asft launch.
 set -euo pipefail
 cd /START
 step=$(basename "$(readlink -e /shared/runs/medical_72b/checkpoints/latest)")
