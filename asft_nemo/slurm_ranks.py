@@ -73,8 +73,14 @@ def _enter() -> None:
             f"ASFT_SLURM_RANKS is set, but not {', '.join(missing)}: start the script by srun inside its batch script, or unset ASFT_SLURM_RANKS"
         )
     os.environ.update({ours: os.environ[theirs] for ours, theirs in _VARIABLES.items()})
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    cores = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(max(1, cores)),
+        "PYTHONWARNINGS": "ignore",  # also of the helper processes that write checkpoints
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 def _do(run: RunConfig, job: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "slurm_sandbox"
 SECONDS = 300.0
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Cluster:
             states = self.run(
                 "squeue", "--noheader", "--states=all", "--job", train, "--format=%T"
             ).stdout.split()
-            assert states in (["PENDING"], ["RUNNING"]), f"training ended:\n{self.logs(run_dir)}"
+            assert not set(states) & set(ENDED), f"training ended:\n{self.logs(run_dir)}"
             return len(metrics(run_dir)) >= step
 
         self.wait_for(f"step {step}", run_dir, there)

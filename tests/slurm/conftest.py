@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cluster import TOOL, Cluster
 
+PORT = 30000 + 100 * (os.getpid() % 200)  # two sessions of tests on one machine are in nobody's way
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -26,9 +27,9 @@ def started(folder: Path, **shape: int) -> Iterator[Cluster]:
         pytest.skip("tools/slurm_sandbox needs root")
     settings = {f"SLURM_SANDBOX_{name.upper()}": str(value) for name, value in shape.items()}
     environment = {**os.environ, **settings, "PATH": PATH, "SLURM_SANDBOX_DIR": str(folder)}
-    done = subprocess.run([TOOL, "start"], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
     try:
+        done = subprocess.run([TOOL, "start"], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
         yield Cluster({**environment, "SLURM_CONF": str(folder / "slurm.conf")}, folder)
     finally:
         subprocess.run([TOOL, "stop"], env=environment, timeout=120, check=True)
@@ -37,13 +38,13 @@ def started(folder: Path, **shape: int) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes of two fake GPUs."""
-    with started(tmp_path_factory.mktemp("slurm"), nodes=2, gpus=2, port=36817) as cluster:
+    with started(tmp_path_factory.mktemp("slurm"), nodes=2, gpus=2, port=PORT) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
 def h100(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Four nodes that say of themselves what H100 nodes do: 8 GPUs, 112 cores, 2 TB."""
-    shape = {"nodes": 4, "gpus": 8, "cpus": 112, "memory_mb": 2_000_000, "port": 37817}
+    shape = {"nodes": 4, "gpus": 8, "cpus": 112, "memory_mb": 2_000_000, "port": PORT + 50}
     with started(tmp_path_factory.mktemp("h100"), **shape) as cluster:
         yield cluster

@@ -1,0 +1,64 @@
+"""The signal to stop is heard between steps, and by the process it was meant for alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# Says when it listens, then what it heard; a program that it starts is signalled with it, as Slurm signals all processes of a step.
+LISTENER = """
+import signal, subprocess, sys, time
+from asft_nemo import stop_signal
+assert not stop_signal.listening()
+stop_signal.listen()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1); print('child lives', flush=True)"])
+print("listening", flush=True)
+assert stop_signal.heard(within=20)
+assert stop_signal.listening()
+child.wait()
+print("heard", child.returncode, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_the_group_is_heard_and_ends_nobody(number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        # as a stage's script starts a rank
+        ["bash", "-c", f"trap '' USR1; exec {sys.executable} -c '{LISTENER}'".replace("'child lives'", '\\"child lives\\"')],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "listening\n"
+    time.sleep(0.3)  # the child has started
+    os.killpg(process.pid, number)
+    assert process.communicate(timeout=30)[0] == "child lives\nheard 0\n"
+    assert process.returncode == 0
+
+
+def test_work_that_may_end_anywhere_is_ended_at_once() -> None:
+    code = """
+import os, signal, time
+from asft_nemo import stop_signal
+stop_signal.listen(at_once=lambda: os._exit(7))
+os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(20)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 7
+
+
+def test_word_is_left_for_the_batch_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from asft_nemo import stop_signal
+
+    monkeypatch.delenv("ASFT_STOP_FILE", raising=False)
+    stop_signal.say_stopped("step 3")  # nobody asked
+    monkeypatch.setenv("ASFT_STOP_FILE", str(tmp_path / "stopped"))
+    stop_signal.say_stopped("step 3")
+    assert (tmp_path / "stopped").read_text() == "step 3\n"
