@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from asft_nemo.config import fp8, tables
+from asft_nemo.config import tables
 from asft_nemo.config.context_rules import CONTEXT
 from asft_nemo.config.data_rules import DATA
 from asft_nemo.config.facts import Facts, Level, Rule
 from asft_nemo.config.input_rules import INPUTS
 from asft_nemo.config.model_shape import ModelShape, read_model_shape
 from asft_nemo.config.pipeline_rules import PIPELINE
+from asft_nemo.config.precision_rules import PRECISION, WHY_NOT
 from asft_nemo.config.recipes import suggest
 from asft_nemo.config.schema import EvalConfig, RunConfig, data_parallel_size, num_microbatches, walk
 from asft_nemo.errors import ConfigError
@@ -63,7 +64,7 @@ def _choices(facts: Facts) -> Iterator[str]:
     for key, value in walk(facts.run):
         allowed = tables.CHOICES.get(key)
         if allowed is not None and value not in allowed:
-            yield f"{key}={value} is unknown: set one of {', '.join(allowed)}"
+            yield WHY_NOT.get((key, value)) or f"{key}={value} is unknown: set one of {', '.join(allowed)}"
 
 
 def _ranges(facts: Facts) -> Iterator[str]:
@@ -189,10 +190,6 @@ def _reference_micro_batches(facts: Facts) -> Iterator[str]:
             f"reference.micro_batch_size={size} is not a multiple of trainer.micro_batch_size={policy}: "
             f"set reference.micro_batch_size={max(1, round(size / policy)) * policy}"
         )
-
-
-def _fp8_reference(facts: Facts) -> Iterator[str]:
-    yield from fp8.settings_violations(facts.run, facts.shape)
 
 
 def _ignored(facts: Facts) -> Iterator[str]:
@@ -356,7 +353,7 @@ SETTINGS: tuple[Rule, ...] = (
     _reference,
     _reference_micro_batches,
     _adapters,
-    _fp8_reference,
+    *PRECISION,
     _ignored,
     _overlaps,
     _world,

@@ -129,5 +129,4 @@ NOT_YET = (
         lambda run: run.objective.name == "psft" and run.peft.name == "lora",
         "set peft=none",
     ),
-    NotYet("FP8 training", lambda run: run.precision.startswith("fp8"), "set precision=bf16"),
 )

@@ -29,7 +29,7 @@ from asft_nemo.nemo.layer_spec import kernels_line
 from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.optim import WarmupSchedule
-from asft_nemo.nemo.precision import precision_plugin, precision_row
+from asft_nemo.nemo.precision import optimizer_precision, precision_plugin, precision_row, require_kernels
 from asft_nemo.nemo.references import Frozen, reference_builder, snapshot_builder
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.summary import SummaryCallback
@@ -168,8 +168,7 @@ def optimizer(run: RunConfig, max_steps: int) -> MegatronOptimizerModule:
             clip_grad=optim.clip_grad,
             use_distributed_optimizer=optim.distributed,
             overlap_param_gather=optim.overlap_param_gather,
-            bf16=run.precision != "fp32",
-            params_dtype=precision_row(run.precision).compute_dtype,
+            **optimizer_precision(run.precision),
         ),
         lr_scheduler=WarmupSchedule(
             optim.schedule,
@@ -219,7 +218,11 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         base_dir: the base checkpoint in NeMo form (`weights/`, `context/`).
         data: tokenised training and validation sets and the number of steps.
         resume: the checkpoint of this run that will be read, None for a fresh start from the base weights.
+
+    Raises:
+        ConfigError: the run's precision needs kernels that are not here.
     """
+    require_kernels(run.precision)
     run_dir = Path(run.run.dir)
     config = model_config(run, spec)
     max_steps = data.max_steps
