@@ -10,6 +10,7 @@ from pathlib import Path
 from asft_nemo.config import fp8
 from asft_nemo.config.facts import Facts, Rule
 from asft_nemo.config.hub_ids import hub_id
+from asft_nemo.config.kernel_rules import KERNELS_HERE
 from asft_nemo.config.machine import gpu_count
 
 
@@ -66,4 +67,4 @@ def _fp8_machine(facts: Facts) -> Iterator[str]:
     yield from fp8.machine_violations(facts.run)
 
 
-INPUTS: tuple[Rule, ...] = (_data_files, _machine, _fp8_machine, _adapter_directory, _run_dir)
+INPUTS: tuple[Rule, ...] = (_data_files, _machine, _fp8_machine, *KERNELS_HERE, _adapter_directory, _run_dir)

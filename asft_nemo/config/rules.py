@@ -15,6 +15,7 @@ from asft_nemo.config.context_rules import CONTEXT
 from asft_nemo.config.data_rules import DATA
 from asft_nemo.config.facts import Facts, Level, Rule
 from asft_nemo.config.input_rules import INPUTS
+from asft_nemo.config.kernel_rules import KERNELS
 from asft_nemo.config.model_shape import ModelShape, read_model_shape
 from asft_nemo.config.pipeline_rules import PIPELINE
 from asft_nemo.config.precision_rules import PRECISION, WHY_NOT
@@ -220,6 +221,12 @@ def _ignored(facts: Facts) -> Iterator[str]:
             run.recompute.granularity != "full",
             f"recompute.granularity={run.recompute.granularity}",
         ),
+        (
+            "recompute.",
+            ("modules",),
+            run.recompute.granularity != "selective",
+            f"recompute.granularity={run.recompute.granularity}",
+        ),
         ("trainer.", ("max_skips",), run.trainer.on_nonfinite == "stop", "trainer.on_nonfinite=stop"),
         ("optim.", ("min_lr_ratio",), run.optim.schedule == "constant", "optim.schedule=constant"),
         (
@@ -236,15 +243,6 @@ def _ignored(facts: Facts) -> Iterator[str]:
     both = all(facts.asked(f"trainer.{name}", least=Level.COMMAND_LINE) for name in ("max_steps", "epochs"))
     if both and run.trainer.max_steps is not None:
         yield "trainer.max_steps and trainer.epochs both say how long to train: give one of them"
-
-
-def _overlaps(facts: Facts) -> Iterator[str]:
-    optim = facts.run.optim
-    if optim.overlap_param_gather and not (optim.distributed and optim.overlap_grad_reduce):
-        yield (
-            "optim.overlap_param_gather=true needs the distributed optimizer, whose parameters it gathers, and overlapped reductions: "
-            "set optim.distributed=true and optim.overlap_grad_reduce=true"
-        )
 
 
 def _world(facts: Facts) -> Iterator[str]:
@@ -355,7 +353,7 @@ SETTINGS: tuple[Rule, ...] = (
     _adapters,
     *PRECISION,
     _ignored,
-    _overlaps,
+    *KERNELS,
     _world,
     _batches,
     *CONTEXT,

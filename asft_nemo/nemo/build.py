@@ -20,6 +20,7 @@ from asft_nemo.cpu import backend
 from asft_nemo.data import Prepared, domain_names, training_order
 from asft_nemo.data.ordering import padding_multiple
 from asft_nemo.model import ModelSpec, megatron_config_kwargs, padded_vocab_size
+from asft_nemo.nemo import switches
 from asft_nemo.nemo.callbacks import CheckpointCallback, MetricsCallback
 from asft_nemo.nemo.compat import AnchoredStrategy
 from asft_nemo.nemo.datamodule import AnchoredDataModule
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 _CPU_ONLY: dict[str, Any] = {
     "use_cpu_initialization": True,
     "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
     "persist_layer_norm": False,
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
@@ -90,6 +90,7 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
     return AnchoredGPTConfig(
         **megatron_config_kwargs(spec),
         **_kernels(run),
+        gradient_accumulation_fusion=switches.fused_gradients(run),
         vocab_size=padded_vocab_size(spec.vocab_size, tp_size=layout.tp_size),
         hf_vocab_size=spec.vocab_size,
         seq_length=run.data.sequence_length,
@@ -100,14 +101,10 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
         context_parallel_size=layout.cp_size,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
-        # Interleaved stages send forward and backward between the same two ranks at once. Batched, such messages are matched by
-        # order alone and at pp_size=2 arrive as one another (Megatron-LM asserts against it, NeMo does not); single ones do not.
-        # Overlapped sends need a device's stream order: gloo would still be reading an output that the schedule has freed.
-        batch_p2p_comm=layout.vpp_size is None,
-        overlap_p2p_comm=layout.vpp_size is not None and not backend.active(),
+        **switches.point_to_point(run),
         calculate_per_token_loss=True,
         **pipeline_shares(run),
-        **_recompute(run),
+        **switches.recomputed(run),
         objective_name=run.objective.name,
         kl_weight=run.objective.kl_weight,
         kl_direction=run.objective.kl_direction,
@@ -130,18 +127,6 @@ def pipeline_shares(run: RunConfig) -> dict[str, Any]:
         "account_for_embedding_in_pipeline_split": layout.account_for_embedding,
         "account_for_loss_in_pipeline_split": layout.account_for_loss,
     }
-
-
-def _recompute(run: RunConfig) -> dict[str, Any]:
-    """Megatron's arguments for activations that are computed again."""
-    asked = run.recompute
-    if asked.granularity == "full":
-        return {
-            "recompute_granularity": "full",
-            "recompute_method": asked.method,
-            "recompute_num_layers": asked.num_layers,
-        }
-    return {} if asked.granularity == "none" else {"recompute_granularity": asked.granularity}
 
 
 def adapter_spec(run: RunConfig) -> AdapterSpec | None:
@@ -224,6 +209,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
     """
     require_kernels(run.precision)
     run_dir = Path(run.run.dir)
+    switches.order_kernels_on_the_device(run)
     config = model_config(run, spec)
     max_steps = data.max_steps
     logger.info(kernels_line())
@@ -277,7 +263,15 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         max_epochs=-1,
         strategy=strategy(run, base_dir, resuming=resume is not None),
         plugins=precision_plugin(run.precision),
-        callbacks=[*adapters, prepass, guard, metrics, checkpoints, SummaryCallback(run_dir, prepass)],
+        callbacks=[
+            *adapters,
+            *switches.tensor_overlap(run),
+            prepass,
+            guard,
+            metrics,
+            checkpoints,
+            SummaryCallback(run_dir, prepass),
+        ],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
