@@ -19,6 +19,7 @@ from asft_nemo.commands.data import add_data
 from asft_nemo.commands.doctor import add_doctor
 from asft_nemo.commands.evaluation import add_evaluation
 from asft_nemo.commands.output import BUG, DONE, INTERRUPTED, MENDABLE, Command, Parser, not_yet
+from asft_nemo.commands.plan import add_plan
 from asft_nemo.commands.training import add_training
 from asft_nemo.errors import ConfigError, UserError
 from asft_nemo.logs import set_up_logging
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     add_training(add)
+    add_plan(add)
     add_data(commands, common)
     add_checkpoints(add)
     add_evaluation(add)
@@ -90,5 +92,4 @@ def parser() -> argparse.ArgumentParser:
 
 NOT_YET = {
     "launch": ("the same as train through NeMo-Run: local or Slurm", "use asft train on this machine"),
-    "plan": ("memory, seconds and layouts that fit", "the recipes state layouts that fit their machines"),
 }

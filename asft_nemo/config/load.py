@@ -43,7 +43,11 @@ class _CommandLine:
 
 
 def compose(
-    overrides: Sequence[str], *, conf_dir: str | Path | None = None, check_inputs: bool = True
+    overrides: Sequence[str],
+    *,
+    conf_dir: str | Path | None = None,
+    check_inputs: bool = True,
+    assumed: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """The run that a list of overrides describes, checked by every rule.
 
@@ -51,6 +55,7 @@ def compose(
         overrides: `key=value` in Hydra's grammar, for example `["recipe=tiny_cpu", "objective=asft"]`.
         conf_dir: folder with config.yaml and the groups; None = the project's conf/.
         check_inputs: also check what lies outside the settings: files, run.dir, what the machine can run.
+        assumed: dotted keys that count as given below every level, for a command that can do without their values.
 
     Raises:
         ConfigError: unknown names and keys, wrong types, broken rules; all of one kind reported together.
@@ -68,7 +73,12 @@ def compose(
             f"no recipe is given: set recipe=tiny_cpu (known are {', '.join(known_recipes())}), "
             "or an experiment=... that names one"
         )
-    levels = (_leaves(defaults), _leaves(recipe_fragment(str(recipe))), _leaves(experiment), command_line)
+    levels = (
+        [*(assumed or {}).items(), *_leaves(defaults)],
+        _leaves(recipe_fragment(str(recipe))),
+        _leaves(experiment),
+        command_line,
+    )
     run, level_of = _merge(levels)
     rules.check(run, level_of=level_of, check_inputs=check_inputs)
     return run

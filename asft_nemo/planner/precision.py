@@ -1,0 +1,62 @@
+"""Bytes a number takes, by what it is for, in each precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from asft_nemo.config.fp8 import FP8
+from asft_nemo.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class ByteWidths:
+    """Bytes a number.
+
+    Attributes:
+        compute: of activations, and of weights that are not FP8.
+        linear_weight: of the weights of the layers' linear layers.
+        linear_input: of what a linear layer keeps of its input for its weight's gradient.
+        gradient: of the sums of gradients over micro batches.
+        optimizer: of masters and both moments together.
+        edge_layers: layers at each end of the model whose linear layers are bf16 in an FP8 run.
+        kernels: te = Transformer Engine's layers, local = Megatron's own.
+        fused_swiglu: the gated activation is one kernel, which keeps its input alone.
+    """
+
+    compute: int
+    linear_weight: int
+    linear_input: int
+    gradient: int = 4
+    optimizer: int = 12
+    edge_layers: int = 0
+    kernels: str = "te"
+    fused_swiglu: bool = True
+
+
+# A trained policy's parameters stay in bf16 beside FP8 copies (the rows of asft_nemo/nemo/precision.py say why), and Transformer Engine
+# keeps these from one micro batch to the next in two layouts: Hopper's FP8 products take one layout alone, and backward needs the other.
+_FP8_POLICY = ByteWidths(compute=2, linear_weight=4, linear_input=1)
+WIDTHS: dict[str, ByteWidths] = {
+    # No masters beside fp32 weights: two moments alone. Nothing but CPU ranks runs fp32 here, on Megatron's own layers.
+    "fp32": ByteWidths(
+        compute=4, linear_weight=4, linear_input=4, optimizer=8, kernels="local", fused_swiglu=False
+    ),
+    "bf16": ByteWidths(compute=2, linear_weight=2, linear_input=2),
+    **{
+        name: replace(_FP8_POLICY, edge_layers=FP8[name].edge_layers_in_bf16)
+        for name in ("fp8_current", "fp8_blockwise", "fp8_delayed")
+    },
+    # of a frozen reference alone: built without gradients, it has one layout of FP8 weights and nothing else
+    "fp8": ByteWidths(compute=2, linear_weight=1, linear_input=1, edge_layers=FP8["fp8"].edge_layers_in_bf16),
+}
+
+
+def widths_of(run: RunConfig) -> ByteWidths:
+    """Those of a run's policy, on GPUs with Transformer Engine."""
+    return WIDTHS[run.precision]
+
+
+def reference_widths(run: RunConfig) -> ByteWidths:
+    """Those of weights of a reference's own."""
+    asked = run.reference.precision
+    return WIDTHS[run.precision if asked == "policy" else asked]
