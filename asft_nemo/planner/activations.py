@@ -89,14 +89,16 @@ def layer_activations(run: RunConfig, spec: ModelSpec, widths: ByteWidths) -> La
     c, g, hidden = widths.compute, widths.linear_input, spec.hidden_size
     queries, keys = spec.query_rows // tp_size, spec.key_value_rows // tp_size
     ffn, heads = spec.ffn_hidden_size // tp_size, spec.num_attention_heads // tp_size
-    fused = widths.kernels == "te"
     # T/p * h * c: the input of a norm, and T/p * h * g its output, which is the linear layer's input
     norm = tokens.shared * (hidden * (c + g) + _STATISTIC)
-    if not fused:
+    if widths.kernels == "local":
         norm = tokens.shared * (hidden * _local_norm(c) + _STATISTIC)
     attention, core = _attention(tokens, queries, keys, heads, widths)
-    # gate and up projection [2f], and their product [f], the second linear layer's input; torch's own SwiGLU keeps silu(gate) [f] too
-    inside = tokens.whole * ffn * (2 * c + g if widths.fused_swiglu else 3 * c + g)
+    if not widths.fused:  # cosines and sines of every position, for queries and for keys
+        attention += 4 * spec.head_dim * c * tokens.whole // run.trainer.micro_batch_size
+    # gate and up projection [2f], and their product [f], the second linear layer's input; Megatron's unfused SwiGLU keeps silu(gate) and
+    # the up projection plus its offset of 0, too
+    inside = tokens.whole * ffn * ((2 if widths.fused else 4) * c + g)
     return LayerActivations(
         input=tokens.shared * hidden * c,
         attention=norm + attention,
@@ -114,8 +116,7 @@ def _local_norm(c: int) -> int:
 
 def _attention(tokens: Tokens, queries: int, keys: int, heads: int, widths: ByteWidths) -> tuple[int, int]:
     """Bytes between the attention's two linear layers, the second one's input included; and what recomputing the products saves."""
-    c = widths.compute
-    whole = tokens.whole
+    c, whole = widths.compute, tokens.whole
     if widths.kernels == "te":
         # Flash attention keeps queries, keys, values, its output and a statistic a head. The output is also the input of the projection,
         # which keeps an FP8 copy of it where it computes in FP8.

@@ -20,7 +20,8 @@ class ByteWidths:
         optimizer: of masters and both moments together.
         edge_layers: layers at each end of the model whose linear layers are bf16 in an FP8 run.
         kernels: te = Transformer Engine's layers, local = Megatron's own.
-        fused_swiglu: the gated activation is one kernel, which keeps its input alone.
+        fused: the gated activation and the rotary embedding are one kernel each, which keep their inputs alone. Megatron's defaults, which
+            this project's runs have, are unfused; NeMo's Llama recipes ask for both.
     """
 
     compute: int
@@ -30,7 +31,7 @@ class ByteWidths:
     optimizer: int = 12
     edge_layers: int = 0
     kernels: str = "te"
-    fused_swiglu: bool = True
+    fused: bool = False
 
 
 # A trained policy's parameters stay in bf16 beside FP8 copies (the rows of asft_nemo/nemo/precision.py say why), and Transformer Engine
@@ -38,9 +39,7 @@ class ByteWidths:
 _FP8_POLICY = ByteWidths(compute=2, linear_weight=4, linear_input=1)
 WIDTHS: dict[str, ByteWidths] = {
     # No masters beside fp32 weights: two moments alone. Nothing but CPU ranks runs fp32 here, on Megatron's own layers.
-    "fp32": ByteWidths(
-        compute=4, linear_weight=4, linear_input=4, optimizer=8, kernels="local", fused_swiglu=False
-    ),
+    "fp32": ByteWidths(compute=4, linear_weight=4, linear_input=4, optimizer=8, kernels="local"),
     "bf16": ByteWidths(compute=2, linear_weight=2, linear_input=2),
     **{
         name: replace(_FP8_POLICY, edge_layers=FP8[name].edge_layers_in_bf16)
