@@ -19,6 +19,7 @@ from asft_nemo.config.kernel_rules import KERNELS
 from asft_nemo.config.model_shape import ModelShape, read_model_shape
 from asft_nemo.config.pipeline_rules import PIPELINE
 from asft_nemo.config.precision_rules import PRECISION, WHY_NOT
+from asft_nemo.config.profile_rules import PROFILE
 from asft_nemo.config.recipes import suggest
 from asft_nemo.config.schema import EvalConfig, RunConfig, data_parallel_size, num_microbatches, walk
 from asft_nemo.errors import ConfigError
@@ -362,6 +363,7 @@ SETTINGS: tuple[Rule, ...] = (
     _model_heads,
     _model_positions,
     _model_window,
+    *PROFILE,
     *DATA,
     _not_yet,
 )

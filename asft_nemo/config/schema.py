@@ -211,6 +211,10 @@ class TrainerConfig(Section):
     resume: str = "never"  # never | if_exists | must
     on_nonfinite: str = "stop"  # stop | skip
     max_skips: int = 10  # steps of the whole run that on_nonfinite=skip may skip
+    # steps:a-b writes where the time of these steps went to profile/ in run.dir; numbered from 1 as in metrics.jsonl; None = no profile
+    profile: str | None = None
+    # What `mfu` is a share of: 10^12 operations a second of one GPU in this precision; None = known by the GPU's name, else no `mfu`
+    peak_tflops: float | None = None
 
 
 @dataclass(unsafe_hash=True)

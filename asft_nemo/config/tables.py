@@ -69,6 +69,7 @@ RANGES: dict[str, tuple[float, float | None, bool]] = {
     "trainer.validate_every": (1, None, True),
     "trainer.checkpoint_every": (1, None, True),
     "trainer.max_skips": (1, None, True),
+    "trainer.peak_tflops": (0, None, False),
     "run.seed": (0, 2**31 - 1, True),
     "run.world_size": (1, None, True),
     "eval.max_tokens": (1, None, True),

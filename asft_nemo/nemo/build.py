@@ -15,6 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
+from asft_nemo.config.model_shape import read_model_shape
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.cpu import backend
 from asft_nemo.data import Prepared, domain_names, training_order
@@ -31,8 +32,10 @@ from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.optim import WarmupSchedule
 from asft_nemo.nemo.precision import optimizer_precision, precision_plugin, precision_row, require_kernels
+from asft_nemo.nemo.profiling import profiler_of
 from asft_nemo.nemo.references import Frozen, reference_builder, snapshot_builder
 from asft_nemo.nemo.schedule import PrepassCallback
+from asft_nemo.nemo.speed import SpeedMeter
 from asft_nemo.nemo.summary import SummaryCallback
 from asft_nemo.run_dir import adapter_description, initial_adapters
 
@@ -240,6 +243,8 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         max_steps=max_steps,
         max_initial_kl=run.reference.max_initial_kl if bounded else None,
         validate_every=run.trainer.validate_every,
+        speed=SpeedMeter(run, read_model_shape(base_dir)),
+        profiler=profiler_of(run, max_steps),
         description=run.objective.name,
     )
     checkpoints = CheckpointCallback(

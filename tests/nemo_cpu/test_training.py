@@ -242,6 +242,7 @@ def test_run_folder_and_record(ranks4: RankGroup, model: Path, tmp_path: Path) -
         "tokens",
         "skipped",
         "cache_hit_rate",
+        "mfu",
     }
     assert set(metrics(folder)[0]) == expected | set(NOT_TIMES)
     assert 0.0 <= metrics(folder)[0]["high_weight_share"] <= 1.0
