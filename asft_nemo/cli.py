@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(arguments, "layout"):  # argparse takes words of a list in one place only
             arguments.layout += [word for word in unknown if word.startswith("parallel.")]
             unknown = [word for word in unknown if not word.startswith("parallel.")]
-        if hasattr(arguments, "words"):  # of `asft data`, likewise
+        if hasattr(arguments, "words"):  # of `asft data` and `asft plan`, likewise
             arguments.words += [word for word in unknown if not word.startswith("-")]
             unknown = [word for word in unknown if word.startswith("-")]
         if unknown and arguments.command is not not_yet:

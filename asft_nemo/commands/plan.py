@@ -16,17 +16,21 @@ if TYPE_CHECKING:
 def add_plan(add: Add) -> None:
     """Adds the command."""
     plan = add("plan", _plan, "memory and seconds on GPUs, by arithmetic alone; layouts that fit")
-    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for asft train")
+    plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings, as for asft train")
     plan.add_argument(
         "--gpu", default="h100-80gb", help="h100-80gb, h200, a100-80gb or a100-40gb (default: %(default)s)"
     )
     plan.add_argument(
         "--search", action="store_true", help="try other layouts: those that fit, and why the others do not"
     )
+    plan.add_argument(
+        "--simulate",
+        action="store_true",
+        help="build every stage without data, too, and count its bytes (minutes)",
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from asft_nemo.config import rules
     from asft_nemo.config.load import compose
     from asft_nemo.planner import search as layouts
     from asft_nemo.planner.gpus import gpu
@@ -35,15 +39,26 @@ def _plan(arguments: argparse.Namespace) -> int:
     from asft_nemo.planner.words import in_words
 
     device = gpu(arguments.gpu)
-    run = compose(arguments.overrides, check_inputs=False, assumed={"model.path": _NO_PATH})
+    run = compose(
+        arguments.words,
+        check_inputs=False,
+        assumed={"model.path": _NO_PATH},
+        shape_of=lambda run: shape_of(_spec(run)),
+    )
     spec = _spec(run)
-    rules.check(run, shape=shape_of(spec))
     plan = plan_of(run, spec, device)
     values, words = as_json(plan), [in_words(plan)]
     if arguments.search:
         found = layouts.search(plan)
         values["layouts"] = layouts.as_json(found)
         words.append(layouts.in_words(found, most=_LAYOUTS_SHOWN))
+    if arguments.simulate:
+        from asft_nemo.commands.simulation import Job, simulated
+        from asft_nemo.commands.simulation import in_words as simulation_in_words
+        from asft_nemo.planner.precision import widths_of
+
+        [values["simulation"]] = simulated([Job(run, spec, kernels=widths_of(run).kernels)])
+        words.append(simulation_in_words(values["simulation"]))
     answer(arguments, values, "\n\n".join(words))
     return DONE if plan.fits else MENDABLE
 

@@ -23,11 +23,13 @@ class Found:
         settings: what differs from the run that was asked for, as on the command line.
         plan: None where a rule refuses the layout.
         refused: why it is passed over; None where it fits.
+        largest: the largest part of what does not fit.
     """
 
     settings: str
     plan: Plan | None
     refused: str | None
+    largest: str | None = None
 
 
 def search(plan: Plan) -> tuple[Found, ...]:
@@ -91,7 +93,9 @@ def _try(plan: Plan, settings: dict[str, Any]) -> Found:
     if tried.fits:
         return Found(words, tried, None)
     part, size = largest_part(tried)
-    return Found(words, tried, f"needs {tried.needed / 2**30:.1f} GiB, {part} {size / 2**30:.1f} of them")
+    return Found(
+        words, tried, f"needs {tried.needed / 2**30:.1f} GiB, {part} {size / 2**30:.1f} of them", part
+    )
 
 
 def _words(settings: dict[str, Any]) -> str:
@@ -113,16 +117,25 @@ def in_words(found: tuple[Found, ...], *, most: int) -> str:
         assert one.plan is not None
         speed = one.plan.step.tokens_per_second_per_gpu
         lines.append(f"{speed:>8,.0f}  {one.plan.needed / 2**30:>6.1f}  {one.settings}")
-    reasons: dict[str, list[str]] = {}
-    for one in found:
-        if one.refused is not None:
-            reasons.setdefault(one.refused, []).append(one.settings)
-    if reasons:
-        lines.append("rejected:")
-    for reason, layouts in reasons.items():
-        more = f" and {len(layouts) - 1} more" if len(layouts) > 1 else ""
-        lines.append(f"  {layouts[0]}{more}: {reason}")
+    lines += _rejected([one for one in found if one.refused is not None])
     return "\n".join(lines)
+
+
+def _rejected(found: list[Found]) -> list[str]:
+    """Every reason once: how many layouts it holds for, and of those that need too much the one that needs least."""
+    reasons: dict[str, list[Found]] = {}
+    for one in found:
+        reasons.setdefault(f"largest is {one.largest}" if one.largest else str(one.refused), []).append(one)
+    lines = ["rejected:"] if reasons else []
+    for reason, layouts in reasons.items():
+        nearest = min(layouts, key=lambda one: one.plan.needed if one.plan else 0)
+        if nearest.plan is None:
+            lines.append(f"{len(layouts):>4} as {nearest.settings}: {reason}")
+        else:
+            lines.append(
+                f"{len(layouts):>4} need too much, {reason}; the least is {nearest.settings}, which {nearest.refused}"
+            )
+    return lines
 
 
 def as_json(found: tuple[Found, ...]) -> list[dict[str, Any]]:
