@@ -15,7 +15,7 @@ class ChunkBytes:
     Attributes:
         kept: left behind by the forward pass until the backward pass.
         forward: the most that the forward pass holds, what it leaves behind included.
-        backward: the most that the backward pass holds beyond what the forward pass left.
+        backward: the most that the backward pass holds, what the forward pass left included.
     """
 
     kept: int
@@ -49,9 +49,11 @@ def step_of(chunks: Sequence[ChunkBytes], *, micro_batches: int, pp_size: int) -
     kept = peak = passes = alive = running = 0
     for forward, index in _passes(len(chunks), micro_batches, pp_size):
         chunk = chunks[index]
-        peak = max(peak, alive + (chunk.forward if forward else chunk.backward))
-        alive += chunk.kept if forward else -chunk.kept
-        running += 1 if forward else -1
+        if forward:
+            peak, alive, running = max(peak, alive + chunk.forward), alive + chunk.kept, running + 1
+        else:
+            alive, running = alive - chunk.kept, running - 1
+            peak = max(peak, alive + chunk.backward)
         kept, passes = max(kept, alive), max(passes, running)
     return Flight(kept, peak, passes)
 

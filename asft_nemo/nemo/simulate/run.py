@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from asft_nemo.config import rules
-from asft_nemo.config.model_shape import ModelShape
 from asft_nemo.config.schema import RunConfig, num_microbatches, replace
 from asft_nemo.cpu import backend
 from asft_nemo.losses.triton.dispatch import VARIABLE as TRITON
@@ -21,6 +20,7 @@ from asft_nemo.nemo.simulate.flight import Flight, step_of
 from asft_nemo.nemo.simulate.meter import META, AsOnGpu, WithoutData
 from asft_nemo.nemo.simulate.stage import Stage, Traced, build_stage, hidden_states, trace
 from asft_nemo.nemo.simulate.world import first_rank_of_stage
+from asft_nemo.planner.time import shape_of
 
 _MOMENTS = 2  # of Adam, fp32 beside each fp32 master
 
@@ -111,26 +111,11 @@ def simulate(
     if not backend.active() or os.environ.get(TRITON) != "0":
         raise RuntimeError(f"a simulation needs ASFT_DEVICE=cpu and {TRITON}=0 from the process's start")
     twin, notes = bf16_twin(run)
-    rules.check(twin, shape=_shape(spec))
+    rules.check(twin, shape=shape_of(spec))
     pp_size = run.parallel.pp_size
     traced = {0, pp_size // 2, pp_size - 1} if trace_stages else set()
     stages = tuple(_simulated(twin, spec, number, kernels, number in traced) for number in range(pp_size))
     return Simulation(kernels, twin.precision, notes, stages)
-
-
-def _shape(spec: ModelSpec) -> ModelShape:
-    """What the rules read of a model."""
-    return ModelShape(
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        num_attention_heads=spec.num_attention_heads,
-        num_query_groups=spec.num_query_groups,
-        ffn_hidden_size=spec.ffn_hidden_size,
-        vocab_size=spec.vocab_size,
-        max_positions=spec.max_position_embeddings,
-        attention_window=spec.attention_window,
-        head_dim=spec.head_dim,
-    )
 
 
 def bf16_twin(run: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
@@ -153,7 +138,8 @@ def _simulated(run: RunConfig, spec: ModelSpec, number: int, kernels: str, trace
         stage = build_stage(run, spec, kernels=kernels, meter=meter)
         gc.collect()
         held = _held(stage, number)
-        figures = {**held, **(_traced(stage, sum(held.values())) if traced else {})}
+        on_device = sum(held.values()) - held["reference_host"]
+        figures = {**held, **(_traced(stage, on_device) if traced else {})}
         counts = _counts(stage)
         del stage
     gc.collect()
@@ -212,7 +198,8 @@ def _storages(tensors: Sequence[Tensor]) -> int:
 def _reference_bytes(stage: Stage, whole: int) -> tuple[int, int]:
     """(on the device, in host memory) of a second model of `whole` bytes, in this run's form."""
     form = stage.run.reference.form
-    if form == "resident" or not whole:
+    filling = form == "cached" and stage.run.reference.fill == "first_epoch"  # from a resident one
+    if form == "resident" or filling or not whole:
         return whole, 0
     head = stage.copies["reference"].head()
     return (0 if head is None else head.nbytes), (whole if form == "offloaded" else 0)
