@@ -145,8 +145,6 @@ def _reference(
     run: RunConfig, spec: ModelSpec, parameters: Parameters, chunks: Sequence[Chunk]
 ) -> tuple[int, int]:
     """Bytes of frozen weights that stay, and that come for the prepass alone."""
-    if tables.OBJECTIVES[run.objective.name].reads_old_labels:  # psft's snapshot of the policy
-        return parameters.total * reference_widths(run).compute, 0
     if not reads_reference(run):
         return 0, 0
     widths = reference_widths(run)
@@ -156,6 +154,8 @@ def _reference(
     if any(chunk.head for chunk in chunks):
         head = vocabulary_rows(run, spec) * spec.hidden_size * widths.compute
     form = run.reference.form
+    if tables.OBJECTIVES[run.objective.name].reads_old_labels:
+        form = "resident"  # psft's snapshot of the policy
     if form == "cached" and run.reference.fill == "first_epoch":
         form = "resident"  # the model that fills it is on the device until the epoch ends
     held = {"resident": whole, "offloaded": head, "cached": head, "adapter_disabled": 0}[form]
