@@ -15,8 +15,22 @@ def _overlaps(facts: Facts) -> Iterator[str]:
     if optim.overlap_param_gather and not (optim.distributed and optim.overlap_grad_reduce):
         yield (
             "optim.overlap_param_gather=true needs the distributed optimizer, whose parameters it gathers, and overlapped reductions: "
-            "set optim.distributed=true and optim.overlap_grad_reduce=true"
+            "set optim.distributed=true and optim.overlap_grad_reduce=true, or optim.overlap_param_gather=false"
         )
+
+
+def _offloaded_state(facts: Facts) -> Iterator[str]:
+    optim, precision = facts.run.optim, facts.run.precision
+    if not optim.cpu_offload:
+        return
+    if not optim.distributed:
+        yield (
+            f"optim.cpu_offload={optim.cpu_offload:g} moves the distributed optimizer's state, and this run has an ordinary one: set "
+            "optim.distributed=true"
+        )
+    if precision != "bf16":
+        # Megatron's hybrid optimizer finds no masters of fp32 parameters when it reads a checkpoint, and none of FP8 ones at all
+        yield f"optim.cpu_offload={optim.cpu_offload:g} works with bf16 parameters, and this run has precision={precision}: set precision=bf16"
 
 
 def _recomputed_modules(facts: Facts) -> Iterator[str]:
@@ -72,5 +86,5 @@ def _fusion_here(facts: Facts) -> Iterator[str]:
         )
 
 
-KERNELS: tuple[Rule, ...] = (_overlaps, _recomputed_modules, _tensor_overlap)
+KERNELS: tuple[Rule, ...] = (_overlaps, _offloaded_state, _recomputed_modules, _tensor_overlap)
 KERNELS_HERE: tuple[Rule, ...] = (_tensor_overlap_here, _fusion_here)

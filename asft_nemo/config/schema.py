@@ -195,6 +195,7 @@ class OptimConfig(Section):
     distributed: bool = False  # optimizer state sharded over data-parallel ranks
     overlap_grad_reduce: bool = False  # over data-parallel ranks, while backward still runs
     overlap_param_gather: bool = False  # of the distributed optimizer: while the next forward already runs
+    cpu_offload: float = 0.0  # of the distributed optimizer: share of masters and moments that host memory holds and CPUs update
 
 
 @dataclass(unsafe_hash=True)

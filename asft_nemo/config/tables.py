@@ -62,6 +62,7 @@ RANGES: dict[str, tuple[float, float | None, bool]] = {
     "optim.eps": (0, None, False),
     "optim.clip_grad": (0, None, True),
     "optim.min_lr_ratio": (0, 1, True),
+    "optim.cpu_offload": (0, 1, True),
     "trainer.max_steps": (1, None, True),
     "trainer.epochs": (0, None, False),
     "trainer.global_batch_size": (1, None, True),

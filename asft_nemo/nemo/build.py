@@ -145,19 +145,20 @@ def adapter_spec(run: RunConfig) -> AdapterSpec | None:
 def optimizer(run: RunConfig, max_steps: int) -> MegatronOptimizerModule:
     """AdamW with NeMo's schedule."""
     optim = run.optim
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        use_distributed_optimizer=optim.distributed,
+        overlap_param_gather=optim.overlap_param_gather,
+        **optimizer_precision(run.precision),
+    )
     return MegatronOptimizerModule(
-        config=OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.adam_beta1,
-            adam_beta2=optim.adam_beta2,
-            adam_eps=optim.eps,
-            clip_grad=optim.clip_grad,
-            use_distributed_optimizer=optim.distributed,
-            overlap_param_gather=optim.overlap_param_gather,
-            **optimizer_precision(run.precision),
-        ),
+        config=switches.offload_state(config, run),
         lr_scheduler=WarmupSchedule(
             optim.schedule,
             max_steps=max_steps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
@@ -41,6 +42,22 @@ def recomputed(run: RunConfig) -> dict[str, Any]:
         "recompute_method": asked.method,
         "recompute_num_layers": asked.num_layers,
     }
+
+
+def offload_state(config: OptimizerConfig, run: RunConfig) -> OptimizerConfig:
+    """The same config, with this run's share of the optimizer's state in host memory (Megatron's `HybridDeviceOptimizer`)."""
+    if not run.optim.cpu_offload:
+        return config
+    config.optimizer_cpu_offload = True
+    config.optimizer_offload_fraction = run.optim.cpu_offload
+    # The code path that hands over masters too: without it they would stay on the device beside their copies. Set afterwards, for the
+    # constructor compares Transformer Engine's version even where there is none.
+    config.use_precision_aware_optimizer = True
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    # Overlapped, the device would not wait for the parameters that come back: the hook behind a CPU step waits for the stream that
+    # took the gradients (`_register_param_copy_back_gpu_hook`, megatron-core 0.15.3).
+    config.overlap_cpu_optimizer_d2h_h2d = False
+    return config
 
 
 def point_to_point(run: RunConfig) -> dict[str, Any]:
