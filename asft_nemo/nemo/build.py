@@ -32,7 +32,7 @@ from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.optim import WarmupSchedule
 from asft_nemo.nemo.precision import optimizer_precision, precision_plugin, precision_row, require_kernels
-from asft_nemo.nemo.profiling import profiler_of
+from asft_nemo.nemo.profiling import RangesCallback, profiler_of
 from asft_nemo.nemo.references import Frozen, reference_builder, snapshot_builder
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.speed import SpeedMeter
@@ -277,6 +277,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
             metrics,
             checkpoints,
             SummaryCallback(run_dir, prepass),
+            RangesCallback(),
         ],
         logger=False,
         enable_checkpointing=False,

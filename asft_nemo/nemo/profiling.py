@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from megatron.core import parallel_state
 from torch.profiler import ProfilerActivity
 
@@ -199,6 +200,22 @@ class _ProfiledStep:
             partial.unlink(missing_ok=True)
 
 
+class RangesCallback(Callback):
+    """Opens the house's ranges for the whole run where Nsight Systems watches it; otherwise nothing."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Opens them."""
+        self._watched = rooms.under_nsys()
+        if self._watched:
+            self._ranges = ranges(trainer)
+            self._ranges.__enter__()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Puts everything back."""
+        if self._watched:
+            self._ranges.__exit__(None, None, None)
+
+
 @contextmanager
 def ranges(trainer: Any) -> Iterator[None]:
     """Opens the house's ranges in the steps meanwhile: in our code, in Megatron's schedules, around the loss and around the optimizer.
@@ -213,11 +230,11 @@ def ranges(trainer: Any) -> Iterator[None]:
         config.timers = rooms.Spans()
     hooks = [hook for chunk in chunks if chunk.post_process for hook in _range_around(chunk.output_layer)]
     steps = [_range_of_step(optimizer.mcore_optimizer) for optimizer in trainer.strategy.optimizers]
-    rooms.watch(True, nvtx=not backend.active())
+    watched = rooms.watch(rooms.Watch.NVTX if not backend.active() else rooms.Watch.PROFILER)
     try:
         yield
     finally:
-        rooms.watch(False, nvtx=False)
+        rooms.watch(watched)
         for config, timers in zip(configs, before, strict=True):
             config.timers = timers
         for hook in hooks:

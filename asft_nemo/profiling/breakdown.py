@@ -119,7 +119,8 @@ def breakdown(line: Timeline) -> Breakdown:
         parts[_part(active, line.on_device)] += end - start
     found.parts.update({part: time / 1e9 for part, time in parts.items()})
     found.communication = _covered(line, (one for one in line.transfers if one.kind != POINT_TO_POINT)) / 1e9
-    for kind in sorted({one.kind for one in line.transfers}):
+    within = [one for one in line.transfers if one.start < line.end and one.end > line.start]
+    for kind in sorted({one.kind for one in within}):
         mine = [one for one in line.transfers if one.kind == kind and line.start <= one.start < line.end]
         sizes = [one.nbytes for one in mine]
         found.traffic[kind] = Traffic(

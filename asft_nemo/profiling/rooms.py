@@ -7,6 +7,7 @@ code that runs for every micro batch. `watch` turns the switch.
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -22,9 +23,16 @@ _OF_MEGATRON = {"backward-compute": PREFIX + "backward"}
 _NOTHING = contextlib.nullcontext()
 
 
+class Watch(enum.Enum):
+    """Who is watching: nobody, torch's profiler, or NVIDIA's, too (which needs a GPU)."""
+
+    NOBODY = enum.auto()
+    PROFILER = enum.auto()
+    NVTX = enum.auto()
+
+
 class _Switch:
-    watched = False
-    nvtx = False
+    state = Watch.NOBODY
 
 
 def room(name: str) -> AbstractContextManager[Any]:
@@ -33,29 +41,26 @@ def room(name: str) -> AbstractContextManager[Any]:
     Args:
         name: one of `ROOMS`.
     """
-    return span(PREFIX + name) if _Switch.watched else _NOTHING
+    return _NOTHING if _Switch.state is Watch.NOBODY else span(PREFIX + name)
 
 
-def watch(on: bool, *, nvtx: bool) -> None:
-    """Turns ranges on or off.
-
-    Args:
-        on: whether ranges are made.
-        nvtx: for NVIDIA's profilers, too; needs a GPU.
-    """
-    _Switch.watched, _Switch.nvtx = on, nvtx
+def watch(by: Watch) -> Watch:
+    """Turns ranges on or off; returns who was watching before."""
+    before, _Switch.state = _Switch.state, by
+    return before
 
 
 @contextlib.contextmanager
 def span(name: str) -> Iterator[None]:
     """A range of this very name, whoever is watching."""
-    if _Switch.nvtx:
+    nvtx = _Switch.state is Watch.NVTX
+    if nvtx:
         torch.cuda.nvtx.range_push(name)
     try:
         with torch.profiler.record_function(name):
             yield
     finally:
-        if _Switch.nvtx:
+        if nvtx:
             torch.cuda.nvtx.range_pop()
 
 

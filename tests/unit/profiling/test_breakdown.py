@@ -97,12 +97,14 @@ def test_traffic_counts_what_began_in_the_step_and_its_bytes_where_all_are_known
         Transfer(2 * S, 6 * S, "all_reduce", 50),
         Transfer(7 * S, 8 * S, "send_recv", None),
         Transfer(-3 * S, 1 * S, "all_gather", 7),
+        Transfer(-3 * S, -1 * S, "barrier", 7),
     ]
     found = breakdown(Timeline(0, 10 * S, [], [], transfers, on_device=True))
     reduced, sent, gathered = (found.traffic[kind] for kind in ("all_reduce", "send_recv", "all_gather"))
     assert (reduced.count, reduced.seconds, reduced.nbytes) == (2, 6, 150)
     assert (sent.count, sent.nbytes) == (1, None)
     assert (gathered.count, gathered.seconds) == (0, 1)
+    assert "barrier" not in found.traffic
     assert found.communication == 6  # 0 to 6; messages between stages are not counted
 
 

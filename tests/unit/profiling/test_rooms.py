@@ -14,7 +14,7 @@ from asft_nemo.profiling import rooms
 @pytest.fixture(autouse=True)
 def unwatched() -> Iterator[None]:
     yield
-    rooms.watch(False, nvtx=False)
+    rooms.watch(rooms.Watch.NOBODY)
 
 
 def recorded() -> tuple[torch.profiler.profile, set[str]]:
@@ -30,7 +30,7 @@ def recorded() -> tuple[torch.profiler.profile, set[str]]:
 
 
 def test_ranges_carry_the_names_of_the_rooms() -> None:
-    rooms.watch(True, nvtx=False)
+    rooms.watch(rooms.Watch.PROFILER)
     assert {"asft/forward", "asft/backward", "megatron/forward-recv"} <= recorded()[1]
 
 
@@ -49,3 +49,21 @@ def test_an_unwatched_range_costs_nothing_to_speak_of() -> None:
         return (time.perf_counter() - started) / 10_000
 
     assert min(seconds() for _ in range(20)) < 3e-6
+
+
+def test_nvidias_profilers_see_the_same_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for NVTX, which this torch may lack: pushes and pops are paired, also where the code within fails."""
+    stack: list[str] = []
+    pushed: list[str] = []
+
+    def push(name: str) -> None:
+        stack.append(name)
+        pushed.append(name)
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", push)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: stack.pop())
+    assert rooms.watch(rooms.Watch.NVTX) is rooms.Watch.NOBODY
+    with pytest.raises(ValueError, match="within"), rooms.room("loss"):
+        raise ValueError("within")
+    assert pushed == ["asft/loss"]
+    assert stack == []
