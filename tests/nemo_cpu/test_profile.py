@@ -63,9 +63,6 @@ def test_the_parts_add_up_to_the_step(runs: dict[str, Path]) -> None:
         assert sum(found["parts"].values()) == pytest.approx(found["seconds"], rel=1e-9)
         assert min(found["parts"].values()) >= 0
         assert found["parts"]["idle"] == 0  # a CPU is never idle here: Python works
-        for seconds, step in zip(found["step_seconds"], found["steps"], strict=True):
-            # the clock of metrics.jsonl is within the profiled range, and began and ended on another rank
-            assert seconds == pytest.approx(lines[step]["seconds"], rel=0.25)
         for room in {"reference", "forward", "backward", "optimizer", "data"}:
             assert found["parts"][room] > 0, room
         assert (found["parts"]["loss"] > 0) == (rank >= 2)
@@ -73,6 +70,10 @@ def test_the_parts_add_up_to_the_step(runs: dict[str, Path]) -> None:
         assert found["traffic"]["all_reduce"]["count"] > 0
         assert found["traffic"]["send_recv"]["seconds"] > 0
         assert found["peak_bytes"]["process"] > 2**20
+    writer = read_rank(runs["profiled"], 2)
+    for seconds, step in zip(writer["step_seconds"], writer["steps"], strict=True):
+        clock = lines[step]["seconds"]  # which runs within the profiled range
+        assert clock <= seconds <= 1.5 * clock
 
 
 def test_the_pages_are_for_a_human(runs: dict[str, Path]) -> None:
@@ -91,6 +92,42 @@ def test_the_pages_are_for_a_human(runs: dict[str, Path]) -> None:
     assert "TP 0, PP 1" in page
     assert "100.0%" in page
     assert "head at every position" in page  # rank 2 writes the metrics and knows the speed
+
+
+def operations(folder: Path, world_size: int) -> list[tuple[float, float]]:
+    """Of the policy and the frozen models in each step, from what metrics.jsonl says of speed."""
+    return [
+        (
+            line["tflops_per_gpu"] * line["seconds"] * world_size,
+            line["reference_tflops_per_gpu"] * line["seconds"] * world_size,
+        )
+        for line in metrics(folder)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("packing", "layouts"),
+    [
+        (False, ({"parallel.tp_size": 2}, {"parallel.cp_size": 2}, {})),  # {}: two data-parallel ranks
+        (True, ({"parallel.tp_size": 2}, {})),
+    ],
+)
+def test_operations_of_a_step_are_the_same_at_every_layout(
+    packing: bool, layouts: tuple[dict[str, Any], ...], ranks2: RankGroup, model: Path, tmp_path: Path
+) -> None:
+    found = []
+    for number, layout in enumerate(layouts):
+        settings = {
+            **settings_of(model, tmp_path / str(number), trainer__max_steps=1, data__packing=packing),
+            "run.world_size": 2,
+            "parallel.pp_size": 1,
+            "parallel.tp_size": 1,
+            **layout,
+        }
+        ranks2.run("jobs:train_steps", settings=settings, valid=VALID)
+        found += operations(tmp_path / str(number), 2)
+    for one in found[1:]:
+        assert one == pytest.approx(found[0], rel=1e-9)
 
 
 def test_speed_is_told(runs: dict[str, Path]) -> None:
