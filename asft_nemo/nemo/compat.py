@@ -13,6 +13,8 @@ from nemo.lightning import MegatronStrategy
 from nemo.lightning._strategy_lib import init_model_parallel
 from torch.distributed import distributed_c10d
 
+from asft_nemo.nemo.extra_state import ExtraStateTolerant, fill_extra_states
+
 
 def lora_without_transformer_engine() -> None:
     """Lets `nemo.collections.llm.peft` adapt Megatron's own layers where Transformer Engine is not installed (nemo 2.7.3).
@@ -55,11 +57,13 @@ class AnchoredStrategy(MegatronStrategy):
       copies: it is given its own. It lets all parameters share one `step`, which each of them would count up: each gets a copy.
       The same holds over its hybrid optimizer (`optim.cpu_offload`), whose state a step over random gradients makes; the parameters
       that this moves are read from the checkpoint afterwards.
+    * Checkpoints load into Transformer Engine's layers and into Megatron's own, whichever wrote them: see `extra_state.py`.
     """
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.timers = None
+        self.checkpoint_io = ExtraStateTolerant(self.checkpoint_io)
 
     def setup_distributed(self) -> None:
         """Starts or re-uses torch.distributed and makes this run's model-parallel groups."""
@@ -72,6 +76,15 @@ class AnchoredStrategy(MegatronStrategy):
         super().setup_distributed()
         if again:
             init_model_parallel(self.model)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """NeMo's."""
+        assert self.megatron_parallel is not None
+        loaded = checkpoint.get("state_dict", checkpoint)
+        for index, chunk in enumerate(self.megatron_parallel):
+            # NeMo numbers chunks where there are virtual stages
+            fill_extra_states(chunk, loaded.get(f"model_{index}", loaded))
+        super().load_model_state_dict(checkpoint, strict=strict)
 
     def optimizer_sharded_state_dict(
         self, is_loading: bool = False, metadata: dict[str, Any] | None = None
