@@ -10,10 +10,10 @@ import torch
 from gradients import LAYOUTS, OBJECTIVES, VALID, step_settings
 from models import read_hf, worst_error
 from ranks import RankGroup
+from real_runs import VALID as VALID_OF_RUNS
+from real_runs import all_tensors, metrics, settings_of, without_times
 
 from asft_nemo.checkpoint.convert import export_hf
-from runs import VALID as VALID_OF_RUNS
-from runs import all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
