@@ -19,7 +19,8 @@ from asft_nemo.commands.data import add_data
 from asft_nemo.commands.doctor import add_doctor
 from asft_nemo.commands.evaluation import add_evaluation
 from asft_nemo.commands.launch import add_launch
-from asft_nemo.commands.output import BUG, DONE, INTERRUPTED, MENDABLE, Command, Parser, not_yet
+from asft_nemo.commands.output import BUG, DONE, INTERRUPTED, MENDABLE, Command, Parser
+from asft_nemo.commands.plan import add_plan
 from asft_nemo.commands.training import add_training
 from asft_nemo.errors import ConfigError, UserError
 from asft_nemo.logs import set_up_logging
@@ -37,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(arguments, "overrides"):  # likewise
             arguments.overrides += [word for word in unknown if "=" in word and not word.startswith("-")]
             unknown = [word for word in unknown if word.startswith("-") or "=" not in word]
-        if hasattr(arguments, "words"):  # of `asft data`, likewise
+        if hasattr(arguments, "words"):  # of `asft data` and `asft plan`, likewise
             arguments.words += [word for word in unknown if not word.startswith("-")]
             unknown = [word for word in unknown if word.startswith("-")]
-        if unknown and arguments.command is not not_yet:
+        if unknown:
             raise UserError(f"unrecognized arguments: {' '.join(unknown)}: see asft --help")
         set_up_logging()
         logging.getLogger("asft_eval").setLevel(logging.INFO)
@@ -83,16 +84,9 @@ def parser() -> argparse.ArgumentParser:
 
     add_training(add)
     add_launch(add)
+    add_plan(add)
     add_data(commands, common)
     add_checkpoints(add)
     add_evaluation(add)
     add_doctor(add)
-    for name, (text, instead) in NOT_YET.items():
-        later = add(name, not_yet, f"{text} (not available yet)")
-        later.set_defaults(name=name, instead=instead)
     return top
-
-
-NOT_YET = {
-    "plan": ("memory, seconds and layouts that fit", "the recipes state layouts that fit their machines"),
-}

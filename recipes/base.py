@@ -19,8 +19,15 @@ def on_gpus() -> dict[str, Any]:
     """What every GPU recipe shares; the precision is the schema's bf16 with fp32 master weights."""
     return combine(
         fragment(),
-        # fp32 master weights and two moments are 12 bytes a parameter: data-parallel ranks share them.
-        {"optim": {"distributed": True}},
+        {
+            "optim": {
+                # fp32 master weights and two moments are 12 bytes a parameter: data-parallel ranks share them.
+                "distributed": True,
+                # Both hide what data-parallel ranks exchange behind backward and the next forward; losses stay the same bit for bit.
+                "overlap_grad_reduce": True,
+                "overlap_param_gather": True,
+            }
+        },
     )
 
 

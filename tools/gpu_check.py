@@ -4,7 +4,8 @@
     python tools/gpu_check.py --hidden 2048 --layers 24 --gpus 1 --out benchmarks/results --name h100
 
 Trains a random model with `asft train`'s own code, one group of ranks a form: sft as the measure, asft with a resident, an offloaded and
-a cached reference, LoRA sft, LoRA asft with adapters disabled, and a resident reference in FP8 where Transformer Engine is. Peak memory
+a cached reference, LoRA sft, LoRA asft with adapters disabled, and, where Transformer Engine is, a resident reference in FP8 and policies
+in FP8, whose loss must stay within 1 % of bf16's (meant for `--hidden 1536 --layers 28 --steps 50`). Peak memory
 is that of torch's allocator, the most of any rank (`peak_device_bytes` in a run's summary.json). Then compares the fused loss with the
 dense fp64 oracle in bf16 and fp32, with the Triton kernels and without, and puts NeMo's own importer and exporter beside ours. Writes `<name>.json` and `<name>.md` into `--out`.
 
@@ -35,7 +36,28 @@ log = logging.getLogger("gpu_check")
 MIB = 2**20
 # A random model's KL at step 0 says nothing of a trained one's, so the bound is out of the way; the KL itself is in the table.
 _FP8 = ("objective=asft", "reference=resident", "reference.precision=fp8", "reference.max_initial_kl=1000")
-CHECKED = {**FORMS, "resident_fp8": Form("asft, resident in FP8", _FP8, "sft")}
+_LORA_FP8 = (
+    "objective=asft",
+    "peft=lora",
+    "optim.lr=5e-4",
+    "reference=adapter_disabled",
+    "precision=fp8_current",
+)
+# The policy itself in FP8, each beside the same run in bf16
+PRECISIONS = {
+    **{
+        f"sft_{name}": Form(f"sft, precision={name}", ("objective=sft", f"precision={name}"), "sft")
+        for name in ("fp8_current", "fp8_blockwise", "fp8_delayed")
+    },
+    "resident_fp8_current": Form(
+        "asft, resident, precision=fp8_current",
+        ("objective=asft", "reference=resident", "precision=fp8_current"),
+        "resident",
+    ),
+    "lora_fp8_current": Form("LoRA asft, precision=fp8_current", _LORA_FP8, "lora_adapter_disabled"),
+}
+CHECKED = {**FORMS, "resident_fp8": Form("asft, resident in FP8", _FP8, "sft"), **PRECISIONS}
+LOSS_OF_FP8 = 0.01  # of bf16's, after the last step of at least 50
 _BYTES = {
     "policy parameters": "policy_parameter_bytes",
     "reference on device": "reference_device_bytes",
@@ -89,28 +111,32 @@ def overrides(form: str, options: argparse.Namespace, folder: Path, run_dir: Pat
         global_batch_size=options.micro_batch_size * options.micro_batches * options.gpus,
         steps=options.steps,
     )
-    return [*settings, f"precision={options.precision}", f"run.world_size={options.gpus}"]
+    if not any(setting.startswith("precision=") for setting in settings):
+        settings.append(f"precision={options.precision}")
+    return [*settings, f"run.world_size={options.gpus}"]
 
 
 def found_in(run_dir: Path) -> dict[str, Any]:
-    """What a finished run says of itself: its summary, its first step's KL, and its last step's seconds."""
+    """What a finished run says of itself: its summary, its first step's KL, and its last step's loss, seconds and tokens a second."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {
         "summary": json.loads((run_dir / "summary.json").read_text()),
         "kl_at_step_0": lines[0]["kl"],
         "seconds_of_last_step": lines[-1]["seconds"],
+        "loss_of_last_step": lines[-1]["loss"],
+        "tokens_per_second": lines[-1]["tokens_per_second"],
     }
 
 
 def measure(form: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Runs one form; what it says of itself, or why it did not run (`skipped`) or broke (`failed`)."""
-    from asft_nemo.config.fp8 import fp8_missing
+    from asft_nemo.config.fp8 import FP8, fp8_missing
     from asft_nemo.config.load import compose
     from asft_nemo.launch_local import launch, launch_cache
 
-    missing = fp8_missing()
-    if "reference.precision=fp8" in CHECKED[form].settings and missing is not None:
-        return {"skipped": f"no {missing}"}
+    for name in (name for name, row in FP8.items() if f"{row.key}={name}" in CHECKED[form].settings):
+        if (missing := fp8_missing(name)) is not None:
+            return {"skipped": f"no {missing}"}
     run_dir = folder / form
     try:
         settings = overrides(form, options, folder, run_dir)
@@ -143,6 +169,35 @@ def memory_table(runs: Mapping[str, dict[str, Any]]) -> str:
         cells += [f"{run['summary'][key] / MIB:.1f}" for key in _BYTES.values()]
         kl = run["kl_at_step_0"]
         lines.append("| " + " | ".join([*cells, "" if kl is None else f"{kl:.2e}"]) + " |")
+    return "\n".join(lines)
+
+
+def fp8_is_off(form: str, runs: Mapping[str, dict[str, Any]]) -> bool | None:
+    """Whether a policy in FP8 ended further from bf16's loss than `LOSS_OF_FP8`; None where one of the two is not there."""
+    own, other = runs.get(form, {}), runs.get(CHECKED[form].against, {})
+    if "loss_of_last_step" not in own or "loss_of_last_step" not in other:
+        return None
+    # written so that a loss that is not a number is off, too
+    bound = LOSS_OF_FP8 * abs(other["loss_of_last_step"])
+    return not abs(own["loss_of_last_step"] - other["loss_of_last_step"]) <= bound
+
+
+def precision_table(runs: Mapping[str, dict[str, Any]]) -> str:
+    """Policies in FP8 as Markdown, each with the ratios to the same run in bf16."""
+    lines = ["| policy | loss | of bf16's | tokens/s | of bf16's | verdict |", "| --- " * 6 + "|"]
+    for form in (form for form in PRECISIONS if form in runs):
+        run, other = runs[form], runs.get(CHECKED[form].against, {})
+        off = fp8_is_off(form, runs)
+        if off is None:
+            reason = run.get("skipped") or run.get("failed") or "nothing to compare with"
+            lines.append(
+                f"| {CHECKED[form].title} |  |  |  |  | {str(reason).splitlines()[0].replace('|', '/')} |"
+            )
+            continue
+        cells = []
+        for key, shape in (("loss_of_last_step", ".4f"), ("tokens_per_second", ".0f")):
+            cells += [f"{run[key]:{shape}}", f"{run[key] / other[key]:.4f}" if other[key] else ""]
+        lines.append(f"| {' | '.join([CHECKED[form].title, *cells, '**off**' if off else 'right'])} |")
     return "\n".join(lines)
 
 
@@ -207,6 +262,12 @@ def page(record: Mapping[str, Any]) -> str:
             "",
             memory_table(record["runs"]),
             "",
+            "## The policy in FP8",
+            "",
+            f"Loss and speed of the last step beside the same run in bf16; right within {LOSS_OF_FP8:.0%} of its loss.",
+            "",
+            precision_table(record["runs"]),
+            "",
             "## The loss against the dense fp64 oracle",
             "",
             f"Relative errors (gradients in norm), right within: loss {LOSS_BOUND:.0e}, {bounds}. Naive is the definition computed in",
@@ -261,7 +322,8 @@ def main(arguments: list[str]) -> int:
     (options.out / f"{options.name}.json").write_text(json.dumps(record, indent=2) + "\n")
     (options.out / f"{options.name}.md").write_text(page(record))
     log.info("%s", page(record))
-    return int(any("failed" in run for run in runs.values()) or not all(one.right for one in found))
+    off = any(fp8_is_off(form, runs) for form in PRECISIONS)
+    return int(off or any("failed" in run for run in runs.values()) or not all(one.right for one in found))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from asft_nemo.commands.output import DONE, MENDABLE, Add, answer
 from asft_nemo.config import machine
+from asft_nemo.config.fp8 import FP8, fp8_missing
 from asft_nemo.config.paths import project_dir
 
 _NEEDED = ("torch", "nemo_toolkit", "megatron-core", "transformers", "safetensors", "nemo_run")
@@ -34,7 +35,7 @@ def add_doctor(add: Add) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    findings = [*_machine(), *_packages(), *_optional(), *_launchers()]
+    findings = [*_machine(), *_packages(), *_optional(), _fp8(), *_launchers()]
     wrong = [finding for finding in findings if finding.wrong]
     width = max(len(finding.what) for finding in findings) + 2
     lines = [
@@ -115,6 +116,15 @@ def _optional() -> list[Finding]:
         else:
             found.append(Finding(row.name, f"missing, so {row.without}"))
     return found
+
+
+def _fp8() -> Finding:
+    """Which precisions in FP8 are not refused for what is missing here; what the GPU itself can is in the line of the GPUs."""
+    missing = {name: fp8_missing(name) for name, row in FP8.items() if row.key == "precision"}
+    can = [name for name, lacks in missing.items() if lacks is None]
+    if can:
+        return Finding("FP8", ", ".join(can))
+    return Finding("FP8", f"none, for there is no {next(iter(missing.values()))}: docs/container.md has both")
 
 
 def _launchers() -> list[Finding]:

@@ -27,11 +27,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: see {self.prog} --help")
 
 
-def not_yet(arguments: argparse.Namespace) -> int:
-    """What a command that is announced but not there does."""
-    raise UserError(f"asft {arguments.name} is not available yet: {arguments.instead}")
-
-
 def answer(arguments: argparse.Namespace, values: dict[str, Any], words: str) -> None:
     """The result on stdout: one JSON object with --json, else words."""
     print(json.dumps(values) if arguments.json else words)

@@ -1,21 +1,65 @@
-"""What a reference in FP8 needs: of this machine, of the other settings, and of the model's sizes."""
+"""What FP8 needs, by the way its numbers are scaled: of Transformer Engine, of the GPU, and of the sizes of a product. Imports no torch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from asft_nemo.config import machine
-from asft_nemo.config.model_shape import ModelShape
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.errors import ConfigError
 
-# `assert_dim_for_fp8_exec` of Transformer Engine: rows a multiple of 8, columns of 16, for every operand of a linear layer.
-_ROWS, _COLUMNS = 8, 16
-_LAYERS_IN_BF16 = 2  # the first and the last: see the row `fp8` in asft_nemo/nemo/precision.py
+Version = tuple[int, int]
 
 
-def fp8_missing() -> str | None:
-    """What this machine lacks for FP8, in words; None where it has all. Imports nothing heavy."""
+@dataclass(frozen=True)
+class Fp8:
+    """One row.
+
+    Attributes:
+        key: the setting that asks for it.
+        instead: a value of `key` that asks for no FP8 of its own.
+        transformer_engine: oldest version: `get_fp8_recipe` in megatron/core/fp8_utils.py (megatron-core 0.15.3), which knows recipes by
+            name from 2.1 on.
+        compute_capability, cuda: oldest GPU and oldest CUDA of torch, None for any: `_compute_fp8_support` and
+            `_compute_fp8_block_scaling_support` in transformer_engine/pytorch/quantization.py. On GPUs from 10.0 on Transformer Engine
+            computes blockwise scaling as MXFP8 (its user guide, FP8 Blockwise Scaling).
+        tokens: what a micro batch on one rank has a multiple of: 8 rows in forward (`assert_dim_for_fp8_exec`, transformer_engine/pytorch/
+            utils.py); 16 where weights have gradients, in whose products tokens are what is summed over (`get_fp8_align_size`, fp8_utils.py).
+        edge_layers_in_bf16: layers at each end of the model that stay in bf16.
+        remembers: scales come from earlier passes, a history in every layer.
+    """
+
+    key: str
+    instead: str
+    transformer_engine: Version
+    compute_capability: Version
+    cuda: Version | None
+    tokens: int
+    edge_layers_in_bf16: int
+    remembers: bool
+
+
+FP8: dict[str, Fp8] = {
+    "fp8_current": Fp8("precision", "bf16", (2, 2), (8, 9), None, 16, 1, False),
+    "fp8_blockwise": Fp8("precision", "bf16", (2, 3), (9, 0), (12, 9), 16, 0, False),
+    "fp8_delayed": Fp8("precision", "bf16", (2, 1), (8, 9), None, 16, 0, True),
+    "fp8": Fp8("reference.precision", "policy", (2, 2), (8, 9), None, 8, 1, False),
+}
+# Columns of a product's operands, `assert_dim_for_fp8_exec` again. Of blocks of 128 the last may be a part: Transformer Engine tests such
+# shapes (tests/pytorch/test_float8_blockwise_gemm_exact.py, "non 128x128 divisible"); its guide promises multiples of 128 alone.
+COLUMNS = 16
+
+
+def reference_precision(run: RunConfig) -> str:
+    """The precision the reference runs in: its own, or the policy's."""
+    asked = run.reference.precision
+    return run.precision if asked == "policy" else asked
+
+
+def fp8_missing(name: str) -> str | None:
+    """What this machine lacks for a row of `FP8`, in words; None where it has all that can be seen without torch."""
     lacks = [
         what
         for what, there in (
@@ -24,13 +68,25 @@ def fp8_missing() -> str | None:
         )
         if not there
     ]
-    return " and no ".join(lacks) or None
+    if lacks:
+        return " and no ".join(lacks)
+    oldest = FP8[name].transformer_engine
+    found = re.match(r"(\d+)\.(\d+)", machine.version_of("transformer-engine") or "")
+    if found and (int(found[1]), int(found[2])) < oldest:
+        return f"Transformer Engine of version {dotted(oldest)} or newer"
+    return None
 
 
-def fp8_refusal(missing: str) -> str:
-    """The sentence for a machine that lacks something for FP8."""
+def dotted(version: Version) -> str:
+    """A version as it is written."""
+    return ".".join(map(str, version))
+
+
+def fp8_refusal(name: str, missing: str) -> str:
+    """The sentence for a machine that lacks something for a row of `FP8`."""
+    row = FP8[name]
     return (
-        f"reference.precision=fp8 needs a GPU and Transformer Engine, and this run has no {missing}: set reference.precision=policy, or "
+        f"{row.key}={name} needs a GPU and Transformer Engine, and this run has no {missing}: set {row.key}={row.instead}, or "
         "run it where both are (docs/container.md)"
     )
 
@@ -41,63 +97,25 @@ def require_fp8(run: RunConfig) -> None:
     Raises:
         ConfigError: the reference is to run in FP8, and this machine cannot.
     """
-    missing = fp8_missing()
-    if run.reference.precision == "fp8" and missing is not None:
-        raise ConfigError(fp8_refusal(missing))
+    name = reference_precision(run)
+    missing = fp8_missing(name) if name in FP8 else None
+    if missing is not None:
+        raise ConfigError(fp8_refusal(name, missing))
 
 
 def machine_violations(run: RunConfig) -> Iterator[str]:
     """For training: a cache that a job wrote is read without the kernels that filled it."""
-    reference, missing = run.reference, fp8_missing()
+    reference = run.reference
     computed = reference.form in ("resident", "offloaded") or (
         reference.form == "cached" and reference.fill == "first_epoch"
     )
-    if reference.precision == "fp8" and computed and missing is not None:
-        yield fp8_refusal(missing)
+    for name, used in ((run.precision, True), (reference.precision, computed)):
+        missing = fp8_missing(name) if used and name in FP8 else None
+        if missing is not None:
+            yield fp8_refusal(name, missing)
 
 
-def settings_violations(run: RunConfig, shape: ModelShape | None) -> Iterator[str]:
-    """What does not go together with a reference in FP8, and sizes that its kernels refuse."""
-    if run.reference.precision != "fp8" or run.reference.form not in ("resident", "offloaded", "cached"):
-        return
-    if run.precision == "fp32":
-        yield (
-            "reference.precision=fp8 beside precision=fp32 would measure FP8's rounding with a policy that has none: set precision=bf16, "
-            "or reference.precision=policy"
-        )
-    yield from _tokens(run)
-    if shape is not None:
-        yield from _sizes(run, shape)
-
-
-def _tokens(run: RunConfig) -> Iterator[str]:
-    """Rows of a linear layer's input: the tokens of a micro batch on one rank."""
-    length, layout = run.data.sequence_length, run.parallel
-    parts = layout.cp_size * (layout.tp_size if layout.sequence_parallel else 1)
-    if parts < 1 or length % parts:  # another rule's sentence
-        return
-    if length // parts * run.trainer.micro_batch_size % _ROWS:
-        nearest = -(-length // (_ROWS * parts)) * _ROWS * parts
-        ranks = "ranks" if layout.cp_size > 1 else "tensor-parallel ranks"
-        split = f" on each of {parts} {ranks}" if parts > 1 else ""
-        yield (
-            f"reference.precision=fp8 needs a multiple of {_ROWS} tokens in a micro batch{split}, got {run.trainer.micro_batch_size} x "
-            f"{length // parts}: set data.sequence_length={nearest}"
-        )
-
-
-def _sizes(run: RunConfig, shape: ModelShape) -> Iterator[str]:
-    """Layers that are left for FP8, and columns of their weights on one rank."""
-    if shape.num_layers <= _LAYERS_IN_BF16:
-        yield (
-            f"reference.precision=fp8 keeps the first and the last layer in bf16, and the model has {shape.num_layers}: set "
-            "reference.precision=policy"
-        )
-    tp_size = max(1, run.parallel.tp_size)
-    rows = (("hidden size", shape.hidden_size), ("feed-forward columns", shape.ffn_hidden_size / tp_size))
-    for what, size in rows:
-        if size % _COLUMNS:
-            yield (
-                f"reference.precision=fp8 needs a multiple of {_COLUMNS} {what} on each rank, got {size:g}: set "
-                "reference.precision=policy, or change parallel.tp_size"
-            )
+def tokens_multiple(run: RunConfig) -> int:
+    """What the tokens of a micro batch on one rank should be a multiple of: what FP8 needs, or the 8 that tensor cores want."""
+    names = (run.precision, run.reference.precision)
+    return max([8, *(FP8[name].tokens for name in names if name in FP8)])

@@ -11,6 +11,7 @@ from asft_nemo.config import fp8
 from asft_nemo.config.cluster_rules import CLUSTER_INPUTS, on_slurm
 from asft_nemo.config.facts import Facts, Rule
 from asft_nemo.config.hub_ids import hub_id
+from asft_nemo.config.kernel_rules import KERNELS_HERE
 from asft_nemo.config.machine import gpu_count
 
 
@@ -24,12 +25,12 @@ def _data_files(facts: Facts) -> Iterator[str]:
 
 
 def _elsewhere(facts: Facts) -> bool:
-    """Whether the ranks are not this process's to start: they run on a cluster's nodes, or this is one of them."""
-    return (facts.launched and on_slurm(facts.run)) or "ASFT_SLURM_RANKS" in os.environ
+    """Whether ranks will run on a cluster's nodes, of which this machine says nothing."""
+    return facts.launched and on_slurm(facts.run)
 
 
 def _machine(facts: Facts) -> Iterator[str]:
-    if _elsewhere(facts):
+    if _elsewhere(facts) or "ASFT_SLURM_RANKS" in os.environ:  # this is one of many machines
         return
     world, cores = facts.run.run.world_size, os.cpu_count() or 1
     gpus = gpu_count()
@@ -75,10 +76,16 @@ def _fp8_machine(facts: Facts) -> Iterator[str]:
         yield from fp8.machine_violations(facts.run)
 
 
+def _kernels(facts: Facts) -> Iterator[str]:
+    for row in () if _elsewhere(facts) else KERNELS_HERE:
+        yield from row(facts)
+
+
 INPUTS: tuple[Rule, ...] = (
     _data_files,
     _machine,
     _fp8_machine,
+    _kernels,
     _adapter_directory,
     _run_dir,
     *CLUSTER_INPUTS,

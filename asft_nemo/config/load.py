@@ -9,7 +9,7 @@ type is found, named and reported together.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from asft_nemo.config import rules
 from asft_nemo.config.facts import Level
+from asft_nemo.config.model_shape import ModelShape
 from asft_nemo.config.paths import project_dir
 from asft_nemo.config.recipes import known_recipes, recipe_fragment, suggest
 from asft_nemo.config.schema import DERIVED, RunConfig, Section, describe_type, from_dict, hints
@@ -48,6 +49,8 @@ def compose(
     conf_dir: str | Path | None = None,
     check_inputs: bool = True,
     launched: bool = False,
+    assumed: Mapping[str, Any] | None = None,
+    shape_of: Callable[[RunConfig], ModelShape] | None = None,
 ) -> RunConfig:
     """The run that a list of overrides describes, checked by every rule.
 
@@ -56,6 +59,8 @@ def compose(
         conf_dir: folder with config.yaml and the groups; None = the project's conf/.
         check_inputs: also check what lies outside the settings: files, run.dir, what the machine can run.
         launched: for `asft launch`: also check the cluster.
+        assumed: dotted keys that count as given below every level, for a command that can do without their values.
+        shape_of: where such a command has the model's sizes from; None = from model.path.
 
     Raises:
         ConfigError: unknown names and keys, wrong types, broken rules; all of one kind reported together.
@@ -73,9 +78,15 @@ def compose(
             f"no recipe is given: set recipe=tiny_cpu (known are {', '.join(known_recipes())}), "
             "or an experiment=... that names one"
         )
-    levels = (_leaves(defaults), _leaves(recipe_fragment(str(recipe))), _leaves(experiment), command_line)
+    levels = (
+        [*(assumed or {}).items(), *_leaves(defaults)],
+        _leaves(recipe_fragment(str(recipe))),
+        _leaves(experiment),
+        command_line,
+    )
     run, level_of = _merge(levels)
-    rules.check(run, level_of=level_of, check_inputs=check_inputs, launched=launched)
+    shape = None if shape_of is None else shape_of(run)
+    rules.check(run, level_of=level_of, shape=shape, check_inputs=check_inputs, launched=launched)
     return run
 
 

@@ -51,6 +51,15 @@ OPTIONAL: tuple[Part, ...] = (
 )
 
 
+# apex's extension behind Megatron's `gradient_accumulation_fusion`; a build of apex may lack it
+FUSED_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
+
+
+def has_fused_weight_gradient() -> bool:
+    """Whether that extension is installed."""
+    return importlib.util.find_spec(FUSED_WEIGHT_GRADIENT) is not None
+
+
 def version_of(distribution: str) -> str | None:
     """The installed version of a distribution, None where there is none."""
     try:

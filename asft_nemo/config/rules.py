@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from asft_nemo.config import fp8, tables
+from asft_nemo.config import tables
 from asft_nemo.config.cluster_rules import CLUSTER
 from asft_nemo.config.context_rules import CONTEXT
 from asft_nemo.config.data_rules import DATA
 from asft_nemo.config.facts import Facts, Level, Rule
 from asft_nemo.config.input_rules import INPUTS
+from asft_nemo.config.kernel_rules import KERNELS
 from asft_nemo.config.model_shape import ModelShape, read_model_shape
 from asft_nemo.config.pipeline_rules import PIPELINE
+from asft_nemo.config.precision_rules import PRECISION, WHY_NOT
+from asft_nemo.config.profile_rules import PROFILE
 from asft_nemo.config.recipes import suggest
 from asft_nemo.config.schema import EvalConfig, RunConfig, data_parallel_size, num_microbatches, walk
 from asft_nemo.errors import ConfigError
@@ -66,7 +69,7 @@ def _choices(facts: Facts) -> Iterator[str]:
     for key, value in walk(facts.run):
         allowed = tables.CHOICES.get(key)
         if allowed is not None and value not in allowed:
-            yield f"{key}={value} is unknown: set one of {', '.join(allowed)}"
+            yield WHY_NOT.get((key, value)) or f"{key}={value} is unknown: set one of {', '.join(allowed)}"
 
 
 def _ranges(facts: Facts) -> Iterator[str]:
@@ -194,10 +197,6 @@ def _reference_micro_batches(facts: Facts) -> Iterator[str]:
         )
 
 
-def _fp8_reference(facts: Facts) -> Iterator[str]:
-    yield from fp8.settings_violations(facts.run, facts.shape)
-
-
 def _ignored(facts: Facts) -> Iterator[str]:
     """Settings given on purpose that the rest of the run makes meaningless."""
     run, layout = facts.run, facts.run.parallel
@@ -231,6 +230,12 @@ def _ignored(facts: Facts) -> Iterator[str]:
             run.recompute.granularity != "full",
             f"recompute.granularity={run.recompute.granularity}",
         ),
+        (
+            "recompute.",
+            ("modules",),
+            run.recompute.granularity != "selective",
+            f"recompute.granularity={run.recompute.granularity}",
+        ),
         ("trainer.", ("max_skips",), run.trainer.on_nonfinite == "stop", "trainer.on_nonfinite=stop"),
         ("optim.", ("min_lr_ratio",), run.optim.schedule == "constant", "optim.schedule=constant"),
         (
@@ -247,15 +252,6 @@ def _ignored(facts: Facts) -> Iterator[str]:
     both = all(facts.asked(f"trainer.{name}", least=Level.COMMAND_LINE) for name in ("max_steps", "epochs"))
     if both and run.trainer.max_steps is not None:
         yield "trainer.max_steps and trainer.epochs both say how long to train: give one of them"
-
-
-def _overlaps(facts: Facts) -> Iterator[str]:
-    optim = facts.run.optim
-    if optim.overlap_param_gather and not (optim.distributed and optim.overlap_grad_reduce):
-        yield (
-            "optim.overlap_param_gather=true needs the distributed optimizer, whose parameters it gathers, and overlapped reductions: "
-            "set optim.distributed=true and optim.overlap_grad_reduce=true"
-        )
 
 
 def _world(facts: Facts) -> Iterator[str]:
@@ -364,9 +360,9 @@ SETTINGS: tuple[Rule, ...] = (
     _reference,
     _reference_micro_batches,
     _adapters,
-    _fp8_reference,
+    *PRECISION,
     _ignored,
-    _overlaps,
+    *KERNELS,
     _world,
     _batches,
     *CONTEXT,
@@ -375,6 +371,7 @@ SETTINGS: tuple[Rule, ...] = (
     _model_heads,
     _model_positions,
     _model_window,
+    *PROFILE,
     *DATA,
     *CLUSTER,
     _not_yet,

@@ -155,16 +155,28 @@ class ParallelConfig(Section):
     # Instead: the embedding, and the loss with its head, count as one layer each where layers are shared out
     account_for_embedding: bool = False
     account_for_loss: bool = False
+    # Gathers and scatters of sequence parallelism inside Transformer Engine's GEMMs (its userbuffers), instead of between them
+    tp_comm_overlap: bool = False
 
 
 @dataclass(unsafe_hash=True)
 class RecomputeConfig(Section):
     """Activations that are computed again in backward instead of being kept; the names are Megatron's. The frozen reference keeps none."""
 
-    granularity: str = "none"  # none | selective = the attention's products alone | full = whole layers
+    granularity: str = "none"  # none | selective = parts of every layer | full = whole layers
+    # selective only: core_attn = the attention's products, mlp = the feed-forward layer
+    modules: tuple[str, ...] = ("core_attn",)
     # full only: uniform = all layers, in groups of num_layers that keep their input alone; block = the first num_layers of each stage
     method: str = "uniform"
     num_layers: int = 1
+
+
+@dataclass(unsafe_hash=True)
+class KernelsConfig(Section):
+    """Kernels that change nothing but speed."""
+
+    # A linear layer's GEMM adds its weight gradient to Megatron's fp32 sum itself; None = where apex's kernel is installed
+    gradient_accumulation_fusion: bool | None = None
 
 
 @dataclass(unsafe_hash=True)
@@ -183,6 +195,7 @@ class OptimConfig(Section):
     distributed: bool = False  # optimizer state sharded over data-parallel ranks
     overlap_grad_reduce: bool = False  # over data-parallel ranks, while backward still runs
     overlap_param_gather: bool = False  # of the distributed optimizer: while the next forward already runs
+    cpu_offload: float = 0.0  # of the distributed optimizer: share of masters and moments that host memory holds and CPUs update
 
 
 @dataclass(unsafe_hash=True)
@@ -199,6 +212,10 @@ class TrainerConfig(Section):
     resume: str = "never"  # never | if_exists | must
     on_nonfinite: str = "stop"  # stop | skip
     max_skips: int = 10  # steps of the whole run that on_nonfinite=skip may skip
+    # steps:a-b writes where the time of these steps went to profile/ in run.dir; numbered from 1 as in metrics.jsonl; None = no profile
+    profile: str | None = None
+    # What `mfu` is a share of: 10^12 operations a second of one GPU in this precision; None = known by the GPU's name, else no `mfu`
+    peak_tflops: float | None = None
 
 
 @dataclass(unsafe_hash=True)
@@ -269,6 +286,7 @@ class RunConfig(Section):
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     precision: str = "bf16"  # fp32 | bf16 | fp8_current | fp8_blockwise | fp8_delayed
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

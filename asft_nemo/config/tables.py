@@ -62,6 +62,7 @@ RANGES: dict[str, tuple[float, float | None, bool]] = {
     "optim.eps": (0, None, False),
     "optim.clip_grad": (0, None, True),
     "optim.min_lr_ratio": (0, 1, True),
+    "optim.cpu_offload": (0, 1, True),
     "trainer.max_steps": (1, None, True),
     "trainer.epochs": (0, None, False),
     "trainer.global_batch_size": (1, None, True),
@@ -69,6 +70,7 @@ RANGES: dict[str, tuple[float, float | None, bool]] = {
     "trainer.validate_every": (1, None, True),
     "trainer.checkpoint_every": (1, None, True),
     "trainer.max_skips": (1, None, True),
+    "trainer.peak_tflops": (0, None, False),
     "run.seed": (0, 2**31 - 1, True),
     "run.world_size": (1, None, True),
     "cluster.nodes": (1, None, True),
@@ -134,5 +136,4 @@ NOT_YET = (
         lambda run: run.objective.name == "psft" and run.peft.name == "lora",
         "set peft=none",
     ),
-    NotYet("FP8 training", lambda run: run.precision.startswith("fp8"), "set precision=bf16"),
 )

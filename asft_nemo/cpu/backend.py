@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from asft_nemo.cpu.two_sides import two_sided
 from asft_nemo.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,10 @@ class _InertStream:
     def _nothing(self, *args: Any, **kwargs: Any) -> None:
         return None
 
-    wait = wait_stream = wait_event = synchronize = record = record_event = _nothing
+    def record_event(self, *args: Any, **kwargs: Any) -> _InertStream:
+        return self
+
+    wait = wait_stream = wait_event = synchronize = record = _nothing
 
 
 def _tensor_class(dtype: torch.dtype) -> type:
@@ -181,6 +185,12 @@ def _gloo_on_one_device() -> type:
     return OneDeviceGloo
 
 
+def _hybrid_optimizer() -> Any:
+    from megatron.core.optimizer.cpu_offloading import hybrid_optimizer
+
+    return hybrid_optimizer.HybridDeviceOptimizer
+
+
 def _cuda(name: str, replacement: Any, reason: str) -> Patch:
     return Patch(f"torch.cuda:{name}", lambda: _own_copy(replacement), reason, "torch 2.13.0")
 
@@ -258,6 +268,13 @@ PATCHES: tuple[Patch, ...] = (
         "megatron sets the CUDA generator directly",
         "megatron-core 0.15.3",
         "after_megatron",
+    ),
+    Patch(
+        "megatron.core.optimizer.cpu_offloading.hybrid_optimizer:HybridDeviceOptimizer._get_sub_optimizer_param_groups",
+        lambda: two_sided(_hybrid_optimizer()._get_sub_optimizer_param_groups),
+        "tells parameters in host memory from those on the device by is_cuda",
+        "megatron-core 0.15.3",
+        "after_nemo",
     ),
     Patch(
         "nemo.lightning.io.pl:_fix_tensors_device",

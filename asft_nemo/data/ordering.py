@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from asft_nemo.config.fp8 import tokens_multiple
 from asft_nemo.config.schema import DataConfig, RunConfig, TrainerConfig
 from asft_nemo.data.blend import Blend
 from asft_nemo.data.grouping import GroupedByLength
@@ -84,11 +85,11 @@ def num_steps(order: Order, num_items: int, trainer: TrainerConfig, data: DataCo
 def padding_multiple(run: RunConfig) -> int | None:
     """What the rows of a micro batch are padded to a multiple of, beyond its longest; None where all rows are `data.sequence_length` long.
 
-    Sequence parallelism cuts a row into equal parts, and tensor cores want 8 tokens in each.
+    Sequence parallelism cuts a row into equal parts, and tensor cores want 8 tokens in each, those of FP8 16.
     """
     if not run.data.group_by_length:
         return None
-    return 8 * (run.parallel.tp_size if run.parallel.sequence_parallel else 1)
+    return tokens_multiple(run) * (run.parallel.tp_size if run.parallel.sequence_parallel else 1)
 
 
 def order_words(run: RunConfig, order: Order, train: Any, max_steps: int) -> str:

@@ -15,11 +15,13 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
+from asft_nemo.config.model_shape import read_model_shape
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.cpu import backend
 from asft_nemo.data import Prepared, domain_names, training_order
 from asft_nemo.data.ordering import padding_multiple
 from asft_nemo.model import ModelSpec, megatron_config_kwargs, padded_vocab_size
+from asft_nemo.nemo import switches
 from asft_nemo.nemo.callbacks import CheckpointCallback, MetricsCallback
 from asft_nemo.nemo.compat import AnchoredStrategy
 from asft_nemo.nemo.datamodule import AnchoredDataModule
@@ -29,10 +31,12 @@ from asft_nemo.nemo.layer_spec import kernels_line
 from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.optim import WarmupSchedule
-from asft_nemo.nemo.precision import precision_plugin, precision_row
+from asft_nemo.nemo.precision import optimizer_precision, precision_plugin, precision_row, require_kernels
 from asft_nemo.nemo.preemption import preemption
+from asft_nemo.nemo.profiling import RangesCallback, profiler_of
 from asft_nemo.nemo.references import Frozen, reference_builder, snapshot_builder
 from asft_nemo.nemo.schedule import PrepassCallback
+from asft_nemo.nemo.speed import SpeedMeter
 from asft_nemo.nemo.summary import SummaryCallback
 from asft_nemo.run_dir import adapter_description, initial_adapters
 
@@ -42,7 +46,6 @@ logger = logging.getLogger(__name__)
 _CPU_ONLY: dict[str, Any] = {
     "use_cpu_initialization": True,
     "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
     "persist_layer_norm": False,
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
@@ -91,6 +94,7 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
     return AnchoredGPTConfig(
         **megatron_config_kwargs(spec),
         **_kernels(run),
+        gradient_accumulation_fusion=switches.fused_gradients(run),
         vocab_size=padded_vocab_size(spec.vocab_size, tp_size=layout.tp_size),
         hf_vocab_size=spec.vocab_size,
         seq_length=run.data.sequence_length,
@@ -101,14 +105,10 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
         context_parallel_size=layout.cp_size,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
-        # Interleaved stages send forward and backward between the same two ranks at once. Batched, such messages are matched by
-        # order alone and at pp_size=2 arrive as one another (Megatron-LM asserts against it, NeMo does not); single ones do not.
-        # Overlapped sends need a device's stream order: gloo would still be reading an output that the schedule has freed.
-        batch_p2p_comm=layout.vpp_size is None,
-        overlap_p2p_comm=layout.vpp_size is not None and not backend.active(),
+        **switches.point_to_point(run),
         calculate_per_token_loss=True,
         **pipeline_shares(run),
-        **_recompute(run),
+        **switches.recomputed(run),
         objective_name=run.objective.name,
         kl_weight=run.objective.kl_weight,
         kl_direction=run.objective.kl_direction,
@@ -133,18 +133,6 @@ def pipeline_shares(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _recompute(run: RunConfig) -> dict[str, Any]:
-    """Megatron's arguments for activations that are computed again."""
-    asked = run.recompute
-    if asked.granularity == "full":
-        return {
-            "recompute_granularity": "full",
-            "recompute_method": asked.method,
-            "recompute_num_layers": asked.num_layers,
-        }
-    return {} if asked.granularity == "none" else {"recompute_granularity": asked.granularity}
-
-
 def adapter_spec(run: RunConfig) -> AdapterSpec | None:
     """The policy's adapters, or None for full fine-tuning."""
     peft = run.peft
@@ -158,20 +146,20 @@ def adapter_spec(run: RunConfig) -> AdapterSpec | None:
 def optimizer(run: RunConfig, max_steps: int) -> MegatronOptimizerModule:
     """AdamW with NeMo's schedule."""
     optim = run.optim
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        use_distributed_optimizer=optim.distributed,
+        overlap_param_gather=optim.overlap_param_gather,
+        **optimizer_precision(run.precision),
+    )
     return MegatronOptimizerModule(
-        config=OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.adam_beta1,
-            adam_beta2=optim.adam_beta2,
-            adam_eps=optim.eps,
-            clip_grad=optim.clip_grad,
-            use_distributed_optimizer=optim.distributed,
-            overlap_param_gather=optim.overlap_param_gather,
-            bf16=run.precision != "fp32",
-            params_dtype=precision_row(run.precision).compute_dtype,
-        ),
+        config=switches.offload_state(config, run),
         lr_scheduler=WarmupSchedule(
             optim.schedule,
             max_steps=max_steps,
@@ -220,8 +208,13 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         base_dir: the base checkpoint in NeMo form (`weights/`, `context/`).
         data: tokenised training and validation sets and the number of steps.
         resume: the checkpoint of this run that will be read, None for a fresh start from the base weights.
+
+    Raises:
+        ConfigError: the run's precision needs kernels that are not here.
     """
+    require_kernels(run.precision)
     run_dir = Path(run.run.dir)
+    switches.order_kernels_on_the_device(run)
     config = model_config(run, spec)
     max_steps = data.max_steps
     logger.info(kernels_line())
@@ -252,6 +245,8 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         max_steps=max_steps,
         max_initial_kl=run.reference.max_initial_kl if bounded else None,
         validate_every=run.trainer.validate_every,
+        speed=SpeedMeter(run, read_model_shape(base_dir)),
+        profiler=profiler_of(run, max_steps),
         description=run.objective.name,
     )
     checkpoints = CheckpointCallback(
@@ -277,11 +272,13 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         plugins=precision_plugin(run.precision),
         callbacks=[
             *adapters,
+            *switches.tensor_overlap(run),
             prepass,
             guard,
             metrics,
             checkpoints,
             SummaryCallback(run_dir, prepass),
+            RangesCallback(),
             *preemption(checkpoints),
         ],
         logger=False,

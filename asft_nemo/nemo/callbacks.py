@@ -23,7 +23,9 @@ from asft_nemo.checkpoint.base_weights import nemo_base_sample
 from asft_nemo.errors import UserError
 from asft_nemo.nemo.keep import Keep
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
+from asft_nemo.nemo.profiling import StepProfiler
 from asft_nemo.nemo.schedule import PrepassCallback
+from asft_nemo.nemo.speed import SpeedMeter
 from asft_nemo.run_dir import drop_steps_after, point_at
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,8 @@ class MetricsCallback(Callback):
         max_steps: of the whole run, for the progress bar.
         max_initial_kl: bound on the KL of the run's very first step, nats per token; None when no KL is measured.
         validate_every: steps between validations, None for none.
+        speed: counts a step's operations.
+        profiler: of a few steps, None for none.
         description: shown in front of the progress bar.
 
     Attributes:
@@ -106,6 +110,8 @@ class MetricsCallback(Callback):
         max_steps: int,
         max_initial_kl: float | None,
         validate_every: int | None,
+        speed: SpeedMeter,
+        profiler: StepProfiler | None,
         description: str,
     ):
         self.path = run_dir / "metrics.jsonl"
@@ -114,6 +120,7 @@ class MetricsCallback(Callback):
         self.max_steps = max_steps
         self.max_initial_kl = max_initial_kl
         self.validate_every = validate_every
+        self.speed, self.profiler = speed, profiler
         self.description = description
         self._bar: tqdm | None = None
         self._events: Any = None
@@ -127,6 +134,7 @@ class MetricsCallback(Callback):
         if not self._writes:
             return
         logger.setLevel(logging.INFO)  # the writer is on the last pipeline stage, not rank 0
+        self.speed.start()
         from torch.utils.tensorboard import SummaryWriter
 
         drop_steps_after(self.path, trainer.global_step)
@@ -142,8 +150,10 @@ class MetricsCallback(Callback):
         )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Remembers the learning rate this step uses and when it began."""
+        """Remembers the learning rate this step uses and when it began; its profile starts before the clock."""
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+        if self.profiler is not None:
+            self.profiler.begin(trainer, trainer.global_step + 1)
         self._started = time.perf_counter()
 
     def on_megatron_step_end(self, step: Any) -> None:
@@ -171,6 +181,8 @@ class MetricsCallback(Callback):
         validation: dict[str, float] = {}
         reduction = pl_module.training_loss_reduction
         last = reduction.last
+        if self.profiler is not None:
+            self.profiler.end(self._in_words(last, seconds))
         domains: dict[str, dict[str, float]] = {}
         if self.validate_every and step % self.validate_every == 0:
             validation, domains = validate(trainer, pl_module)
@@ -189,6 +201,7 @@ class MetricsCallback(Callback):
             "reference_seconds": self.prepass.reference_seconds,
             "cache_hit_rate": self.prepass.hit_rate,
             "tokens_per_second": tokens / seconds,
+            **self.speed.of_step(last, seconds=seconds, hit_rate=self.prepass.hit_rate),
             "skipped": self.guard.skipped,
             **({"domains": reduction.last_of_domains} if reduction.domains else {}),
             **{f"validation_{key}": validation.get(key) for key in METRIC_KEYS if validation},
@@ -205,9 +218,16 @@ class MetricsCallback(Callback):
         """A value of the last validation by its name in metrics.jsonl; infinity where this rank does not know it."""
         return self._validation.get(name.removeprefix("validation_"), math.inf)
 
+    def _in_words(self, last: dict[str, float], seconds: float) -> dict[str, float]:
+        """The step's speed for its profile, on the rank that knows it."""
+        if not self._writes:
+            return {}
+        return self.speed.in_words(last, seconds=seconds, hit_rate=self.prepass.hit_rate)
+
     def _show(self, line: dict[str, Any]) -> None:
         assert self._bar is not None
         shown = {key: line[key] for key in ("loss", "nll", "kl", "kl_reverse") if line[key] is not None}
+        shown["tflops_per_gpu" if line["mfu"] is None else "mfu"] = line["mfu"] or line["tflops_per_gpu"]
         self._bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
         self._bar.update(1)
         every = max(1, self.max_steps // 10)

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo.lightning import MegatronStrategy
 from nemo.lightning._strategy_lib import init_model_parallel
 from torch.distributed import distributed_c10d
+
+from asft_nemo.nemo.extra_state import ExtraStateTolerant, fill_extra_states
 
 
 def lora_without_transformer_engine() -> None:
@@ -38,6 +41,9 @@ def lora_without_transformer_engine() -> None:
     utils.HAVE_TE = False
 
 
+_ADAM = ("lr", "betas", "eps", "weight_decay")  # what every Adam's parameter groups have
+
+
 class AnchoredStrategy(MegatronStrategy):
     """NeMo's strategy, usable for several fits in one process.
 
@@ -49,11 +55,15 @@ class AnchoredStrategy(MegatronStrategy):
     * Megatron's distributed optimizer over torch's Adam, where no fused one is installed, cannot load its checkpoints (megatron-core
       0.15.3). It asserts that there is state already: there is, before a checkpoint is read. It misses torch's `step` among what it
       copies: it is given its own. It lets all parameters share one `step`, which each of them would count up: each gets a copy.
+      The same holds over its hybrid optimizer (`optim.cpu_offload`), whose state a step over random gradients makes; the parameters
+      that this moves are read from the checkpoint afterwards.
+    * Checkpoints load into Transformer Engine's layers and into Megatron's own, whichever wrote them: see `extra_state.py`.
     """
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.timers = None
+        self.checkpoint_io = ExtraStateTolerant(self.checkpoint_io)
 
     def setup_distributed(self) -> None:
         """Starts or re-uses torch.distributed and makes this run's model-parallel groups."""
@@ -67,11 +77,25 @@ class AnchoredStrategy(MegatronStrategy):
         if again:
             init_model_parallel(self.model)
 
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """NeMo's."""
+        assert self.megatron_parallel is not None
+        loaded = checkpoint.get("state_dict", checkpoint)
+        for index, chunk in enumerate(self.megatron_parallel):
+            # NeMo numbers chunks where there are virtual stages
+            fill_extra_states(chunk, loaded.get(f"model_{index}", loaded))
+        super().load_model_state_dict(checkpoint, strict=strict)
+
     def optimizer_sharded_state_dict(
         self, is_loading: bool = False, metadata: dict[str, Any] | None = None
     ) -> Any:
         """NeMo's. Collectives: those of Megatron's distributed optimizer."""
+        for part in _over_hybrid_adam(self.optimizers):
+            make_groups_portable(part.optimizer)
         if is_loading:
+            for part in _over_hybrid_adam(self.optimizers):
+                if not part.optimizer.state:
+                    part.optimizer.dummy_step()
             for part in _over_torch_adam(self.optimizers):
                 for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
                     if not part.optimizer.state[parameter]:
@@ -91,9 +115,10 @@ class AnchoredStrategy(MegatronStrategy):
         finally:
             for part in parts:
                 del part._set_main_param_and_optimizer_states  # the class's own is seen again
-        for part in parts:
+        for part in (*parts, *_over_hybrid_adam(self.optimizers)):
             for state in part.optimizer.state.values():
-                state["step"] = state["step"].clone()
+                if "step" in state:  # Transformer Engine's and apex's Adam count once a group
+                    state["step"] = state["step"].clone()
 
 
 def _set_states(part: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
@@ -109,12 +134,45 @@ def _over_torch_adam(optimizers: Iterable[Any]) -> Iterator[Any]:
             raise RuntimeError(
                 f"DistributedOptimizer.{name} (megatron-core 0.15.3) is not there any more: look at asft_nemo/nemo/compat.py"
             )
+    for part in _distributed(optimizers):
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            yield part
+
+
+def _over_hybrid_adam(optimizers: Iterable[Any]) -> Iterator[Any]:
+    """Megatron's distributed optimizers whose inner one keeps a share of its state in host memory."""
+    for part in _distributed(optimizers):
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            yield part
+
+
+def make_groups_portable(hybrid: HybridDeviceOptimizer) -> None:
+    """Keeps what only the hybrid optimizer knows out of its state dict, and gives it back when one is loaded.
+
+    Its parameter groups name classes (`cpu_optimizer_cls`), which torch 2.6 and newer refuse to read from a checkpoint, and its share,
+    which another run need not have (megatron-core 0.15.3). So checkpoints are those of the ordinary Adam.
+    """
+    if "state_dict" in vars(hybrid):
+        return
+    own = {key: value for key, value in hybrid.defaults.items() if key not in _ADAM}
+    give, take = hybrid.state_dict, hybrid.load_state_dict
+
+    def state_dict() -> dict[str, Any]:
+        state = give()
+        groups = [{k: v for k, v in group.items() if k not in own} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    def load_state_dict(state: dict[str, Any]) -> None:
+        take({**state, "param_groups": [{**group, **own} for group in state["param_groups"]]})
+
+    hybrid.state_dict, hybrid.load_state_dict = state_dict, load_state_dict  # type: ignore[method-assign]
+
+
+def _distributed(optimizers: Iterable[Any]) -> Iterator[Any]:
     for wrapper in optimizers:
         whole = wrapper.mcore_optimizer
         for part in getattr(whole, "chained_optimizers", [whole]):
-            if isinstance(part, DistributedOptimizer) and isinstance(
-                part.optimizer, torch.optim.Adam | torch.optim.AdamW
-            ):
+            if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
                 yield part
 
 

@@ -131,9 +131,14 @@ class AnchoredGPTConfig(GPTConfig):
         chunk = self.build_chunk(vp_stage=vp_stage, pre_process=pre_process, post_process=post_process)
         if self.adapters is not None:
             add_adapters(chunk, self.adapters)
-            if self.recompute_granularity == "full" and chunk.pre_process:
+            if self._recomputes_parameters() and chunk.pre_process:
                 chunk.embedding.register_forward_hook(_with_gradient)
         return chunk
+
+    def _recomputes_parameters(self) -> bool:
+        """Whether layers that hold parameters are computed again; attention's products hold none."""
+        mlp = self.recompute_granularity == "selective" and "mlp" in (self.recompute_modules or ())
+        return mlp or self.recompute_granularity == "full"
 
     def build_chunk(
         self,

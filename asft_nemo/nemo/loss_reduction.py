@@ -33,7 +33,8 @@ class TokenLossReduction(MegatronLossReduction):
         domains: their names, the same on all ranks, by the batches' ``domain_id``; empty when none are told apart.
 
     Attributes:
-        last: global means of the last step; absent what nothing counted in.
+        last: global means of the last step; absent what nothing counted in; under ``tokens``, ``positions`` and ``attended`` the numbers of
+            learned tokens, of all positions computed on and of the pairs their attention looked at.
         last_of_domains: the same of each domain that had tokens in it, and their number under ``tokens``.
     """
 
@@ -56,6 +57,9 @@ class TokenLossReduction(MegatronLossReduction):
         logged["tokens"] = torch.stack(
             [forward_out.num_tokens.double(), torch.ones_like(num_tokens, dtype=torch.float64)]
         )
+        # counts of what was computed, not of what was learned: they travel along for the number of operations
+        positions, attended = batch["tokens"].numel(), batch["attended"]
+        logged["computed"] = logged["tokens"].new_tensor([positions, attended])
         for name, (total, denominator) in forward_out.metrics.items():
             logged[name] = torch.stack(
                 [total.double(), torch.as_tensor(denominator, device=total.device).double()]
@@ -93,9 +97,10 @@ class TokenLossReduction(MegatronLossReduction):
         self.last = {
             name: total / count
             for name, (total, count) in values.items()
-            if count and name != "tokens" and "/" not in name
+            if count and name not in ("tokens", "computed") and "/" not in name
         }
         self.last["tokens"] = values["tokens"][0]
+        self.last["positions"], self.last["attended"] = values["computed"]
         self.last_of_domains = {
             domain: means for domain in self.domains if (means := _means_of(domain, values))
         }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from asft_nemo.losses import VocabShard, fused_label_logprob
 from asft_nemo.objectives import Objective
+from asft_nemo.profiling.rooms import room
 from asft_nemo.reference import ReferenceSource
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,10 @@ class Prepass:
         Collectives: those of the sources' pipelines; for log probabilities one all-gather of 3 numbers per valid token and chunk, and
         under sequence parallelism one of the hidden states.
         """
+        with room("reference"):
+            self._feed(micro_batches, sequence_length, micro_batch_size)
+
+    def _feed(self, micro_batches: Sequence[MicroBatch], sequence_length: int, micro_batch_size: int) -> None:
         for name, source in self.sources.items():
             together = self._together(len(micro_batches), micro_batch_size)
             joined = _joined(micro_batches, together)

@@ -19,7 +19,7 @@ from asft_nemo.nemo.precision import (
     precision_plugin,
     precision_row,
     reference_precision,
-    require_fp8_kernels,
+    require_kernels,
 )
 from asft_nemo.nemo.schedule import SNAPSHOT_FOLDER
 from asft_nemo.reference import OffloadedReference, PolicySnapshot, ReferenceSource, ResidentReference
@@ -38,8 +38,7 @@ def reference_config(run: RunConfig, policy: AnchoredGPTConfig) -> AnchoredGPTCo
         ConfigError: FP8 was asked for and cannot run here.
     """
     frozen, name = frozen_config(policy), reference_precision(run)
-    if name == "fp8":
-        require_fp8_kernels()
+    require_kernels(name)
     plugin = None if name == run.precision else precision_plugin(name)
     return frozen if plugin is None else update_config_with_dtype_overrides(plugin.dtype_config, frozen)
 

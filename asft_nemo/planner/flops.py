@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from asft_nemo.config.model_shape import ModelShape
+from asft_nemo.config.schema import RunConfig
+from asft_nemo.config.tables import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -108,3 +110,71 @@ def _linear_layers(shape: ModelShape) -> dict[str, tuple[int, int]]:
         "linear_fc1": (hidden, 2 * ffn),
         "linear_fc2": (ffn, hidden),
     }
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a step computes on, all data-parallel ranks together.
+
+    Attributes:
+        positions: tokens that pass the layers, padding included.
+        attended: pairs of a query and a key, see `causal_pairs`.
+        learned: tokens with a loss.
+    """
+
+    positions: float
+    attended: float
+    learned: float
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of a step, of all GPUs together.
+
+    Attributes:
+        policy: its forward and backward.
+        frozen: the passes ahead of the step, of the reference and of psft's snapshot, with their heads.
+        policy_by_convention: of the policy with the head at every position, as NeMo and Megatron-LM count.
+    """
+
+    policy: float
+    frozen: float
+    policy_by_convention: float
+
+
+def step_flops(
+    run: RunConfig, shape: ModelShape, computed: Computed, *, hit_rate: float | None = None
+) -> StepFlops:
+    """Operations of a step of a run.
+
+    Args:
+        run: the settings.
+        shape: the model's sizes.
+        computed: what the step computes on.
+        hit_rate: share of the reference's hidden states that come from a cache; None = all of them where the reference is cached.
+    """
+    everywhere = forward_flops(shape, tokens=computed.positions, attended=computed.attended)
+    learned = forward_flops(
+        shape, tokens=computed.positions, attended=computed.attended, head_tokens=computed.learned
+    )
+    # only the fused loss hands the head the learned tokens alone
+    forward = learned if run.loss.implementation == "fused" else everywhere
+    peft, adapters = run.peft, None
+    if peft.name == "lora":
+        adapters = adapter_flops(shape, tokens=computed.positions, rank=peft.rank, targets=peft.targets)
+    objective = run.objective
+    facts = OBJECTIVES[objective.name]
+    whole_reference = facts.has_divergence and objective.kl_weight != 0
+    frozen = 0.0
+    if whole_reference or facts.reads_ref_labels:
+        cached = run.reference.form == "cached"
+        body = (1.0 - (1.0 if hit_rate is None else hit_rate)) if cached else 1.0
+        head = forward.head if whole_reference else learned.head
+        frozen += body * (learned.layers + learned.attention) + head
+    if facts.reads_old_labels:
+        frozen += learned.total
+    return StepFlops(
+        policy=training_flops(forward, adapters=adapters),
+        frozen=frozen,
+        policy_by_convention=training_flops(everywhere, adapters=adapters),
+    )

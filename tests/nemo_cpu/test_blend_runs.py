@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 from ranks import RankGroup
+from real_runs import metrics
 from test_training import two_files
-
-from runs import metrics
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 

@@ -9,11 +9,11 @@ import pytest
 from gradients import BATCH, LENGTH, OBJECTIVES, VALID, check_step, second_batch
 from jobs import RandomTokens, ShortTokens
 from ranks import RankGroup
+from real_runs import metrics, settings_of, without_times
 from test_distributed_optimizer import KEPT, OVERLAPPED, back_to_step_2
 
 from asft_nemo.data import PackedDataset
 from asft_nemo.data.context_slices import segment_multiple
-from runs import metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 

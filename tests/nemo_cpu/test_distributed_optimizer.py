@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankGroup
+from real_runs import VALID, all_tensors, metrics, settings_of, without_times
 
 from asft_nemo.checkpoint import export_hf
-from runs import VALID, all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 

@@ -25,11 +25,11 @@ from gradients import (
 from jobs import VOCAB
 from models import oracle_gradients, read_hf, worst_error
 from ranks import RankGroup
+from real_runs import metrics
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from asft_nemo.checkpoint import export_hf, export_merged, verify
 from asft_nemo.objectives import objective
-from runs import metrics
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 

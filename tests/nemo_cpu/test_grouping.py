@@ -11,10 +11,10 @@ import pytest
 from gradients import BATCH, LAYOUTS, LENGTH, OBJECTIVES, SEED, VALID, check_step
 from jobs import ShortTokens
 from ranks import RankGroup
+from real_runs import metrics, settings_of
 
 from asft_nemo.config.paths import project_dir
 from asft_nemo.data.grouping import GroupedByLength
-from runs import metrics, settings_of
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 

@@ -30,7 +30,7 @@ from ranks import RankGroup
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
 ASFT = OBJECTIVES["asft"]
-TIMES = ("seconds", "reference_seconds", "tokens_per_second")
+TIMES = ("seconds", "reference_seconds", "tokens_per_second", "tflops_per_gpu", "reference_tflops_per_gpu")
 OVERLAP = {"optim.overlap_grad_reduce": True}
 TP2, PP2 = {"parallel.tp_size": 2}, {"parallel.pp_size": 2}
 VPP2 = {**PP2, "parallel.vpp_size": 2}

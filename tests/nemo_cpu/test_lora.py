@@ -12,6 +12,7 @@ from gradients import BATCH, BOUND, LAYOUTS, LENGTH, second_batch
 from jobs import RandomTokens, run_config
 from models import load64, worst_error
 from ranks import RankGroup
+from real_runs import VALID, all_tensors, metrics, settings_of, without_times
 from torch import Tensor
 
 from asft_nemo.checkpoint.adapters import AdapterDescription, adapter_description
@@ -19,7 +20,6 @@ from asft_nemo.errors import CheckpointError
 from asft_nemo.losses import dense_loss
 from asft_nemo.objectives import objective
 from asft_nemo.run_dir import resume_from
-from runs import VALID, all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 

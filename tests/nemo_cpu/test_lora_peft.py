@@ -13,13 +13,13 @@ from gradients import LENGTH, second_batch
 from jobs import RandomTokens
 from models import load64, oracle_gradients
 from ranks import RankGroup
+from real_runs import VALID, metrics, without_times
 from test_lora import adapters_in, lora, same_checkpoints
 
 from asft_nemo.checkpoint.lora_merge import export_merged
 from asft_nemo.checkpoint.lora_peft import export_peft
 from asft_nemo.objectives import objective
 from asft_nemo.run_dir import point_at
-from runs import VALID, metrics, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 

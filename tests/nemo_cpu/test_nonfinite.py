@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankGroup
-
-from runs import all_tensors, metrics, without_times
+from real_runs import all_tensors, metrics, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from jobs import run_config
 from ranks import RankGroup
+from real_runs import metrics, settings_of
 
 from asft_nemo.cli import main
 from asft_nemo.config.paths import project_dir
 from asft_nemo.data import PackedDataset, prepare
-from runs import metrics, settings_of
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import RankGroup
-
-from runs import VALID, all_tensors, metrics, settings_of, without_times
+from real_runs import VALID, all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 from models import make_model_with_tokenizer
 from ranks import RankGroup
+from real_runs import all_tensors, metrics, settings_of, without_times
 from safetensors.torch import load_file
-
-from runs import all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 

@@ -11,12 +11,12 @@ import torch
 from jobs import VOCAB, RandomTokens
 from models import load64, read_hf
 from ranks import RankGroup
+from real_runs import NOT_TIMES, VALID, all_tensors, metrics, settings_of, without_times
 
 from asft_nemo.checkpoint.convert import export_hf
 from asft_nemo.checkpoint.dist_read import DistReader
 from asft_nemo.checkpoint.verify import verify
 from asft_nemo.config.paths import project_dir
-from runs import NOT_TIMES, VALID, all_tensors, metrics, settings_of, without_times
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
@@ -242,6 +242,7 @@ def test_run_folder_and_record(ranks4: RankGroup, model: Path, tmp_path: Path) -
         "tokens",
         "skipped",
         "cache_hit_rate",
+        "mfu",
     }
     assert set(metrics(folder)[0]) == expected | set(NOT_TIMES)
     assert 0.0 <= metrics(folder)[0]["high_weight_share"] <= 1.0

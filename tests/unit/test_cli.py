@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,35 +17,8 @@ from asft_nemo.config.paths import project_dir
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+pytestmark = pytest.mark.usefixtures("keep_logging_and_warnings")
 TINY = project_dir() / "assets" / "tiny-base"
-ROWS = [{"question": f"copy A{i}:", "answer": f"A{i}"} for i in range(9)]
-
-
-@pytest.fixture(autouse=True)
-def keep_logging_and_warnings() -> Iterator[None]:
-    """The command sets up logging and warning filters for its whole process; here it is only a guest."""
-    import warnings
-
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    with warnings.catch_warnings():
-        yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
-
-
-@pytest.fixture
-def bad_rows(tmp_path: Path) -> Path:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps(ROWS[0]) + '\noops\n{"question": "x", "answer": ""}\n')
-    return path
 
 
 # --- the frame -----------------------------------------------------------------------------------------------
@@ -108,7 +78,11 @@ def test_every_command_of_the_design_answers_help() -> None:
         ),
         (["logs", "nowhere"], "nowhere holds no launch.json"),
         (["cancel", "nowhere"], "nowhere holds no launch.json"),
-        (["plan", "--search"], "asft plan is not available yet"),
+        (["plan", "--search"], "asft: no recipe is given: set recipe="),
+        (
+            ["plan", "recipe=qwen25_72b", "objective=sft", "--gpu", "h100"],
+            "unknown GPU 'h100': set --gpu to one of h100-80gb",
+        ),
         (["cache-reference"], "asft: no recipe is given: set recipe="),
         (["data", "prepare", "x"], "the following arguments are required: --out"),
         (["data", "check", "data.template=raw"], "asft data check got no file"),
@@ -221,190 +195,6 @@ def test_train_refuses_bad_rows_before_any_rank_starts(
 
 
 # --- data ----------------------------------------------------------------------------------------------------
-
-
-def test_data_check_counts_and_measures(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["data", "check", str(rows), "data=gsm8k"]) == 0
-    out = capsys.readouterr().out
-    assert "9 rows, 9 usable, 0 bad" in out
-    assert "median" in out
-
-
-def test_data_check_prints_every_bad_row_and_ends_with_two(
-    rows: Path, bad_rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [str(rows), str(bad_rows), "data.fields.prompt=question", "data.fields.response=answer"]
-    assert cli.main(["data", "check", *words]) == 2
-    captured = capsys.readouterr()
-    assert "12 rows, 10 usable, 2 bad" in captured.out
-    assert captured.err.splitlines() == [
-        f"{bad_rows}:2: not JSON: Expecting value at column 1",
-        f"{bad_rows}:3: field 'answer' is empty",
-    ]
-
-
-def test_data_check_as_json(bad_rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["data", "check", "--json", str(bad_rows), "data=gsm8k", "data.sequence_length=9"]) == 2
-    captured = capsys.readouterr()
-    answer = json.loads(captured.out)
-    assert (answer["rows"], answer["usable"], answer["bad"], answer["too_long"]) == (3, 1, 2, 1)
-    assert answer["bad_rows"][0] == {
-        "file": str(bad_rows),
-        "line": 2,
-        "reason": "not JSON: Expecting value at column 1",
-    }
-    assert answer["sequence_length"] == 9
-    assert set(answer["lengths"]) == {"shortest", "median", "95th percentile", "longest"}
-    assert sum(found["rows"] for found in answer["histogram"]) == 1
-    assert answer["duplicates"]["exact"] == 0
-    assert answer["learned_share"] is None
-    assert answer["entries"][bad_rows.stem]["bad"] == 2
-    assert captured.err == ""
-
-
-def test_data_check_sums_up_bad_rows_and_shows_examples(
-    rows: Path, bad_rows: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [
-        "--show",
-        "1",
-        str(rows),
-        str(bad_rows),
-        "data.fields.prompt=question",
-        "data.fields.response=answer",
-    ]
-    assert cli.main(["data", "check", *words, "--color=never"]) == 2
-    out = capsys.readouterr().out
-    assert f"  1 x not JSON: Expecting value at column ... (first: {bad_rows}:2)" in out
-    assert "% learned" in out
-    assert out.count("[[") == 2 + 1  # one example of each entry, and the legend
-    assert f"\n{rows}:1: " in out
-    assert "\033" not in out
-    assert cli.main(["data", "check", *words[2:], "--show=-1"]) == 2
-    assert "--show=-1 is negative" in capsys.readouterr().err
-
-
-def test_data_check_holds_the_tokenizer_against_the_model(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("*.safetensors"))
-    shape = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**shape, "vocab_size": 100}))
-    assert cli.main(["data", "check", str(rows), f"model.path={model}"]) == 2
-    assert "tokens but the model only 100 rows: use the model's own tokenizer" in capsys.readouterr().err
-
-
-def test_data_check_finds_the_form_of_the_rows_itself(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["data", "check", str(rows)]) == 0
-    assert "9 rows, 9 usable, 0 bad" in capsys.readouterr().out
-
-
-def test_data_check_of_wholly_bad_files(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["data", "check", str(rows), "data=alpaca"]) == 2
-    captured = capsys.readouterr()
-    assert "9 rows, 0 usable, 9 bad" in captured.out
-    assert "no field 'instruction', its fields are answer, question: set data.fields.prompt" in captured.err
-
-
-# --- checkpoints and evaluation --------------------------------------------------------------------------------
-
-
-def test_import_verify_export_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint, exported = tmp_path / "checkpoint", tmp_path / "exported"
-    assert cli.main(["import", "--json", str(TINY), str(checkpoint)]) == 0
-    imported = json.loads(capsys.readouterr().out)
-    assert imported["family"] == "qwen2"
-    report = ["--out", str(tmp_path / "report")]
-    assert cli.main(["verify", str(checkpoint), str(TINY), "--weights-only", *report]) == 0
-    assert capsys.readouterr().out.startswith("weights identical: ")
-    assert cli.main(["export", "--json", str(checkpoint), str(exported), "--max-shard-size", "3MB"]) == 0
-    assert json.loads(capsys.readouterr().out)["num_tensors"] == imported["num_tensors"]
-    assert len(list(exported.glob("*.safetensors"))) > 1
-    assert cli.main(["verify", "--json", str(checkpoint), str(exported), *report]) == 0
-    values = json.loads(capsys.readouterr().out)
-    assert values["identical"] is True
-    assert values["logits"]["equal"] is True
-    assert values["logits"]["tokens"] * values["logits"]["sequences"] == 512
-    assert values["logits"]["max_difference"] < 1e-5 * values["logits"]["largest_logit"]
-    assert json.loads((tmp_path / "report" / "report.json").read_text()) == {"passed": True, **values}
-    assert cli.main(["export", str(checkpoint), str(exported)]) == 2, "an existing folder is not overwritten"
-
-
-def test_verify_of_another_model_ends_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    checkpoint, other = tmp_path / "checkpoint", tmp_path / "other"
-    assert cli.main(["import", str(TINY), str(checkpoint)]) == 0
-    capsys.readouterr()
-    other.mkdir()
-    (other / "config.json").write_text((TINY / "config.json").read_text())
-    tensors = load_file(TINY / "model.safetensors")
-    name = "model.norm.weight"
-    tensors[name] = tensors[name].clone()
-    tensors[name][0] += 1
-    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    for file in TINY.glob("token*"):
-        (other / file.name).write_bytes(file.read_bytes())
-    assert cli.main(["verify", str(checkpoint), str(other), "--out", str(tmp_path / "report")]) == 2
-    out = capsys.readouterr().out
-    assert "weights DIFFERENT" in out
-    assert f"{name}: 1 of 256 numbers differ" in out
-    assert "logits DISAGREE" in out
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report["passed"] is report["logits"]["equal"] is False
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["optim.lr=1"], "optim.lr is no setting of a layout"),
-        (["--tolerance", "nan"], "--tolerance=nan is out of range"),
-        (["--weights-only", "parallel.tp_size=2"], "a layout does nothing with --weights-only"),
-        (["parallel.tp_size=3"], "tp_size=3"),
-        (["parallel.cp_size=2"], "parallel.cp_size=2 cannot be verified"),
-        (["--text", "nowhere.txt"], "nowhere.txt cannot be read as text"),
-        ([], "copy the tokenizer files there, or compare the weights alone with --weights-only"),
-    ],
-)
-def test_verify_says_what_it_cannot_use(
-    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Before any rank is started."""
-    source = TINY
-    if not words:
-        source = tmp_path / "bare"
-        source.mkdir()
-        for name in ("config.json", "model.safetensors"):
-            (source / name).write_bytes((TINY / name).read_bytes())
-    assert cli.main(["import", str(source), str(tmp_path / "nemo")]) == 0
-    out = ["--out", str(tmp_path / "report")]
-    assert cli.main(["verify", str(tmp_path / "nemo"), str(source), *words, *out]) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "report").exists()
-
-
-def test_inspect_looks_at_what_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["import", str(TINY), str(tmp_path / "nemo")]) == 0
-    capsys.readouterr()
-    found = []
-    for path in (TINY, tmp_path / "nemo"):
-        assert cli.main(["inspect", "--json", str(path)]) == 0
-        found.append(json.loads(capsys.readouterr().out))
-    assert [one["kind"] for one in found] == ["huggingface", "nemo"]
-    assert found[0]["num_tensors"] > found[1]["num_tensors"] == 10
-    for key in ("family", "num_layers", "parameters", "dtypes", "vocab_size"):
-        assert found[0][key] == found[1][key]
-    assert cli.main(["inspect", str(tmp_path / "nemo")]) == 0
-    assert "no optimizer state" in capsys.readouterr().out
-    assert cli.main(["inspect", str(tmp_path)]) == 2
-    assert "holds neither weights/, config.json nor adapter_config.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("size", ["0", "-1GB", "5XB", "GB", "nan"])
-def test_a_shard_size_that_is_none_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["export", "ckpt", "out", f"--max-shard-size={size}"]) == 2
-    assert "is no size: write for example 5GB" in capsys.readouterr().err
 
 
 def test_eval_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,27 @@ def test_every_optional_part_is_named(capsys: pytest.CaptureFixture[str], monkey
         assert said == (f"there: {row.gives}" if row.name == "apex" else f"missing, so {row.without}")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "version", "said"),
+    [
+        (0, "2.8.0", "none, for there is no GPU: docs/container.md has both"),
+        (1, "2.8.0", "fp8_current, fp8_blockwise, fp8_delayed"),
+        (1, "2.2.0", "fp8_current, fp8_delayed"),
+    ],
+)
+def test_fp8_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, gpus: int, version: str, said: str
+):
+    original = machine.version_of
+    monkeypatch.setattr(machine, "gpu_count", lambda: gpus)
+    monkeypatch.setattr(machine.Part, "there", lambda self: True)
+    monkeypatch.setattr(
+        machine, "version_of", lambda name: version if name == "transformer-engine" else original(name)
+    )
+    main(["doctor", "--json"])
+    assert findings(capsys)["FP8"]["found"] == said
+
+
 def test_a_package_off_its_pin_must_be_mended(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

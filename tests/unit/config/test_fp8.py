@@ -107,12 +107,16 @@ def test_tokens_of_a_micro_batch(
     [
         ({"num_hidden_layers": 2}, (), "the first and the last layer in bf16, and the model has 2"),
         ({"num_hidden_layers": 3}, (), None),
-        ({"hidden_size": 264}, (), "multiple of 16 hidden size on each rank, got 264"),
+        (
+            {"hidden_size": 264},
+            (),
+            "multiples of 16 columns on each rank, got 264 (hidden size), 264 (attention columns): set reference",
+        ),
         ({"intermediate_size": 528}, (), None),
         (
             {"intermediate_size": 528},
             ("parallel.tp_size=2",),
-            "16 feed-forward columns on each rank, got 264",
+            "16 columns on each rank, got 264 (feed-forward columns): set parallel.tp_size=1, or reference.precision=policy",
         ),
     ],
 )

@@ -43,7 +43,7 @@ ONE_RULE = [
     ),
     (["objective=asft", "objective.kl_weight=inf"], "objective.kl_weight=inf is out of range"),
     (["objective=asft", "objective.kl_weight=nan"], "objective.kl_weight=nan is out of range"),
-    (["objective=asft", "precision=fp16"], "precision=fp16 is unknown: set one of fp32, bf16"),
+    (["objective=asft", "precision=fp16"], "precision=fp16 is not supported: its smallest numbers vanish"),
     (["objective=asft", "data.template=alpacca"], "set one of alpaca, chat, raw"),
     (["objective=asft", "data.on_too_long=cut"], "set one of drop, truncate, fail"),
     (["objective=asft", "trainer.keep=all"], "trainer.keep=all is unknown: set last:N"),
@@ -215,7 +215,10 @@ ONE_RULE = [
         ["objective=asft", "trainer.on_nonfinite=skip", "trainer.max_skips=0"],
         "trainer.max_skips=0 is out of range",
     ),
-    (["objective=asft", "precision=fp8_current"], "FP8 training is not available yet: set precision=bf16"),
+    (
+        ["objective=asft", "precision=fp8_current"],
+        "precision=fp8_current needs a GPU and Transformer Engine, and this run has no GPU",
+    ),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from asft_nemo.config.model_shape import ModelShape
-from asft_nemo.planner.flops import Flops, adapter_flops, causal_pairs, forward_flops, training_flops
+from asft_nemo.config.schema import RunConfig, from_dict, replace
+from asft_nemo.planner.flops import (
+    Computed,
+    Flops,
+    adapter_flops,
+    causal_pairs,
+    forward_flops,
+    step_flops,
+    training_flops,
+)
 
 QWEN_7B = ModelShape(28, 3584, 28, 4, 18944, 152064, 131072)
 LLAMA_8B = ModelShape(32, 4096, 32, 8, 14336, 128256, 8192)
@@ -124,3 +134,58 @@ def test_heads_of_their_own_width_count() -> None:
     assert (
         more == 2 * 64 * (2 * 4 + 2 * 2) * 16
     )  # query and output rows, key and value rows, 16 channels more
+
+
+STEP = Computed(positions=1000.0, attended=100_000.0, learned=300.0)
+
+
+@pytest.fixture(scope="module")
+def run_of() -> Callable[..., RunConfig]:
+    """Settings of a run as flat keys over asft with a resident reference."""
+
+    def made(**more: Any) -> RunConfig:
+        run = from_dict(
+            {
+                "recipe": "tiny_cpu",
+                "objective": {"name": "asft"},
+                "reference": {"form": "resident"},
+                "peft": {"name": "none"},
+                "cluster": {"name": "local"},
+                "model": {"path": "nowhere"},
+            }
+        )
+        return replace(run, {key.replace("__", "."): value for key, value in more.items()})
+
+    return made
+
+
+def test_a_step_of_asft_costs_three_forward_passes_and_one(run_of: Callable[..., RunConfig]) -> None:
+    cost = step_flops(run_of(), QWEN_7B, STEP)
+    forward = forward_flops(QWEN_7B, tokens=1000, attended=100_000, head_tokens=300)
+    assert (cost.policy, cost.frozen) == (3 * forward.total, forward.total)
+    assert cost.policy_by_convention == 3 * forward_flops(QWEN_7B, tokens=1000, attended=100_000).total
+    dense = step_flops(run_of(loss__implementation="dense"), QWEN_7B, STEP)
+    assert dense.policy == dense.policy_by_convention  # its head sees every position
+    lora = step_flops(run_of(peft__name="lora", reference__form="adapter_disabled"), QWEN_7B, STEP)
+    assert lora.frozen == cost.frozen
+    assert lora.policy < cost.policy
+
+
+@pytest.mark.parametrize(
+    ("more", "hit_rate", "bodies", "heads"),
+    [
+        ({"objective__name": "sft", "reference__form": "none"}, None, 0, 0),
+        ({"objective__kl_weight": 0.0, "reference__form": "none"}, None, 0, 0),
+        ({"reference__form": "cached"}, 1.0, 0, 1),
+        ({"reference__form": "cached"}, None, 0, 1),
+        ({"reference__form": "cached", "reference__fill": "first_epoch"}, 0.0, 1, 1),
+        ({"objective__name": "iw_sft"}, None, 1, 1),
+        ({"objective__name": "psft", "reference__form": "none"}, None, 1, 1),
+    ],
+)
+def test_frozen_passes_by_what_is_read(
+    more: dict[str, Any], hit_rate: float | None, bodies: int, heads: int, run_of: Callable[..., RunConfig]
+) -> None:
+    forward = forward_flops(QWEN_7B, tokens=1000, attended=100_000, head_tokens=300)
+    cost = step_flops(run_of(**more), QWEN_7B, STEP, hit_rate=hit_rate)
+    assert cost.frozen == bodies * (forward.layers + forward.attention) + heads * forward.head

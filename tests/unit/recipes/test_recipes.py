@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import pytest
@@ -13,15 +14,27 @@ from asft_nemo.config.model_shape import ModelShape, read_model_shape
 from asft_nemo.config.recipes import known_recipes, recipe_fragment
 from asft_nemo.config.rules import check
 from asft_nemo.config.schema import RunConfig, replace, walk
+from asft_nemo.planner.gpus import gpu
+from asft_nemo.planner.plan import plan_of
+from asft_nemo.planner.published import spec_of_recipe
 
 # layers, hidden, heads, kv heads, feed-forward, vocabulary, positions: from the models' published config.json.
+QWEN25_72B = ModelShape(80, 8192, 64, 8, 29568, 152064, 131072)
 SHAPES = {
     "qwen25_1p5b": ModelShape(28, 1536, 12, 2, 8960, 151936, 131072),
     "qwen25_7b": ModelShape(28, 3584, 28, 4, 18944, 152064, 131072),
     "qwen25_32b": ModelShape(64, 5120, 40, 8, 27648, 152064, 131072),
-    "qwen25_72b": ModelShape(80, 8192, 64, 8, 29568, 152064, 131072),
+    "qwen25_72b": QWEN25_72B,
+    # the Instruct model's config.json says 32,768 positions
+    "qwen25_72b_32k_64gpu_h100": replace_fields(QWEN25_72B, max_positions=32768),
 }
-GPUS = {"qwen25_1p5b": 1, "qwen25_7b": 2, "qwen25_32b": 16, "qwen25_72b": 32}
+GPUS = {
+    "qwen25_1p5b": 1,
+    "qwen25_7b": 2,
+    "qwen25_32b": 16,
+    "qwen25_72b": 32,
+    "qwen25_72b_32k_64gpu_h100": 64,
+}
 
 
 def leaves(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -51,6 +64,17 @@ def test_layout_fits_the_model(name: str) -> None:
     assert run.precision == "bf16"
     # A data-parallel run of the same layout fits too.
     check(replace(run, {"run.world_size": 2 * GPUS[name]}), shape=SHAPES[name])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_recipe_fits_the_gpus_it_is_made_for(name: str) -> None:
+    # qwen25_7b is made for a node: what its layout leaves is data-parallel
+    world = f"run.world_size={8 if name == 'qwen25_7b' else GPUS[name]}"
+    run = compose([f"recipe={name}", "objective=asft", "model.path=nowhere", world], check_inputs=False)
+    spec = spec_of_recipe(name)
+    assert spec is not None
+    plan = plan_of(run, spec, gpu("h100-80gb"))
+    assert plan.fits, (plan.needed, plan.gpu.memory)
 
 
 def test_tiny_cpu_is_the_shipped_model() -> None:

@@ -105,13 +105,33 @@ def test_without_the_measure_there_is_no_ratio() -> None:
 
 def test_what_a_run_left_is_read(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summary(7)))
-    lines = [{"kl": 0.25, "seconds": 3.0}, {"kl": 0.5, "seconds": 1.5}]
+    lines = [
+        {"kl": 0.25, "seconds": 3.0, "loss": 2.0, "tokens_per_second": 5},
+        {"kl": 0.5, "seconds": 1.5, "loss": 1.0, "tokens_per_second": 10},
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     assert gpu_check.found_in(tmp_path) == {
         "summary": summary(7),
         "kl_at_step_0": 0.25,
         "seconds_of_last_step": 1.5,
+        "loss_of_last_step": 1.0,
+        "tokens_per_second": 10,
     }
+
+
+@pytest.mark.parametrize(("loss", "off"), [(2.0, False), (2.019, False), (1.979, True), (float("nan"), True)])
+def test_a_policy_in_fp8_must_end_where_bf16_does(loss: float, off: bool) -> None:
+    bf16 = {"loss_of_last_step": 2.0, "tokens_per_second": 100}
+    runs = {"sft": bf16, "sft_fp8_current": {"loss_of_last_step": loss, "tokens_per_second": 150}}
+    assert gpu_check.fp8_is_off("sft_fp8_current", runs) is off
+    row = gpu_check.precision_table(runs).splitlines()[-1]
+    assert row.endswith("| 150 | 1.5000 | **off** |" if off else "| 150 | 1.5000 | right |")
+    assert gpu_check.fp8_is_off("sft_fp8_blockwise", runs) is None
+
+
+def test_a_policy_in_fp8_that_did_not_run_says_why() -> None:
+    table = gpu_check.precision_table({"sft_fp8_delayed": {"skipped": "no Transformer Engine"}})
+    assert table.splitlines()[-1] == "| sft, precision=fp8_delayed |  |  |  |  | no Transformer Engine |"
 
 
 @pytest.mark.parametrize("form", list(gpu_check.CHECKED))
@@ -128,7 +148,8 @@ def test_settings_of_every_form_pass_the_rules(form: str, tmp_path: Path) -> Non
     }
     (tmp_path / "model" / "nemo" / "config.json").write_text(json.dumps(shape))
     run = compose(gpu_check.overrides(form, options, tmp_path, tmp_path / form), check_inputs=False)
-    assert (run.precision, run.run.world_size, run.parallel.pp_size) == ("bf16", 2, 1)
+    assert (run.run.world_size, run.parallel.pp_size) == (2, 1)
+    assert run.precision == (form[form.index("fp8") :] if form in gpu_check.PRECISIONS else "bf16")
     assert run.reference.precision == ("fp8" if form == "resident_fp8" else "policy")
 
 

@@ -10,7 +10,13 @@ import torch
 
 VALID = [5, 0, 32, 1, 17, 3, 0, 20]  # learned tokens of the examples
 TP2_PP2 = {"parallel.tp_size": 2, "parallel.pp_size": 2}
-NOT_TIMES = ("seconds", "reference_seconds", "tokens_per_second")
+NOT_TIMES = (
+    "seconds",
+    "reference_seconds",
+    "tokens_per_second",
+    "tflops_per_gpu",
+    "reference_tflops_per_gpu",
+)
 
 
 def settings_of(model: Path, folder: Path, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""asft plan: memory and seconds of a run, before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from asft_nemo.commands.output import DONE, MENDABLE, Add, answer
+from asft_nemo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asft_nemo.config.schema import RunConfig
+    from asft_nemo.model.spec import ModelSpec
+
+
+def add_plan(add: Add) -> None:
+    """Adds the command."""
+    plan = add("plan", _plan, "memory and seconds on GPUs, by arithmetic alone; layouts that fit")
+    plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings, as for asft train")
+    plan.add_argument(
+        "--gpu", default="h100-80gb", help="h100-80gb, h200, a100-80gb or a100-40gb (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--search", action="store_true", help="try other layouts: those that fit, and why the others do not"
+    )
+    plan.add_argument(
+        "--simulate",
+        action="store_true",
+        help="build every stage without data, too, and count its bytes (minutes)",
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from asft_nemo.config.load import compose
+    from asft_nemo.planner import search as layouts
+    from asft_nemo.planner.gpus import gpu
+    from asft_nemo.planner.plan import as_json, plan_of
+    from asft_nemo.planner.time import shape_of
+    from asft_nemo.planner.words import in_words
+
+    device = gpu(arguments.gpu)
+    run = compose(
+        arguments.words,
+        check_inputs=False,
+        assumed={"model.path": _NO_PATH},
+        shape_of=lambda run: shape_of(_spec(run)),
+    )
+    spec = _spec(run)
+    plan = plan_of(run, spec, device)
+    values, words = as_json(plan), [in_words(plan)]
+    if arguments.search:
+        found = layouts.search(plan)
+        values["layouts"] = layouts.as_json(found)
+        words.append(layouts.in_words(found, most=_LAYOUTS_SHOWN))
+    if arguments.simulate:
+        from asft_nemo.commands.simulation import Job, simulated
+        from asft_nemo.commands.simulation import in_words as simulation_in_words
+        from asft_nemo.planner.precision import widths_of
+
+        [values["simulation"]] = simulated([Job(run, spec, kernels=widths_of(run).kernels)])
+        words.append(simulation_in_words(values["simulation"]))
+    answer(arguments, values, "\n\n".join(words))
+    return DONE if plan.fits else MENDABLE
+
+
+_NO_PATH = "as published"
+_LAYOUTS_SHOWN = 10
+
+
+def _spec(run: RunConfig) -> ModelSpec:
+    """The architecture: of the directory at model.path where there is one, else of the model the recipe is made for."""
+    from pathlib import Path
+
+    from asft_nemo.model import read_model_spec
+    from asft_nemo.planner.published import spec_of_recipe
+
+    if Path(run.model.path).is_dir():
+        return read_model_spec(run.model.path)
+    spec = spec_of_recipe(run.recipe)
+    if spec is None:
+        raise ConfigError(
+            f"model.path={run.model.path} is not a directory, and recipe={run.recipe} names no published model: give a directory with a "
+            "config.json"
+        )
+    return spec

@@ -1,0 +1,75 @@
+"""What would make a run fit that does not: changes of one setting or a few, each tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from asft_nemo.config import rules
+from asft_nemo.config.schema import replace
+from asft_nemo.errors import ConfigError
+from asft_nemo.planner.gpus import GPUS
+from asft_nemo.planner.memory import reads_reference
+from asft_nemo.planner.plan import Plan, changed, plan_of
+from asft_nemo.planner.time import shape_of
+
+_NAMES = {
+    "weights": "the weights",
+    "gradients": "the gradients",
+    "optimizer": "the optimizer's state",
+    "reference": "the reference's weights",
+    "reference_hidden": "the reference's hidden states of a step",
+    "activations": "the activations",
+    "recomputed": "the layers computed again",
+    "working": "one layer's backward pass or the loss",
+    "prepass": "the reference's pass",
+}
+
+
+def largest_part(plan: Plan) -> tuple[str, int]:
+    """The largest part of the fullest stage, in words, and its bytes."""
+    sizes = {text: getattr(plan.fullest, part) for part, text in _NAMES.items()}
+    name = max(sizes, key=lambda text: sizes[text])
+    return name, sizes[name]
+
+
+def cures(plan: Plan) -> list[str]:
+    """Changes that fit, as words for the command line, what changes least first."""
+    found = [_words(settings) for settings in _changes(plan) if fits_with(plan, settings)]
+    larger = [gpu.name for gpu in GPUS.values() if gpu.memory > plan.gpu.memory]
+    return found + [f"--gpu {name}" for name in larger if plan_of(plan.run, plan.spec, GPUS[name]).fits]
+
+
+def fits_with(plan: Plan, settings: dict[str, Any]) -> bool:
+    """Whether the changed run keeps every rule and fits."""
+    try:
+        rules.check(replace(plan.run, settings), shape=shape_of(plan.spec))
+    except ConfigError:
+        return False
+    return changed(plan, settings).fits
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return " ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
+
+
+def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
+    run, layout = plan.run, plan.run.parallel
+    if reads_reference(run) and run.reference.form == "resident":
+        yield {"reference.form": "offloaded"}
+        yield {"reference.form": "cached"}
+    if not run.optim.distributed:
+        yield {"optim.distributed": True}
+    if run.recompute.granularity != "full":
+        yield {"recompute.granularity": "full"}
+    if layout.tp_size > 1 and not layout.sequence_parallel:
+        yield {"parallel.sequence_parallel": True}
+    world = run.run.world_size
+    for key, size in (("cp_size", layout.cp_size), ("tp_size", layout.tp_size), ("pp_size", layout.pp_size)):
+        spread: dict[str, Any] = {f"parallel.{key}": 2 * size, "run.world_size": 2 * world}
+        if key == "tp_size":
+            spread["parallel.sequence_parallel"] = True
+        yield spread
+    yield {"run.world_size": 2 * world}
+    if run.peft.name == "none":
+        yield {"peft.name": "lora"} | ({"reference.form": "adapter_disabled"} if reads_reference(run) else {})

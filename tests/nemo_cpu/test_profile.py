@@ -1,0 +1,136 @@
+"""Profiled steps: what they leave behind, that they add up, and that they are the steps of a run without a profile."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankGroup
+from real_runs import VALID, all_tensors, metrics, settings_of, without_times
+
+from asft_nemo.profiling.rooms import PREFIX, ROOMS
+from asft_nemo.profiling.trace import STEP
+
+pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def runs(ranks4: RankGroup, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """asft with a resident reference at TP2 x PP2, three steps: plain, and with two of them profiled."""
+    folder = tmp_path_factory.mktemp("profiled")
+    for name, more in (("plain", {}), ("profiled", {"trainer.profile": "steps:2-3"})):
+        settings = {
+            **settings_of(model, folder / name, trainer__max_steps=3, trainer__micro_batch_size=2),
+            **more,
+        }
+        ranks4.run("jobs:train_steps", settings=settings, valid=VALID)
+    return {name: folder / name for name in ("plain", "profiled")}
+
+
+def read_rank(run: Path, rank: int) -> dict[str, Any]:
+    return json.loads((run / "profile" / f"rank_{rank}.json").read_text())
+
+
+def test_the_same_steps(runs: dict[str, Path]) -> None:
+    plain, profiled = (without_times(metrics(runs[name])) for name in ("plain", "profiled"))
+    assert profiled == plain
+    assert len(plain) == 3
+    weights, found = (all_tensors(runs[name] / "checkpoints" / "latest") for name in ("plain", "profiled"))
+    assert [key for key in weights if not torch.equal(found[key], weights[key])] == []
+
+
+def test_every_rank_leaves_a_trace_with_the_rooms_it_was_in(runs: dict[str, Path]) -> None:
+    for rank in range(4):
+        file = runs["profiled"] / "profile" / f"rank_{rank}.trace.json.gz"
+        trace = json.loads(gzip.decompress(file.read_bytes()))
+        names = [event["name"] for event in trace["traceEvents"] if event.get("ph") == "X"]
+        assert names.count(STEP) == 2
+        there = {room for room in ROOMS if PREFIX + room in names}
+        assert there == set(ROOMS) - (set() if rank >= 2 else {"loss"})  # the last stage alone has a loss
+        assert names.count(PREFIX + "backward") == names.count(PREFIX + "forward") == 2 * 4  # micro batches
+        assert "megatron/forward-recv" in names or rank < 2
+
+
+def test_the_parts_add_up_to_the_step(runs: dict[str, Path]) -> None:
+    lines = {line["step"]: line for line in metrics(runs["profiled"])}
+    for rank in range(4):
+        found = read_rank(runs["profiled"], rank)
+        assert found["steps"] == [2, 3]
+        assert sum(found["parts"].values()) == pytest.approx(found["seconds"], rel=1e-9)
+        assert min(found["parts"].values()) >= 0
+        assert found["parts"]["idle"] == 0  # a CPU is never idle here: Python works
+        for room in {"reference", "forward", "backward", "optimizer", "data"}:
+            assert found["parts"][room] > 0, room
+        assert (found["parts"]["loss"] > 0) == (rank >= 2)
+        assert found["parts"]["communication"] <= found["communication"] * (1 + 1e-9)
+        assert found["traffic"]["all_reduce"]["count"] > 0
+        assert found["traffic"]["send_recv"]["seconds"] > 0
+        assert found["peak_bytes"]["process"] > 2**20
+    writer = read_rank(runs["profiled"], 2)
+    for seconds, step in zip(writer["step_seconds"], writer["steps"], strict=True):
+        clock = lines[step]["seconds"]  # which runs within the profiled range
+        assert clock <= seconds <= 1.5 * clock
+
+
+def test_the_pages_are_for_a_human(runs: dict[str, Path]) -> None:
+    folder = runs["profiled"] / "profile"
+    assert sorted(file.name for file in folder.iterdir()) == sorted(
+        [
+            "summary.md",
+            *(f"rank_{rank}.{end}" for rank in range(4) for end in ("json", "md", "trace.json.gz")),
+        ]
+    )
+    summary = (folder / "summary.md").read_text()
+    assert "TP2 x PP2 x DP1" in summary
+    assert sum(line.startswith(f"| {rank} |") for rank in range(4) for line in summary.splitlines()) == 4
+    assert "Slowest: rank" in summary
+    page = (folder / "rank_2.md").read_text()
+    assert "TP 0, PP 1" in page
+    assert "100.0%" in page
+    assert "head at every position" in page  # rank 2 writes the metrics and knows the speed
+
+
+def operations(folder: Path, world_size: int) -> list[tuple[float, float]]:
+    """Of the policy and the frozen models in each step, from what metrics.jsonl says of speed."""
+    return [
+        (
+            line["tflops_per_gpu"] * line["seconds"] * world_size,
+            line["reference_tflops_per_gpu"] * line["seconds"] * world_size,
+        )
+        for line in metrics(folder)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("packing", "layouts"),
+    [
+        (False, ({"parallel.tp_size": 2}, {"parallel.cp_size": 2}, {})),  # {}: two data-parallel ranks
+        (True, ({"parallel.tp_size": 2}, {})),
+    ],
+)
+def test_operations_of_a_step_are_the_same_at_every_layout(
+    packing: bool, layouts: tuple[dict[str, Any], ...], ranks2: RankGroup, model: Path, tmp_path: Path
+) -> None:
+    found = []
+    for number, layout in enumerate(layouts):
+        settings = {
+            **settings_of(model, tmp_path / str(number), trainer__max_steps=1, data__packing=packing),
+            "run.world_size": 2,
+            "parallel.pp_size": 1,
+            "parallel.tp_size": 1,
+            **layout,
+        }
+        ranks2.run("jobs:train_steps", settings=settings, valid=VALID)
+        found += operations(tmp_path / str(number), 2)
+    for one in found[1:]:
+        assert one == pytest.approx(found[0], rel=1e-9)
+
+
+def test_speed_is_told(runs: dict[str, Path]) -> None:
+    for line in metrics(runs["plain"]):
+        assert line["mfu"] is None
+        assert 0 < line["reference_tflops_per_gpu"] < line["tflops_per_gpu"]

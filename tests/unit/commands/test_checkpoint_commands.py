@@ -1,0 +1,114 @@
+"""`asft import`, `export`, `verify` and `inspect` as commands."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from asft_nemo import cli
+from asft_nemo.config.paths import project_dir
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+pytestmark = pytest.mark.usefixtures("keep_logging_and_warnings")
+TINY = project_dir() / "assets" / "tiny-base"
+
+
+def test_import_verify_export_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, exported = tmp_path / "checkpoint", tmp_path / "exported"
+    assert cli.main(["import", "--json", str(TINY), str(checkpoint)]) == 0
+    imported = json.loads(capsys.readouterr().out)
+    assert imported["family"] == "qwen2"
+    report = ["--out", str(tmp_path / "report")]
+    assert cli.main(["verify", str(checkpoint), str(TINY), "--weights-only", *report]) == 0
+    assert capsys.readouterr().out.startswith("weights identical: ")
+    assert cli.main(["export", "--json", str(checkpoint), str(exported), "--max-shard-size", "3MB"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_tensors"] == imported["num_tensors"]
+    assert len(list(exported.glob("*.safetensors"))) > 1
+    assert cli.main(["verify", "--json", str(checkpoint), str(exported), *report]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["identical"] is True
+    assert values["logits"]["equal"] is True
+    assert values["logits"]["tokens"] * values["logits"]["sequences"] == 512
+    assert values["logits"]["max_difference"] < 1e-5 * values["logits"]["largest_logit"]
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == {"passed": True, **values}
+    assert cli.main(["export", str(checkpoint), str(exported)]) == 2, "an existing folder is not overwritten"
+
+
+def test_verify_of_another_model_ends_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    checkpoint, other = tmp_path / "checkpoint", tmp_path / "other"
+    assert cli.main(["import", str(TINY), str(checkpoint)]) == 0
+    capsys.readouterr()
+    other.mkdir()
+    (other / "config.json").write_text((TINY / "config.json").read_text())
+    tensors = load_file(TINY / "model.safetensors")
+    name = "model.norm.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name][0] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    for file in TINY.glob("token*"):
+        (other / file.name).write_bytes(file.read_bytes())
+    assert cli.main(["verify", str(checkpoint), str(other), "--out", str(tmp_path / "report")]) == 2
+    out = capsys.readouterr().out
+    assert "weights DIFFERENT" in out
+    assert f"{name}: 1 of 256 numbers differ" in out
+    assert "logits DISAGREE" in out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["passed"] is report["logits"]["equal"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.lr=1"], "optim.lr is no setting of a layout"),
+        (["--tolerance", "nan"], "--tolerance=nan is out of range"),
+        (["--weights-only", "parallel.tp_size=2"], "a layout does nothing with --weights-only"),
+        (["parallel.tp_size=3"], "tp_size=3"),
+        (["parallel.cp_size=2"], "parallel.cp_size=2 cannot be verified"),
+        (["--text", "nowhere.txt"], "nowhere.txt cannot be read as text"),
+        ([], "copy the tokenizer files there, or compare the weights alone with --weights-only"),
+    ],
+)
+def test_verify_says_what_it_cannot_use(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any rank is started."""
+    source = TINY
+    if not words:
+        source = tmp_path / "bare"
+        source.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (source / name).write_bytes((TINY / name).read_bytes())
+    assert cli.main(["import", str(source), str(tmp_path / "nemo")]) == 0
+    out = ["--out", str(tmp_path / "report")]
+    assert cli.main(["verify", str(tmp_path / "nemo"), str(source), *words, *out]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_inspect_looks_at_what_it_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["import", str(TINY), str(tmp_path / "nemo")]) == 0
+    capsys.readouterr()
+    found = []
+    for path in (TINY, tmp_path / "nemo"):
+        assert cli.main(["inspect", "--json", str(path)]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [one["kind"] for one in found] == ["huggingface", "nemo"]
+    assert found[0]["num_tensors"] > found[1]["num_tensors"] == 10
+    for key in ("family", "num_layers", "parameters", "dtypes", "vocab_size"):
+        assert found[0][key] == found[1][key]
+    assert cli.main(["inspect", str(tmp_path / "nemo")]) == 0
+    assert "no optimizer state" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert "holds neither weights/, config.json nor adapter_config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "-1GB", "5XB", "GB", "nan"])
+def test_a_shard_size_that_is_none_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "ckpt", "out", f"--max-shard-size={size}"]) == 2
+    assert "is no size: write for example 5GB" in capsys.readouterr().err

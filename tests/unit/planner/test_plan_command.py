@@ -1,0 +1,162 @@
+"""`asft plan`: what it prints, its exit codes, its sentences, and that it answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from asft_nemo import cli
+from asft_nemo.config.paths import project_dir
+from asft_nemo.planner.plan import PARTS
+
+LONG = "qwen25_72b_32k_64gpu_h100"
+
+
+@functools.cache
+def plan(*words: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; composing a run takes most of a second, so each is done once."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(["plan", *words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def values_of(*words: str) -> dict[str, Any]:
+    code, out, _ = plan("--json", *words)
+    values = json.loads(out)
+    assert code == (0 if values["fits"] else 2)
+    return values
+
+
+def test_a_recipe_is_planned_without_its_weights() -> None:
+    code, out, err = plan("recipe=qwen25_72b", "objective=asft")
+    assert (code, err) == (0, "")
+    assert "72,706,203,648 parameters" in out
+    assert "32 x h100-80gb: TP8 PP4 VPP5 DP1" in out
+    assert "fits: " in out
+    for form in ("resident", "offloaded", "cached"):
+        assert f"\n{form} " in out
+
+
+def test_json_has_every_part_of_every_stage() -> None:
+    values = values_of("recipe=qwen25_72b", "objective=asft")
+    assert (values["gpus"], values["parameters"], values["fullest_stage"]) == (32, 72_706_203_648, 0)
+    assert [stage["layers"] for stage in values["stages"]] == [20] * 4
+    for stage in values["stages"]:
+        assert set(stage["bytes"]) == {*PARTS, "peak"}
+        assert stage["bytes"]["peak"] <= sum(stage["bytes"][part] for part in PARTS)
+    step = values["step"]
+    parts = sum(step[f"{part}_seconds"] for part in ("training", "bubble", "reference", "update"))
+    assert step["seconds"] == pytest.approx(parts)
+    assert 0 < step["mfu"] < 1
+    assert set(values["reference_forms"]) == {"resident", "offloaded", "cached"}
+    assert values["reference_forms"]["cached"]["extra_seconds"] < 0.03 * step["seconds"]
+
+
+def test_what_does_not_fit_is_named_with_what_would() -> None:
+    code, out, _ = plan("recipe=qwen25_72b", "objective=asft", "--gpu", "a100-40gb")
+    assert code == 2
+    verdict = out.strip().splitlines()[-1]
+    assert verdict.startswith("does not fit: stage 0 needs ")
+    assert "the largest part is the optimizer's state" in verdict
+    assert "--gpu h100-80gb" in verdict
+    # the first cure is one: with it the same command ends well
+    cure = verdict.partition("what would fit: ")[2].partition(";")[0].split()
+    assert plan("recipe=qwen25_72b", "objective=asft", "--gpu", "a100-40gb", *cure)[0] == 0
+
+
+def test_activations_that_are_too_large_ask_for_recomputation() -> None:
+    code, out, _ = plan(f"recipe={LONG}", "objective=asft", "recompute.granularity=none")
+    assert code == 2
+    assert "the largest part is the activations" in out
+    assert "recompute.granularity=full" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["recipe=qwen25_72b", "objective=asft", "parallel.tp_size=3"],
+            "does not divide the model's 64 attention heads",
+        ),
+        (
+            ["recipe=qwen25_72b", "objective=asft", "data.sequence_length=262144"],
+            "exceeds the model's 131072 positions",
+        ),
+        (
+            ["recipe=tiny_cpu", "objective=asft", "model.path=nowhere"],
+            "model.path=nowhere is not a directory",
+        ),
+        (["recipe=qwen25_72b", "objective=asft", "--gpu", "v100"], "unknown GPU 'v100': set --gpu to one of"),
+        (["recipe=qwen25_72b", "objective=asft", "run.world_size=33"], "run.world_size=33 is not a multiple"),
+    ],
+)
+def test_mistakes_are_one_sentence(words: list[str], sentence: str) -> None:
+    code, out, err = plan(*words)
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_the_last_stage_is_explained_and_relieved() -> None:
+    """Llama's head is small beside its layers; a 7B model's with a vocabulary of 152,064 is not."""
+    words = ["recipe=qwen25_7b", "objective=asft", "parallel.pp_size=4", "run.world_size=8"]
+    _, out, _ = plan(*words)
+    explained = next(line for line in out.splitlines() if line.startswith("the last stage also has"))
+    advice = out.splitlines()[out.splitlines().index(explained) + 1]
+    assert "of them the reference's head product" in explained
+    assert "% shorter" in advice
+    before = values_of(*words)["step"]["seconds"]
+    after = values_of(*words, *advice.partition(" would make")[0].split())["step"]["seconds"]
+    gain = float(advice.rpartition("a step ")[2].partition(" %")[0])
+    assert 100 * (1 - after / before) == pytest.approx(gain, abs=0.06)
+
+
+def test_search_gives_layouts_that_fit_and_reasons() -> None:
+    code, out, _ = plan("recipe=qwen25_32b", "objective=asft", "--search")
+    assert code == 0
+    assert "layouts fit; tokens/s/GPU" in out
+    assert "need too much, largest is " in out
+    best = out.partition("GiB a GPU:\n")[2].splitlines()[0].split()
+    assert best[2].startswith("parallel.tp_size=")
+    # what it recommends keeps the rules, fits, and is as fast as it said
+    words = [*best[2:], *(["parallel.vpp_size=null"] if "vpp_size" not in " ".join(best) else [])]
+    values = values_of("recipe=qwen25_32b", "objective=asft", "run.world_size=16", *words)
+    assert values["step"]["tokens_per_second_per_gpu"] == pytest.approx(
+        float(best[0].replace(",", "")), abs=1
+    )
+
+
+def test_the_tiny_model_is_counted_as_its_run_counts_it() -> None:
+    """`policy_parameter_bytes` in the summary.json of a run of this recipe on one rank, and the file the weights come from, which is in bf16 and has a header."""
+    values = values_of("recipe=tiny_cpu", "objective=asft")
+    [stage] = values["stages"]
+    file = project_dir() / "assets" / "tiny-base" / "model.safetensors"
+    assert 2 * stage["parameters"] == pytest.approx(file.stat().st_size, rel=0.01)
+    assert stage["bytes"]["weights"] == 10_503_168
+    assert stage["bytes"]["weights"] == stage["bytes"]["reference"] == 4 * stage["parameters"]
+    assert stage["bytes"]["gradients"] == stage["bytes"]["weights"]
+    assert stage["bytes"]["optimizer"] == 2 * stage["bytes"]["weights"]
+
+
+def test_it_imports_no_torch_and_answers_in_a_second() -> None:
+    code = (
+        "import sys; from asft_nemo import cli; cli.main(['plan', 'recipe=qwen25_72b', 'objective=asft', '--json']);"
+        "print([name for name in ('torch', 'numpy', 'nemo', 'megatron', 'transformers') if name in sys.modules])"
+    )
+    before = os.times()  # processor time: other work on the machine must not decide
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    after = os.times()
+    assert done.stdout.splitlines()[-1] == "[]"
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    assert spent < 5, "a second on an idle machine"
