@@ -50,12 +50,22 @@ FP8: dict[str, Fp8] = {
 # Columns of a product's operands, `assert_dim_for_fp8_exec` again. Of blocks of 128 the last may be a part: Transformer Engine tests such
 # shapes (tests/pytorch/test_float8_blockwise_gemm_exact.py, "non 128x128 divisible"); its guide promises multiples of 128 alone.
 COLUMNS = 16
+# Forms of the reference that compute with weights of their own, in a precision of their own.
+OWN_WEIGHTS = ("resident", "offloaded", "cached")
 
 
 def reference_precision(run: RunConfig) -> str:
     """The precision the reference runs in: its own, or the policy's."""
     asked = run.reference.precision
     return run.precision if asked == "policy" else asked
+
+
+def asked_of(run: RunConfig) -> Iterator[tuple[str, Fp8]]:
+    """The rows of FP8 that a run computes in, each with the setting that asks for it."""
+    own_weights = run.reference.form in OWN_WEIGHTS
+    for name, used in ((run.precision, True), (run.reference.precision, own_weights)):
+        if used and name in FP8:
+            yield f"{FP8[name].key}={name}", FP8[name]
 
 
 def fp8_missing(name: str) -> str | None:

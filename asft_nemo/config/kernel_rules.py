@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from asft_nemo.config import machine
 from asft_nemo.config.facts import Facts, Rule
+from asft_nemo.config.fp8 import asked_of
 
 RECOMPUTED_MODULES = ("core_attn", "mlp")
 
@@ -77,6 +78,17 @@ def _tensor_overlap_here(facts: Facts) -> Iterator[str]:
         )
 
 
+def _local_layers(facts: Facts) -> Iterator[str]:
+    """What is part of Transformer Engine's layers alone. Megatron's own would compute in bf16 and exchange without overlap, and say nothing."""
+    if facts.run.kernels.layers != "local":
+        return
+    theirs = [asked for asked, _ in asked_of(facts.run)]
+    if facts.run.parallel.tp_comm_overlap:
+        theirs.append("parallel.tp_comm_overlap=true")
+    for asked in theirs:
+        yield f"{asked} is part of Transformer Engine's layers, and kernels.layers=local leaves them out: leave one of the two out"
+
+
 def _fusion_here(facts: Facts) -> Iterator[str]:
     asked = facts.run.kernels.gradient_accumulation_fusion
     if asked and not (machine.gpu_count() > 0 and machine.has_fused_weight_gradient()):
@@ -86,5 +98,5 @@ def _fusion_here(facts: Facts) -> Iterator[str]:
         )
 
 
-KERNELS: tuple[Rule, ...] = (_overlaps, _offloaded_state, _recomputed_modules, _tensor_overlap)
+KERNELS: tuple[Rule, ...] = (_overlaps, _offloaded_state, _recomputed_modules, _tensor_overlap, _local_layers)
 KERNELS_HERE: tuple[Rule, ...] = (_tensor_overlap_here, _fusion_here)

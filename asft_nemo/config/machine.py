@@ -55,9 +55,18 @@ OPTIONAL: tuple[Part, ...] = (
 FUSED_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
 
 
+# apex's extensions behind Megatron's `masked_softmax_fusion` of a causal mask
+FUSED_SOFTMAX = ("scaled_masked_softmax_cuda", "scaled_upper_triang_masked_softmax_cuda")
+
+
 def has_fused_weight_gradient() -> bool:
     """Whether that extension is installed."""
     return importlib.util.find_spec(FUSED_WEIGHT_GRADIENT) is not None
+
+
+def has_fused_softmax() -> bool:
+    """Whether apex's extensions are installed that Megatron's own attention asks for with `masked_softmax_fusion`."""
+    return all(importlib.util.find_spec(name) is not None for name in FUSED_SOFTMAX)
 
 
 def version_of(distribution: str) -> str | None:

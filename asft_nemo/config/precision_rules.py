@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from asft_nemo.config.facts import Facts, Rule
-from asft_nemo.config.fp8 import COLUMNS, FP8, Fp8
+from asft_nemo.config.fp8 import COLUMNS, FP8, OWN_WEIGHTS, asked_of
 from asft_nemo.config.model_shape import ModelShape
-from asft_nemo.config.schema import RunConfig
 
-_OWN_WEIGHTS = ("resident", "offloaded", "cached")
 _FP16 = (
     "fp16 is not supported: its smallest numbers vanish where token weights and KL gradients are small, and the loss scaling that would "
     "mend it leaves steps out"
@@ -27,18 +25,10 @@ WHY_NOT: dict[tuple[str, str], str] = {
 }
 
 
-def _asked(run: RunConfig) -> Iterator[tuple[str, Fp8]]:
-    """The rows of FP8 that a run computes in, each with the setting that asks for it."""
-    own_weights = run.reference.form in _OWN_WEIGHTS
-    for name, used in ((run.precision, True), (run.reference.precision, own_weights)):
-        if used and name in FP8:
-            yield f"{FP8[name].key}={name}", FP8[name]
-
-
 def _reference(facts: Facts) -> Iterator[str]:
     """A reference in another precision than the policy's."""
     run = facts.run
-    if run.reference.form not in _OWN_WEIGHTS:
+    if run.reference.form not in OWN_WEIGHTS:
         return
     own = run.reference.precision
     if own == "fp8" and run.precision == "fp32":
@@ -68,7 +58,7 @@ def _history(facts: Facts) -> Iterator[str]:
             f"reference=adapter_disabled runs through the policy's layers, and with {asked} its passes would write into the scales that "
             "the policy trains with: set precision=fp8_current, or reference=resident with reference.precision=bf16"
         )
-    elif form in _OWN_WEIGHTS and run.reference.precision == "policy":
+    elif form in OWN_WEIGHTS and run.reference.precision == "policy":
         yield (
             f"{asked} takes its scales from passes with gradients, and the reference has none: set reference.precision=bf16 (or fp8), or "
             "precision=fp8_current"
@@ -95,7 +85,7 @@ def _tokens(facts: Facts) -> Iterator[str]:
     parts = layout.cp_size * (layout.tp_size if layout.sequence_parallel else 1)
     if parts < 1 or length % parts:  # another rule's sentence
         return
-    for asked, row in _asked(facts.run):
+    for asked, row in asked_of(facts.run):
         if length // parts * facts.run.trainer.micro_batch_size % row.tokens:
             nearest = -(-length // (row.tokens * parts)) * row.tokens * parts
             ranks = "ranks" if layout.cp_size > 1 else "tensor-parallel ranks"
@@ -111,7 +101,7 @@ def _sizes(facts: Facts) -> Iterator[str]:
     shape, tp_size = facts.shape, max(1, facts.run.parallel.tp_size)
     if shape is None:
         return
-    for asked, row in _asked(facts.run):
+    for asked, row in asked_of(facts.run):
         instead = f"{row.key}={row.instead}"
         if shape.num_layers <= 2 * row.edge_layers_in_bf16:
             yield f"{asked} keeps the first and the last layer in bf16, and the model has {shape.num_layers}: set {instead}"

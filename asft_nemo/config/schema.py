@@ -175,6 +175,8 @@ class RecomputeConfig(Section):
 class KernelsConfig(Section):
     """Kernels that change nothing but speed."""
 
+    # auto = Transformer Engine's layers where it is installed and a GPU is there, else Megatron's own; local = Megatron's own everywhere
+    layers: str = "auto"
     # A linear layer's GEMM adds its weight gradient to Megatron's fp32 sum itself; None = where apex's kernel is installed
     gradient_accumulation_fusion: bool | None = None
 

@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.on_too_long": ("drop", "truncate", "fail"),
     "recompute.granularity": ("none", "selective", "full"),
     "recompute.method": ("uniform", "block"),
+    "kernels.layers": ("auto", "local"),
     "precision": ("fp32", "bf16", "fp8_current", "fp8_blockwise", "fp8_delayed"),
     "optim.schedule": ("cosine", "linear", "constant"),
     "trainer.resume": ("never", "if_exists", "must"),

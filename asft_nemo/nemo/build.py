@@ -27,7 +27,7 @@ from asft_nemo.nemo.compat import AnchoredStrategy
 from asft_nemo.nemo.datamodule import AnchoredDataModule
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, ASFTModel
 from asft_nemo.nemo.keep import Keep
-from asft_nemo.nemo.layer_spec import kernels_line
+from asft_nemo.nemo.layer_spec import choose_layers, kernels_line
 from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.optim import WarmupSchedule
@@ -91,6 +91,7 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
     """The model's configuration: architecture from the checkpoint, layout and objective from the run."""
     options = {name: getattr(run.objective, name) for name in OBJECTIVE_OPTIONS}
     layout, dtype = run.parallel, precision_row(run.precision).compute_dtype
+    choose_layers(run.kernels.layers)
     return AnchoredGPTConfig(
         **megatron_config_kwargs(spec),
         **_kernels(run),

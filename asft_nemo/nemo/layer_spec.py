@@ -13,9 +13,18 @@ from asft_nemo.cpu.norm import RMSNorm
 from asft_nemo.nemo.context_parallel import GatheredAttention
 
 
+_asked = "auto"
+
+
+def choose_layers(asked: str) -> None:
+    """Says what `kernels.layers` is for every model that this process builds from here on: ``auto`` or ``local``."""
+    global _asked
+    _asked = asked
+
+
 def uses_transformer_engine() -> bool:
     """Whether Transformer Engine's layers are used in this process."""
-    if backend.active():
+    if _asked == "local" or backend.active():
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -31,9 +40,15 @@ def kernels_line() -> str:
     if uses_transformer_engine():
         layers = f"Transformer Engine {version_of('transformer-engine') or ''}".rstrip()
     else:
-        layers = f"Megatron's local ones ({'CPU ranks' if backend.active() else 'no Transformer Engine'})"
+        layers = f"Megatron's local ones ({_why_local()})"
     adam = optimizer.Adam
     return f"layers: {layers}; Adam: {adam.__module__.partition('.')[0]}'s {adam.__name__}"
+
+
+def _why_local() -> str:
+    if backend.active():
+        return "CPU ranks"
+    return "kernels.layers=local" if _asked == "local" else "no Transformer Engine"
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:

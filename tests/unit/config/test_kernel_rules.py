@@ -14,6 +14,7 @@ Machine = Callable[..., None]
 SP = ("objective=asft", "precision=bf16", "parallel.tp_size=2", "parallel.sequence_parallel=true")
 OVERLAP = "parallel.tp_comm_overlap=true"
 OFFLOAD = "optim.cpu_offload=0.5"
+LOCAL = "kernels.layers=local"
 FUSION = "kernels.gradient_accumulation_fusion=true"
 SELECTIVE = ("objective=asft", "recompute.granularity=selective")
 
@@ -55,6 +56,19 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         # Transformer Engine's layers have no norm of their own, so Megatron would ignore this one
         ((*SELECTIVE, "recompute.modules=[layernorm]"), "choose from core_attn, mlp"),
         (
+            (*SP, OVERLAP, LOCAL),
+            "parallel.tp_comm_overlap=true is part of Transformer Engine's layers, and kernels.layers=local leaves them out",
+        ),
+        (
+            ("objective=sft", "reference=none", "precision=fp8_delayed", LOCAL),
+            "precision=fp8_delayed is part of Transformer Engine's layers",
+        ),
+        (
+            ("objective=asft", "precision=bf16", "reference=resident", "reference.precision=fp8", LOCAL),
+            "reference.precision=fp8 is part of Transformer Engine's layers",
+        ),
+        (("objective=asft", "kernels.layers=te"), "kernels.layers=te is unknown: set one of auto, local"),
+        (
             ("objective=asft", "recompute.granularity=full", "recompute.modules=[mlp]"),
             "recompute.modules does nothing with recompute.granularity=full",
         ),
@@ -76,6 +90,7 @@ def test_one_sentence(
         (*SP, OVERLAP, "data.packing=true", "trainer.micro_batch_size=1"),
         (*SELECTIVE, "recompute.modules=[core_attn,mlp]"),
         ("objective=asft", FUSION),
+        ("objective=asft", "precision=bf16", LOCAL),
         ("objective=asft", "precision=bf16", "optim.distributed=true", OFFLOAD),
         # context-parallel ranks reduce gradients among themselves, so this is not idle
         ("objective=asft", "parallel.cp_size=2", "optim.overlap_grad_reduce=true"),
