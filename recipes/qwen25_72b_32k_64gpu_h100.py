@@ -28,8 +28,8 @@ def fragment() -> dict[str, Any]:
             },
             # Half of a row's tokens on each GPU, and half of the optimizer's state, which context-parallel ranks share too.
             "parallel": {"cp_size": 2},
-            # The widest activations of a layer: without them 20 GiB wait for their backward pass instead of 71, which would not fit.
-            # This costs 9 % of the speed; whole layers would save 17 GiB more and cost 19 %.
+            # The widest activations of a layer: without them 18 GiB wait for their backward pass instead of 49, which would not fit.
+            # This costs 9 % of the speed; whole layers would save 13 GiB more and cost 19 %.
             "recompute": {"granularity": "selective", "modules": ["mlp"]},
         },
     )

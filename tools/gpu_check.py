@@ -2,12 +2,15 @@
 
     python tools/gpu_check.py --out runs/gpu_check
     python tools/gpu_check.py --hidden 2048 --layers 24 --gpus 1 --out benchmarks/results --name h100
+    python tools/gpu_check.py --shape 1.5b --steps 50 --forms sft_fp8_current sft_fp8_blockwise --out runs/gpu_check
 
 Trains a random model with `asft train`'s own code, one group of ranks a form: sft as the measure, asft with a resident, an offloaded and
-a cached reference, LoRA sft, LoRA asft with adapters disabled, and, where Transformer Engine is, a resident reference in FP8 and policies
-in FP8, whose loss must stay within 1 % of bf16's (meant for `--hidden 1536 --layers 28 --steps 50`). Peak memory
-is that of torch's allocator, the most of any rank (`peak_device_bytes` in a run's summary.json). Then compares the fused loss with the
-dense fp64 oracle in bf16 and fp32, with the Triton kernels and without, and puts NeMo's own importer and exporter beside ours. Writes `<name>.json` and `<name>.md` into `--out`.
+a cached reference, LoRA sft, LoRA asft with adapters disabled, and, where Transformer Engine is, the same in Megatron's own layers, whose
+losses and gradients must be bf16's, a resident reference in FP8, and policies in FP8, whose loss must stay within 1 % of bf16's after
+the 50 steps of the third line. Peak memory is that of torch's allocator, the most of any rank (`peak_device_bytes` in a run's summary.json).
+Looks whether head and loss of the FP8 runs are bf16. Then compares the fused loss with the dense fp64 oracle in bf16 and fp32, with the
+Triton kernels and without, and puts NeMo's own importer and exporter beside ours. Writes `<name>.json` and `<name>.md` into `--out`, the pages
+of a profiled run, and a checkpoint of Transformer Engine's layers for the tests (`te_checkpoint/`).
 
 Exit codes: 0 all ran and all errors are within their bounds; 1 a form failed or a loss is off; 2 there is no GPU.
 """
@@ -19,6 +22,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -28,35 +32,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench import nemo_convert
-from bench.training import FORMS, Form, make_data, make_model, run_settings
+from bench import layer_kinds, nemo_convert, outside_fp8, te_checkpoint
+from bench.gpu_forms import CHECKED, PRECISIONS, attempt, lacks
+from bench.layer_kinds import LOCAL_FORMS
+from bench.training import QWEN25_1P5B, make_data, make_model, run_settings
 
 log = logging.getLogger("gpu_check")
 
 MIB = 2**20
-# A random model's KL at step 0 says nothing of a trained one's, so the bound is out of the way; the KL itself is in the table.
-_FP8 = ("objective=asft", "reference=resident", "reference.precision=fp8", "reference.max_initial_kl=1000")
-_LORA_FP8 = (
-    "objective=asft",
-    "peft=lora",
-    "optim.lr=5e-4",
-    "reference=adapter_disabled",
-    "precision=fp8_current",
-)
-# The policy itself in FP8, each beside the same run in bf16
-PRECISIONS = {
-    **{
-        f"sft_{name}": Form(f"sft, precision={name}", ("objective=sft", f"precision={name}"), "sft")
-        for name in ("fp8_current", "fp8_blockwise", "fp8_delayed")
-    },
-    "resident_fp8_current": Form(
-        "asft, resident, precision=fp8_current",
-        ("objective=asft", "reference=resident", "precision=fp8_current"),
-        "resident",
-    ),
-    "lora_fp8_current": Form("LoRA asft, precision=fp8_current", _LORA_FP8, "lora_adapter_disabled"),
-}
-CHECKED = {**FORMS, "resident_fp8": Form("asft, resident in FP8", _FP8, "sft"), **PRECISIONS}
 LOSS_OF_FP8 = 0.01  # of bf16's, after the last step of at least 50
 _BYTES = {
     "policy parameters": "policy_parameter_bytes",
@@ -73,10 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument(
+        "--shape", choices=("1.5b",), help="Qwen2.5-1.5B's sizes instead of --hidden and --layers"
+    )
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=4, help="a step")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="at least 4, for the profiled run")
     parser.add_argument("--gpus", type=int, default=1, help="data-parallel ranks of each run")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the policy")
     parser.add_argument("--forms", nargs="+", choices=list(CHECKED), default=list(CHECKED))
@@ -124,19 +110,65 @@ def found_in(run_dir: Path) -> dict[str, Any]:
         "kl_at_step_0": lines[0]["kl"],
         "seconds_of_last_step": lines[-1]["seconds"],
         "loss_of_last_step": lines[-1]["loss"],
+        "losses": [line["loss"] for line in lines],
+        "grad_norms": [line["grad_norm"] for line in lines],
         "tokens_per_second": lines[-1]["tokens_per_second"],
     }
 
 
+def look_outside(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """Head, embedding and loss of an asft run in each precision of FP8 that has a reference like itself, one rank."""
+    found = {}
+    for name in ("fp8_current", "fp8_blockwise"):
+        run_dir = folder / f"outside_{name}"
+        one = argparse.Namespace(**{**vars(options), "gpus": 1, "steps": 1})
+        settings = [*overrides("resident", one, folder, run_dir), f"precision={name}"]
+        settings.remove(f"precision={options.precision}")
+        run_dir.mkdir()
+        found[name] = attempt(
+            name, settings, lambda given=settings, where=run_dir: outside_fp8.look(given, where)
+        )
+    return found
+
+
+def keep(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Copies the profile's pages and writes the checkpoints for tests; says where they are."""
+    kept: dict[str, Any] = {}
+    pages, out = folder / "resident_profiled" / "profile", options.out / f"{options.name}_profile"
+    if (pages / "summary.md").is_file():
+        shutil.copytree(pages, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.trace.json.gz"))
+        kept["profile"] = {"kept": str(out)}
+    elif "resident_profiled" in options.forms:
+        kept["profile"] = {"failed": "the profiled run left no page"}
+    from asft_nemo.config.machine import part
+
+    for name in te_checkpoint.PRECISIONS:
+        target, settings = options.out / "te_checkpoint", [f"precision={name}"]
+        if not part("transformer_engine").there():
+            kept[f"checkpoint, {name}"] = {"skipped": "no Transformer Engine"}
+            continue
+        kept[f"checkpoint, {name}"] = attempt(
+            name,
+            settings,
+            lambda name=name, target=target: {
+                "kept": str(te_checkpoint.write(target, folder / "tiny", name))
+            },
+        )
+    return kept
+
+
+def kept_list(kept: Mapping[str, Mapping[str, Any]]) -> str:
+    """Where things were left, as Markdown."""
+    return "\n".join(f"* {what}: {next(iter(one.values()))}" for what, one in kept.items())
+
+
 def measure(form: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Runs one form; what it says of itself, or why it did not run (`skipped`) or broke (`failed`)."""
-    from asft_nemo.config.fp8 import FP8, fp8_missing
     from asft_nemo.config.load import compose
     from asft_nemo.launch_local import launch, launch_cache
 
-    for name in (name for name, row in FP8.items() if f"{row.key}={name}" in CHECKED[form].settings):
-        if (missing := fp8_missing(name)) is not None:
-            return {"skipped": f"no {missing}"}
+    if (missing := lacks(CHECKED[form].settings)) is not None:
+        return {"skipped": f"no {missing}"}
     run_dir = folder / form
     try:
         settings = overrides(form, options, folder, run_dir)
@@ -262,6 +294,23 @@ def page(record: Mapping[str, Any]) -> str:
             "",
             memory_table(record["runs"]),
             "",
+            "## Transformer Engine's layers and Megatron's own",
+            "",
+            f"The largest difference of any step; right within {layer_kinds.LOSS_OF_LOCAL:.1e} of the loss and "
+            f"{layer_kinds.NORM_OF_LOCAL:.1e} of the norm.",
+            "",
+            layer_kinds.table(record["runs"]),
+            "",
+            "## Outside FP8",
+            "",
+            outside_fp8.table(record["outside"]),
+            "",
+            "## Left behind",
+            "",
+            kept_list(record["kept"]),
+            "",
+            te_checkpoint.hint(Path("te_checkpoint")),
+            "",
             "## The policy in FP8",
             "",
             f"Loss and speed of the last step beside the same run in bf16; right within {LOSS_OF_FP8:.0%} of its loss.",
@@ -285,6 +334,18 @@ def page(record: Mapping[str, Any]) -> str:
     )
 
 
+def anything_wrong(record: Mapping[str, Any]) -> bool:
+    """Whether something failed or is further off than its bound."""
+    runs, outside = record["runs"], record["outside"]
+    return (
+        any("failed" in one for part in (runs, outside, record["kept"]) for one in part.values())
+        or any(fp8_is_off(form, runs) for form in PRECISIONS)
+        or any(layer_kinds.is_off(form, runs) for form in LOCAL_FORMS)
+        or any(outside_fp8.is_off(one) for one in outside.values() if "tensors" in one)
+        or not all(one["right"] for one in record["truth"])
+    )
+
+
 def main(arguments: list[str]) -> int:
     """Measures and writes."""
     options = _parser().parse_args(arguments)
@@ -302,10 +363,13 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="asft-gpu-check-") as scratch:
         folder = Path(scratch)
         (folder / "model").mkdir()
-        make_model(folder / "model", hidden=options.hidden, layers=options.layers)
+        published = QWEN25_1P5B if options.shape else None
+        make_model(folder / "model", hidden=options.hidden, layers=options.layers, published=published)
         examples = max(64, options.micro_batch_size * options.micro_batches * options.gpus)
         make_data(folder / "train.jsonl", examples=examples, sequence_length=options.sequence_length)
         runs = {form: measure(form, options, folder) for form in CHECKED if form in wanted}
+        outside = look_outside(options, folder)
+        kept = keep(options, folder)
         (folder / "conversion").mkdir()
         conversion = nemo_convert.measure(folder / "model" / "hf", folder / "conversion")
     found = checks(tokens=options.tokens, vocab=options.vocab, hidden=options.hidden, device="cuda")
@@ -316,14 +380,15 @@ def main(arguments: list[str]) -> int:
         "commit": git_commit(),
         "options": {key: value for key, value in vars(options).items() if key not in ("out", "name")},
         "runs": runs,
+        "outside": outside,
+        "kept": kept,
         "truth": [one.record() for one in found],
         "conversion": conversion,
     }
     (options.out / f"{options.name}.json").write_text(json.dumps(record, indent=2) + "\n")
     (options.out / f"{options.name}.md").write_text(page(record))
     log.info("%s", page(record))
-    off = any(fp8_is_off(form, runs) for form in PRECISIONS)
-    return int(off or any("failed" in run for run in runs.values()) or not all(one.right for one in found))
+    return int(anything_wrong(record))
 
 
 if __name__ == "__main__":

@@ -179,6 +179,9 @@ class KernelsConfig(Section):
     layers: str = "auto"
     # A linear layer's GEMM adds its weight gradient to Megatron's fp32 sum itself; None = where apex's kernel is installed
     gradient_accumulation_fusion: bool | None = None
+    # One kernel each for the gated activation, for bias with dropout and residual, and, of Transformer Engine, for the rotary embedding;
+    # CPU ranks have none of them
+    fusions: bool = True
 
 
 @dataclass(unsafe_hash=True)

@@ -42,17 +42,6 @@ from asft_nemo.run_dir import adapter_description, initial_adapters
 
 logger = logging.getLogger(__name__)
 
-# Kernels that only exist on a GPU; Megatron's own defaults serve there.
-_CPU_ONLY: dict[str, Any] = {
-    "use_cpu_initialization": True,
-    "masked_softmax_fusion": False,
-    "persist_layer_norm": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "batch_p2p_sync": False,
-}
-
 OBJECTIVE_OPTIONS = ("alpha", "temperature", "exponent", "clip_low", "clip_high", "refresh_every")
 
 
@@ -71,14 +60,6 @@ def _several(files: tuple[str, ...]) -> list[str]:
     return list(domain_names(files)) if len(files) > 1 else []
 
 
-def _kernels(run: RunConfig) -> dict[str, Any]:
-    """Megatron's switches for kernels that this machine or this data cannot have."""
-    if backend.active():
-        return _CPU_ONLY
-    # The fused causal softmax of Megatron's own layers sees no mask; Transformer Engine's attention does not look at this.
-    return {"masked_softmax_fusion": False} if run.data.packing or run.parallel.cp_size > 1 else {}
-
-
 def _row_lengths(run: RunConfig) -> dict[str, Any]:
     """Megatron's switches for micro batches of several lengths, whose shapes pipeline stages tell one another."""
     if not run.data.group_by_length:
@@ -94,7 +75,7 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
     choose_layers(run.kernels.layers)
     return AnchoredGPTConfig(
         **megatron_config_kwargs(spec),
-        **_kernels(run),
+        **switches.layer_kernels(run),
         gradient_accumulation_fusion=switches.fused_gradients(run),
         vocab_size=padded_vocab_size(spec.vocab_size, tp_size=layout.tp_size),
         hf_vocab_size=spec.vocab_size,

@@ -9,10 +9,38 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import layers
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
-from asft_nemo.config.machine import FUSED_WEIGHT_GRADIENT
+from asft_nemo.config.machine import FUSED_WEIGHT_GRADIENT, has_fused_softmax
 from asft_nemo.config.schema import RunConfig, data_parallel_size
 from asft_nemo.cpu import backend
 from asft_nemo.errors import ConfigError
+from asft_nemo.nemo.layer_spec import uses_transformer_engine
+
+# Kernels that only exist on a GPU.
+_ON_CPU: dict[str, Any] = {
+    "use_cpu_initialization": True,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "batch_p2p_sync": False,
+}
+
+
+def layer_kernels(run: RunConfig) -> dict[str, Any]:
+    """Which kernels the layers are computed by; the three that Megatron leaves out by default are in NeMo's own Llama and Qwen recipes."""
+    if backend.active():
+        return _ON_CPU
+    fused = run.kernels.fusions
+    return {
+        # Unfused, SwiGLU keeps silu(gate) and one copy more for backward, the rotary embedding its cosines and sines: at 72B and 4096
+        # tokens 45 % more activations (docs/planner.md). Torch compiles the first two kernels, Transformer Engine has the third.
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "apply_rope_fusion": fused and uses_transformer_engine(),
+        # Of Megatron's own layers. The causal kernel sees no mask, and Megatron takes it to be there: the first pass would not find it.
+        "masked_softmax_fusion": has_fused_softmax() and not (run.data.packing or run.parallel.cp_size > 1),
+    }
 
 
 def fused_gradients(run: RunConfig) -> bool:

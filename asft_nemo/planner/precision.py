@@ -20,8 +20,7 @@ class ByteWidths:
         optimizer: of masters and both moments together.
         edge_layers: layers at each end of the model whose linear layers are bf16 in an FP8 run.
         kernels: te = Transformer Engine's layers, local = Megatron's own.
-        fused: the gated activation and the rotary embedding are one kernel each, which keep their inputs alone. Megatron's defaults, which
-            this project's runs have, are unfused; NeMo's Llama recipes ask for both.
+        fused: the gated activation and the rotary embedding are one kernel each, which keep their inputs alone (`kernels.fusions`).
     """
 
     compute: int
@@ -31,7 +30,7 @@ class ByteWidths:
     optimizer: int = 12
     edge_layers: int = 0
     kernels: str = "te"
-    fused: bool = False
+    fused: bool = True
 
 
 # A trained policy's parameters stay in bf16 beside FP8 copies (the rows of asft_nemo/nemo/precision.py say why), and Transformer Engine
@@ -40,7 +39,7 @@ _FP8_POLICY = ByteWidths(compute=2, linear_weight=2 + 1 + 1, linear_input=1)
 _FP8_TRAINED = ("fp8_current", "fp8_blockwise", "fp8_delayed")
 WIDTHS: dict[str, ByteWidths] = {
     # No masters beside fp32 weights: two moments alone. Nothing but CPU ranks runs fp32 here, on Megatron's own layers.
-    "fp32": ByteWidths(compute=4, linear_weight=4, linear_input=4, optimizer=8, kernels="local"),
+    "fp32": ByteWidths(compute=4, linear_weight=4, linear_input=4, optimizer=8, kernels="local", fused=False),
     "bf16": ByteWidths(compute=2, linear_weight=2, linear_input=2),
     **{name: replace(_FP8_POLICY, edge_layers=FP8[name].edge_layers_in_bf16) for name in _FP8_TRAINED},
     # of a frozen reference alone: built without gradients, it has one layout of FP8 weights and nothing else
@@ -50,7 +49,8 @@ WIDTHS: dict[str, ByteWidths] = {
 
 def widths_of(run: RunConfig) -> ByteWidths:
     """Those of a run's policy, on GPUs with Transformer Engine."""
-    return WIDTHS[run.precision]
+    widths = WIDTHS[run.precision]
+    return replace(widths, fused=widths.fused and run.kernels.fusions)
 
 
 def reference_widths(run: RunConfig) -> ByteWidths:

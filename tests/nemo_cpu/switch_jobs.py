@@ -108,3 +108,40 @@ def train_and_weigh_offload(settings: dict[str, Any], *, valid: list[int]) -> fl
     whole = sum(p.numel() for part in hybrid for group in part.param_groups for p in group["params"])
     host = sum(p.numel() for part in hybrid for p in part.cpu_copys_map_gpu_param)
     return host / whole
+
+
+@contextlib.contextmanager
+def fused_layers() -> Iterator[list[str]]:
+    """CPU ranks with the GPU's choice of layer kernels; torch runs uncompiled what it would compile.
+
+    Yields:
+        The names of the fused functions' autograd rules, one for each call.
+    """
+    import torch
+    from megatron.core.fusions import fused_bias_swiglu
+
+    from asft_nemo.nemo import switches
+
+    calls: list[str] = []
+    original = fused_bias_swiglu.SwiGLUFunction.forward
+
+    def counted(ctx: Any, *arguments: Any) -> Tensor:
+        calls.append("SwiGLUFunction")
+        return original(ctx, *arguments)
+
+    choice = {**switches._ON_CPU, "bias_activation_fusion": True, "bias_dropout_fusion": True}
+    with (
+        mock.patch.object(switches, "_ON_CPU", choice),
+        mock.patch.object(fused_bias_swiglu.SwiGLUFunction, "forward", staticmethod(counted)),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield calls
+
+
+def gradients_by_fused_layers(settings: dict[str, Any], *, valid: list[int], out: str) -> int:
+    """`jobs.gradients` with fused layers; returns how often the fused activation ran."""
+    import jobs
+
+    with fused_layers() as calls:
+        jobs.gradients(settings, valid=valid, out=out)
+    return len(calls)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradients import LAYOUTS, OBJECTIVES, VALID, step_settings
+from gradients import LAYOUTS, OBJECTIVES, VALID, assert_equal, fp64_gradients, megatron_step, step_settings
 from models import read_hf, worst_error
 from ranks import RankGroup
 from real_runs import VALID as VALID_OF_RUNS
@@ -81,6 +81,19 @@ def test_gradients_added_up_inside_the_gemm_are_the_same(
     else:
         assert error == 0
         assert fused[1] == apart[1]
+
+
+@pytest.mark.parametrize("more", [{}, {"recompute.granularity": "full"}], ids=["kept", "recomputed"])
+def test_fused_layers_have_the_gradients_of_fp64(
+    more: dict[str, Any], ranks4: RankGroup, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Megatron's own backward of SwiGLU, which GPUs get; its rotary kernel is Transformer Engine's and is not seen here."""
+    settings = {**OBJECTIVES["asft"], **LAYOUTS["tp2_pp2_sp"][1], **more}
+    job = "switch_jobs:gradients_by_fused_layers"
+    step = megatron_step(ranks4, settings, models["untied"], tmp_path, job=job)
+    assert all(calls > 0 for calls in step.answers)
+    expected = fp64_gradients(step, settings, models["untied"])
+    assert_equal(step, expected, label=f"fused layers {more}")
 
 
 # settings, and how often Megatron computes through its checkpoint function on a rank of two layers for each micro batch; for the

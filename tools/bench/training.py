@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,20 @@ def head_share(*, hidden: int, layers: int, vocab: int = 512) -> float:
     return head / (head + body)
 
 
-def make_model(folder: Path, *, hidden: int, layers: int) -> Path:
-    """A random Qwen2 with the shipped base's tokenizer, in NeMo form: 16 H^2 weights a layer."""
+# Qwen2.5-1.5B's config.json, published on Hugging Face
+QWEN25_1P5B: dict[str, Any] = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+
+
+def make_model(folder: Path, *, hidden: int, layers: int, published: Mapping[str, Any] | None = None) -> Path:
+    """A random Qwen2 with the shipped base's tokenizer, in NeMo form: 16 H^2 weights a layer, or the `published` sizes."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -62,27 +77,28 @@ def make_model(folder: Path, *, hidden: int, layers: int) -> Path:
     tokenizer = project_dir() / "assets" / "tiny-base"
     shutil.copytree(tokenizer, folder / "hf", ignore=shutil.ignore_patterns("*.safetensors", "*.md"))
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=json.loads((tokenizer / "config.json").read_text())["vocab_size"],
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
+    sizes = {
+        "vocab_size": json.loads((tokenizer / "config.json").read_text())["vocab_size"],
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64,
+        "tie_word_embeddings": False,
+        **(published or {}),
+    }
+    config = Qwen2Config(max_position_embeddings=4096, **sizes)
     Qwen2ForCausalLM(config).save_pretrained(folder / "hf")
     import_hf(folder / "hf", folder / "nemo")
     return folder / "nemo"
 
 
 def make_data(file: Path, *, examples: int, sequence_length: int) -> Path:
-    """Examples that fill the sequence, nearly every token learned."""
-    lines = [
-        json.dumps({"instruction": "a", "response": f"{n:04d}" + "x y " * sequence_length})
-        for n in range(examples)
-    ]
+    """Examples that fill the sequence, nearly every token learned: random letters, whose loss no training brings to nothing."""
+    lines = []
+    for n in range(examples):
+        letters = random.Random(n).choices("abcdefgh ", k=4 * sequence_length)
+        lines.append(json.dumps({"instruction": "a", "response": f"{n:04d}" + "".join(letters)}))
     file.write_text("\n".join(lines) + "\n")
     return file
 

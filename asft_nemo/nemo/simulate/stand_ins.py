@@ -7,16 +7,22 @@ Only bytes are right here: outputs have the right shape and hold nothing. Each s
 * flash attention: queries, keys, values, its output and one fp32 number a head and token. Values are a copy: as they come they lie in
   the joint projection of queries, keys and values, which then goes.
 * context parallelism in a ring: the same of this rank's tokens. Keys and values of one other rank at a time, on their way, are not kept.
-* rotary embeddings, fused: nothing of their own.
+* rotary embeddings, fused: the angles, which all layers share.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 from torch import Tensor, nn
 
 
@@ -70,6 +76,26 @@ class FlashAttention(nn.Module):
         return _Flash.apply(query, key, value)  # type: ignore[return-value]
 
 
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, freqs: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(freqs)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.empty_like(gradients[0]), None
+
+
+@contextlib.contextmanager
+def rotary_kernel() -> Iterator[None]:
+    """Megatron finds the stand-in of the fused rotary embedding, which keeps the angles of all positions, one tensor for all layers."""
+    with mock.patch.object(
+        rope_utils, "fused_apply_rotary_pos_emb", lambda x, freqs, **_: _Rotated.apply(x, freqs)
+    ):
+        yield
+
+
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     """Megatron's local layers with the stand-ins where Transformer Engine has kernels of its own. Arguments: see `asft_nemo.nemo.layer_spec`."""
     spec = gpt_layer_specs.get_gpt_layer_local_spec(
@@ -83,3 +109,16 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
         attention.q_layernorm = attention.k_layernorm = Norm
     layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)  # type: ignore[arg-type]
+
+
+def gather_for_adapters(chunk: nn.Module) -> None:
+    """Under sequence parallelism an adapter behind a norm gets the gathered tokens, as Transformer Engine's fused norm hands them over.
+
+    Without Transformer Engine NeMo's adapter gathers itself, between its dropout and its first matrix (nemo 2.7.3).
+    """
+    for module in chunk.modules():
+        if isinstance(module, ParallelLinearAdapter) and not (
+            module.input_is_parallel or module.disable_sequence_parallel_comm
+        ):
+            module.disable_sequence_parallel_comm = True
+            module.register_forward_pre_hook(lambda _, args: gather_from_sequence_parallel_region(args[0]))

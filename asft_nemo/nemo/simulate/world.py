@@ -82,6 +82,7 @@ def config_on_gpu(run: RunConfig, spec: ModelSpec, *, kernels: str) -> AnchoredG
         setattr(config, name, value)
     if kernels == "te":
         config.transformer_layer_spec = stand_ins.layer_spec
+        config.apply_rope_fusion = run.kernels.fusions
     config.loss_chunk_tokens = _chunk_tokens(run, config)
     plugin = precision_plugin(run.precision)
     return config if plugin is None else update_config_with_dtype_overrides(plugin.dtype_config, config)

@@ -33,10 +33,10 @@ def test_72b_as_counted_without_data(settle) -> None:
     held = (first.weights, first.gradients, first.optimizer, first.reference, first.in_flight)
     assert held == (4_701_472_768, 9_402_945_536, 28_208_836_608, 4_701_472_768, 23)
     assert (last.weights, last.reference_hidden, last.in_flight) == (4_701_489_152, 536_870_912, 17)
-    assert first.activations == pytest.approx(19_149_766_702, rel=1e-3)
-    assert last.activations == pytest.approx(14_170_851_388, rel=1e-3)
-    assert first.peak == pytest.approx(67_234_750_512, rel=0.02)
-    assert last.peak == pytest.approx(62_801_336_412, rel=0.02)
+    assert first.activations == pytest.approx(13_192_806_446, rel=1e-3)
+    assert last.activations == pytest.approx(9_767_880_764, rel=1e-3)
+    assert first.peak == pytest.approx(60_453_556_270, rel=0.02)
+    assert last.peak == pytest.approx(58_032_749_154, rel=0.02)
 
 
 @pytest.mark.parametrize(

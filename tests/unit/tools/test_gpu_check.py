@@ -15,7 +15,7 @@ TOOLS = Path(__file__).resolve().parents[3] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import gpu_check  # noqa: E402
-from bench import truth  # noqa: E402
+from bench import layer_kinds, outside_fp8, truth  # noqa: E402
 from bench.contenders import Case  # noqa: E402
 
 from asft_nemo.config.load import compose  # noqa: E402
@@ -49,6 +49,10 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "resident_fp8": {"skipped": "no Transformer Engine"},
 }
+
+
+WEIGHT = {"class": "torch.nn.parameter.Parameter", "dtype": "torch.bfloat16"}
+OUTSIDE: dict[str, Any] = {"tensors": {"weight of the head": WEIGHT}, "layers_in_fp8": [False, True]}
 
 
 def test_without_a_gpu_one_sentence_and_code_2(
@@ -106,8 +110,8 @@ def test_without_the_measure_there_is_no_ratio() -> None:
 def test_what_a_run_left_is_read(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summary(7)))
     lines = [
-        {"kl": 0.25, "seconds": 3.0, "loss": 2.0, "tokens_per_second": 5},
-        {"kl": 0.5, "seconds": 1.5, "loss": 1.0, "tokens_per_second": 10},
+        {"kl": 0.25, "seconds": 3.0, "loss": 2.0, "grad_norm": 4.0, "tokens_per_second": 5},
+        {"kl": 0.5, "seconds": 1.5, "loss": 1.0, "grad_norm": 3.0, "tokens_per_second": 10},
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     assert gpu_check.found_in(tmp_path) == {
@@ -116,6 +120,8 @@ def test_what_a_run_left_is_read(tmp_path: Path) -> None:
         "seconds_of_last_step": 1.5,
         "loss_of_last_step": 1.0,
         "tokens_per_second": 10,
+        "losses": [2.0, 1.0],
+        "grad_norms": [4.0, 3.0],
     }
 
 
@@ -132,6 +138,63 @@ def test_a_policy_in_fp8_must_end_where_bf16_does(loss: float, off: bool) -> Non
 def test_a_policy_in_fp8_that_did_not_run_says_why() -> None:
     table = gpu_check.precision_table({"sft_fp8_delayed": {"skipped": "no Transformer Engine"}})
     assert table.splitlines()[-1] == "| sft, precision=fp8_delayed |  |  |  |  | no Transformer Engine |"
+
+
+@pytest.mark.parametrize(
+    ("losses", "norms", "off"),
+    [
+        ([2.0, 1.0], [4.0, 3.0], False),
+        ([2.0, 1.003], [4.0, 3.05], False),
+        ([2.0, 1.005], [4.0, 3.0], True),
+        ([2.0, 1.0], [4.0, 3.1], True),
+        ([2.0, float("nan")], [4.0, 3.0], True),
+        ([2.0], [4.0], True),
+    ],
+)
+def test_layers_of_both_kinds_must_agree_at_every_step(
+    losses: list[float], norms: list[float], off: bool
+) -> None:
+    runs = {
+        "sft": {"losses": [2.0, 1.0], "grad_norms": [4.0, 3.0]},
+        "sft_local": {"losses": losses, "grad_norms": norms},
+        "resident_local": {"skipped": "no Transformer Engine to compare with"},
+    }
+    assert layer_kinds.is_off("sft_local", runs) is off
+    assert layer_kinds.is_off("resident_local", runs) is None
+    table = layer_kinds.table(runs).splitlines()
+    assert table[2].endswith("| **off** |" if off else "| right |")
+    assert table[3].endswith("|  |  | no Transformer Engine to compare with |")
+
+
+@pytest.mark.parametrize(
+    ("change", "off"),
+    [
+        ({}, False),
+        ({"layers_in_fp8": [False, False]}, True),  # then nothing was shown
+        ({"tensors": {"x": {**WEIGHT, "class": "transformer_engine.pytorch.tensor.Float8Tensor"}}}, True),
+        ({"tensors": {"x": {**WEIGHT, "dtype": "torch.float8_e4m3fn"}}}, True),
+        ({"tensors": {}}, True),
+    ],
+)
+def test_what_must_be_outside_fp8(change: dict[str, Any], off: bool) -> None:
+    found = {**OUTSIDE, **change}
+    assert outside_fp8.is_off(found) is off
+    assert ("**off**" in outside_fp8.table({"fp8_current": found})) is off
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("runs", {"resident": {"failed": "x"}}),
+        ("outside", {"fp8_current": {**OUTSIDE, "layers_in_fp8": []}}),
+        ("kept", {"profile": {"failed": "the profiled run left no page"}}),
+        ("truth", None),
+    ],
+)
+def test_anything_wrong_is_the_exit_code(part: str, change: dict[str, Any] | None) -> None:
+    right = {"runs": {"sft": RUNS["sft"]}, "outside": {"fp8_current": OUTSIDE}, "kept": {}, "truth": []}
+    assert not gpu_check.anything_wrong(right)
+    assert gpu_check.anything_wrong({**right, part: [{"right": False}] if change is None else change})
 
 
 @pytest.mark.parametrize("form", list(gpu_check.CHECKED))
@@ -189,6 +252,8 @@ def test_the_page_says_what_it_was_measured_on() -> None:
         "options": {"hidden": 64, "forms": ["sft"]},
         "runs": RUNS,
         "truth": [],
+        "outside": {"fp8_current": OUTSIDE, "fp8_blockwise": {"skipped": "no GPU"}},
+        "kept": {"profile": {"kept": "runs/gpu_check_profile"}},
         "conversion": [
             {"what": "asft import", "seconds": 2.0, "peak_rss_bytes": 3 << 20},
             {"what": "NeMo", "skipped": "why"},
