@@ -67,7 +67,7 @@ export MASTER_ADDR MASTER_PORT
 
 # Command 1
 
-srun --output /NEMO-RUN/experiments/asft/asft_0/cache-reference/log-run.cache-reference_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /NEMO-RUN/experiments/asft/asft_0/cache-reference/code --wait=60 --kill-on-bad-exit=1 bash /NEMO-RUN/experiments/asft/asft_0/cache-reference/scripts/cache-reference.sh
+srun --output /NEMO-RUN/experiments/asft/asft_0/cache-reference/log-run.cache-reference_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /NEMO-RUN/experiments/asft/asft_0/cache-reference/code --wait=60 --kill-on-bad-exit=1 --wait=30 bash /NEMO-RUN/experiments/asft/asft_0/cache-reference/scripts/cache-reference.sh
 
 exitcode=$?
 

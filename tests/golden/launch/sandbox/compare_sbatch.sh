@@ -49,7 +49,7 @@ fi
 
 # Command 1
 
-srun --output /NEMO-RUN/experiments/asft/asft_0/compare/log-run.compare_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /NEMO-RUN/experiments/asft/asft_0/compare/code --wait=60 --kill-on-bad-exit=1 bash /NEMO-RUN/experiments/asft/asft_0/compare/scripts/compare.sh
+srun --output /NEMO-RUN/experiments/asft/asft_0/compare/log-run.compare_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /NEMO-RUN/experiments/asft/asft_0/compare/code --wait=60 --kill-on-bad-exit=1 --wait=30 bash /NEMO-RUN/experiments/asft/asft_0/compare/scripts/compare.sh
 
 exitcode=$?
 

@@ -50,7 +50,7 @@ fi
 
 # Command 1
 
-srun --output /NEMO-RUN/experiments/asft/asft_0/eval/log-run.eval_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /NEMO-RUN/experiments/asft/asft_0/eval/code --wait=60 --kill-on-bad-exit=1 bash /NEMO-RUN/experiments/asft/asft_0/eval/scripts/eval.sh
+srun --output /NEMO-RUN/experiments/asft/asft_0/eval/log-run.eval_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /NEMO-RUN/experiments/asft/asft_0/eval/code --wait=60 --kill-on-bad-exit=1 --wait=30 bash /NEMO-RUN/experiments/asft/asft_0/eval/scripts/eval.sh
 
 exitcode=$?
 
