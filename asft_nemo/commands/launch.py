@@ -231,7 +231,7 @@ def _status(arguments: argparse.Namespace) -> int:
         values.append({"stage": job.stage, "job_id": job.job_id, **vars(state), "log": log})
         about = [state.elapsed, state.nodes, state.reason, f"see {log}" if log else ""]
         lines.append(
-            f"{job.stage:<16}{job.job_id:<12}{state.state:<12}{'  '.join(text for text in about if text)}".rstrip()
+            f"{job.stage:<16}{job.job_id:<12} {state.state:<12}{'  '.join(text for text in about if text)}".rstrip()
         )
     answer(arguments, {"run_dir": str(arguments.run_dir), "stages": values}, "\n".join(lines))
     return DONE

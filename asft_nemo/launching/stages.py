@@ -163,10 +163,12 @@ def _train(launch: Launch) -> list[str]:
 
 
 def _step(launch: Launch) -> tuple[str, str]:
-    """The checkpoint that is exported, and the line that finds the name of its step."""
+    """The checkpoint that is exported, and the lines that find the name of its step."""
     link = "best" if launch.run.trainer.keep.startswith("best:") else "latest"
-    checkpoint = launch.folder / "checkpoints"
-    return _of_step(checkpoint), (f'step=$(basename "$(readlink -e {shlex.quote(str(checkpoint / link))})")')
+    folder = launch.folder / "checkpoints"
+    where = shlex.quote(str(folder / link))
+    nothing = f"{{ echo 'asft: there is no checkpoint at' {where} >&2; exit 2; }}"
+    return _of_step(folder), f'checkpoint=$(readlink -e {where}) || {nothing}\nstep=$(basename "$checkpoint")'
 
 
 def _export(launch: Launch) -> list[str]:

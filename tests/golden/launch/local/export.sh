@@ -3,7 +3,8 @@
 set -euo pipefail
 cd /START
 [ -e /START/run/launch/train.done ] || { echo 'asft: stage train has not succeeded, so export is not run' >&2; exit 3; }
-step=$(basename "$(readlink -e /START/run/checkpoints/latest)")
+checkpoint=$(readlink -e /START/run/checkpoints/latest) || { echo 'asft: there is no checkpoint at' /START/run/checkpoints/latest >&2; exit 2; }
+step=$(basename "$checkpoint")
 if [ -e /START/run/hf/"$step" ]; then
   echo /START/run/hf/"$step" 'is there already'
 else

@@ -3,7 +3,8 @@
 set -euo pipefail
 cd /START
 export NCCL_DEBUG=WARN
-step=$(basename "$(readlink -e /shared/runs/medical_72b/checkpoints/latest)")
+checkpoint=$(readlink -e /shared/runs/medical_72b/checkpoints/latest) || { echo 'asft: there is no checkpoint at' /shared/runs/medical_72b/checkpoints/latest >&2; exit 2; }
+step=$(basename "$checkpoint")
 if [ -e /shared/runs/medical_72b/hf/"$step" ]; then
   echo /shared/runs/medical_72b/hf/"$step" 'is there already'
 else

@@ -5,5 +5,6 @@ cd /START
 export ASFT_DEVICE=cpu
 export GLOO_SOCKET_IFNAME=lo
 export OMP_NUM_THREADS=1
-step=$(basename "$(readlink -e /START/run/checkpoints/latest)")
+checkpoint=$(readlink -e /START/run/checkpoints/latest) || { echo 'asft: there is no checkpoint at' /START/run/checkpoints/latest >&2; exit 2; }
+step=$(basename "$checkpoint")
 /PYTHON -m asft_nemo compare base=/START/run/eval/base asft=/START/run/eval/"$step" --out /START/run/compare/"$step"

@@ -10,5 +10,6 @@ if [ -e /START/run/eval/base/results.json ]; then
 else
   /PYTHON -m asft_nemo eval /PROJECT/assets/tiny-base --suite suite.jsonl --backend hf --protocol greedy --max-tokens 256 --batch-size 16 --limit 8 --out /START/run/eval/base
 fi
-step=$(basename "$(readlink -e /START/run/checkpoints/latest)")
+checkpoint=$(readlink -e /START/run/checkpoints/latest) || { echo 'asft: there is no checkpoint at' /START/run/checkpoints/latest >&2; exit 2; }
+step=$(basename "$checkpoint")
 /PYTHON -m asft_nemo eval /START/run/hf/"$step" --suite suite.jsonl --backend hf --protocol greedy --max-tokens 256 --batch-size 16 --limit 8 --out /START/run/eval/"$step"

@@ -2,7 +2,8 @@
 # Stage export of /shared/runs/medical_72b, made by asft launch.
 set -euo pipefail
 cd /START
-step=$(basename "$(readlink -e /shared/runs/medical_72b/checkpoints/latest)")
+checkpoint=$(readlink -e /shared/runs/medical_72b/checkpoints/latest) || { echo 'asft: there is no checkpoint at' /shared/runs/medical_72b/checkpoints/latest >&2; exit 2; }
+step=$(basename "$checkpoint")
 if [ -e /shared/runs/medical_72b/hf/"$step" ]; then
   echo /shared/runs/medical_72b/hf/"$step" 'is there already'
 else
