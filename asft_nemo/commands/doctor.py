@@ -114,8 +114,8 @@ def _optional() -> list[Finding]:
         if row.there():
             found.append(Finding(row.name, f"{row.version() or 'there'}: {row.gives}"))
         else:
-            found.append(Finding(row.name, f"missing, so {row.without}"))
-    return found
+            found.append(Finding(row.name, f"missing, so {row.without}. To have it: {row.get}"))
+    return [*found, Finding("fused Adam", machine.adam())]
 
 
 def _fp8() -> Finding:

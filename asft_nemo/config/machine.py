@@ -17,12 +17,14 @@ class Part(NamedTuple):
         module: what is imported.
         gives: what it is used for.
         without: what happens where it is missing.
+        get: how to have it.
     """
 
     name: str
     module: str
     gives: str
     without: str
+    get: str
 
     def there(self) -> bool:
         """Whether it is installed; whether it works shows at its first use."""
@@ -33,21 +35,44 @@ class Part(NamedTuple):
         return version_of(self.name)
 
 
+_IMAGE = "it is in NVIDIA's NeMo container (docs/container.md)"
+
 OPTIONAL: tuple[Part, ...] = (
     Part(
         "transformer-engine",
         "transformer_engine",
         "fused layers and attention in bf16 and FP8, packed rows by their lengths (THD), fused Adam",
         "layers are Megatron's local ones in bf16 or fp32; no FP8",
+        _IMAGE,
     ),
-    Part("apex", "apex", "fused Adam where Transformer Engine is missing", "the optimizer is torch's AdamW"),
+    Part(
+        "apex",
+        "apex",
+        "fused Adam where Transformer Engine is missing, fused gradient accumulation, the softmax of Megatron's own layers",
+        "gradients are accumulated by a kernel of their own, and without Transformer Engine the optimizer is torch's AdamW",
+        _IMAGE,
+    ),
+    Part(
+        "flash-attn",
+        "flash_attn",
+        "one of the attention kernels that Transformer Engine chooses from",
+        "Transformer Engine chooses cuDNN's attention; Megatron's own layers never use it",
+        _IMAGE,
+    ),
     Part(
         "triton",
         "triton",
         "one kernel for the loss's statistics on a GPU",
         "the loss is made of torch's own kernels",
+        "it comes with torch's builds for CUDA",
     ),
-    Part("vllm", "vllm", "asft eval --backend vllm", "asft eval --backend hf"),
+    Part(
+        "vllm",
+        "vllm",
+        "asft eval --backend vllm",
+        "asft eval --backend hf",
+        "pip install vllm, in an environment of its own",
+    ),
 )
 
 
@@ -75,6 +100,14 @@ def version_of(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def adam() -> str:
+    """Which Adam Megatron's optimizers take: Transformer Engine's, else apex's, else torch's (megatron/core/optimizer/__init__.py)."""
+    fused = [name for name in ("transformer_engine", "apex") if part(name).there()]
+    if fused:
+        return f"{part(fused[0]).name}'s FusedAdam"
+    return f"none, so torch's AdamW: {part('apex').name} or {part('transformer_engine').name} has one"
 
 
 def part(module: str) -> Part:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from asft_nemo.config.facts import Facts, Rule
 from asft_nemo.config.fp8 import COLUMNS, FP8, OWN_WEIGHTS, asked_of
 from asft_nemo.config.model_shape import ModelShape
+from asft_nemo.config.schema import ReferenceConfig
 
 _FP16 = (
     "fp16 is not supported: its smallest numbers vanish where token weights and KL gradients are small, and the loss scaling that would "
@@ -36,10 +37,11 @@ def _reference(facts: Facts) -> Iterator[str]:
             "reference.precision=fp8 beside precision=fp32 would measure FP8's rounding with a policy that has none: set precision=bf16, "
             "or reference.precision=policy"
         )
-    if own == "bf16" and run.precision in FP8 and not facts.asked("reference.max_initial_kl"):
+    bound = run.reference.max_initial_kl
+    if own == "bf16" and run.precision in FP8 and bound <= ReferenceConfig().max_initial_kl:
         yield (
-            f"reference.precision=bf16 beside precision={run.precision} starts at the KL that FP8's rounding makes: set "
-            "reference.max_initial_kl=<a bound above it>, or reference.precision=policy"
+            f"reference.precision=bf16 beside precision={run.precision} starts at the KL that FP8's rounding makes, and "
+            f"reference.max_initial_kl={bound:g} is a bound for equal kernels: set a larger one, or reference.precision=policy"
         )
 
 
@@ -71,11 +73,32 @@ def _history(facts: Facts) -> Iterator[str]:
 
 
 def _overlap(facts: Facts) -> Iterator[str]:
-    """`NotImplementedError` in the forward pass of transformer_engine/pytorch/module/layernorm_linear.py."""
-    if facts.run.precision == "fp8_blockwise" and facts.run.parallel.tp_comm_overlap:
+    """Overlapped exchanges in other numbers than their buffers are made for.
+
+    Blocks: `NotImplementedError` in the forward pass of transformer_engine/pytorch/module/layernorm_linear.py. Two kinds of layers: NeMo's
+    callback asks Transformer Engine for buffers of one kind, FP8 or bf16 (`initialize_ub`, nemo 2.7.3).
+    """
+    run = facts.run
+    if not run.parallel.tp_comm_overlap:
+        return
+    fp8 = FP8.get(run.precision)
+    if run.precision == "fp8_blockwise":
         yield (
             "parallel.tp_comm_overlap=true exchanges numbers with one scale a tensor, and precision=fp8_blockwise has one a block: leave "
-            "one of them out, or set precision=fp8_current"
+            "one of them out"
+        )
+    if fp8 is not None and fp8.edge_layers_in_bf16:
+        yield (
+            f"parallel.tp_comm_overlap=true exchanges through buffers of one kind, and precision={run.precision} keeps layers in bf16 beside "
+            "FP8 ones: leave one of them out"
+        )
+    if run.reference.form in ("resident", "offloaded") and run.reference.precision not in (
+        "policy",
+        run.precision,
+    ):
+        yield (
+            "parallel.tp_comm_overlap=true exchanges through buffers of one kind, and the reference runs in "
+            f"reference.precision={run.reference.precision} beside precision={run.precision}: leave one of them out"
         )
 
 

@@ -194,9 +194,9 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
     Raises:
         ConfigError: the run's precision needs kernels that are not here.
     """
+    switches.order_kernels_on_the_device(run)
     require_kernels(run.precision)
     run_dir = Path(run.run.dir)
-    switches.order_kernels_on_the_device(run)
     config = model_config(run, spec)
     max_steps = data.max_steps
     logger.info(kernels_line())

@@ -57,13 +57,18 @@ class AnchoredStrategy(MegatronStrategy):
       copies: it is given its own. It lets all parameters share one `step`, which each of them would count up: each gets a copy.
       The same holds over its hybrid optimizer (`optim.cpu_offload`), whose state a step over random gradients makes; the parameters
       that this moves are read from the checkpoint afterwards.
-    * Checkpoints load into Transformer Engine's layers and into Megatron's own, whichever wrote them: see `extra_state.py`.
+    * Checkpoints load into Transformer Engine's layers and into Megatron's own, whichever wrote them, and run no pickle: see `extra_state.py`.
     """
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.timers = None
-        self.checkpoint_io = ExtraStateTolerant(self.checkpoint_io)
+        self.checkpoint_io = ExtraStateTolerant(self.checkpoint_io, self._goes_on_with_scales)
+
+    def _goes_on_with_scales(self) -> bool:
+        """Whether this run goes on from its own checkpoint (NeMo then restores no other) and its FP8 scales come from earlier passes."""
+        config: Any = self.lightning_module.config  # type: ignore[union-attr]
+        return self.restore_config is None and bool(config.fp8) and config.fp8_recipe == "delayed"
 
     def setup_distributed(self) -> None:
         """Starts or re-uses torch.distributed and makes this run's model-parallel groups."""

@@ -51,11 +51,13 @@ def fused_gradients(run: RunConfig) -> bool:
             Megatron builds the output layer, which is its own, with the same flag and refuses to.
     """
     asked, there = run.kernels.gradient_accumulation_fusion, layers._grad_accum_fusion_available
+    if asked is None:
+        return there and not backend.active()  # apex may be installed where ranks run on the CPU
     if asked and not there:
         raise ConfigError(
             f"kernels.gradient_accumulation_fusion=true, and {FUSED_WEIGHT_GRADIENT} of apex cannot be imported: leave the setting out"
         )
-    return there if asked is None else asked
+    return asked
 
 
 def recomputed(run: RunConfig) -> dict[str, Any]:

@@ -48,9 +48,10 @@ WIDTHS: dict[str, ByteWidths] = {
 
 
 def widths_of(run: RunConfig) -> ByteWidths:
-    """Those of a run's policy, on GPUs with Transformer Engine."""
+    """Those of a run's policy, on GPUs with Transformer Engine, unless `kernels.layers` leaves its layers out."""
     widths = WIDTHS[run.precision]
-    return replace(widths, fused=widths.fused and run.kernels.fusions)
+    kernels = "local" if run.kernels.layers == "local" else widths.kernels
+    return replace(widths, kernels=kernels, fused=widths.fused and run.kernels.fusions)
 
 
 def reference_widths(run: RunConfig) -> ByteWidths:

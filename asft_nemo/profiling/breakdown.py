@@ -3,7 +3,8 @@
 Every instant of the step is one of four things, in this order of precedence:
 
 * ``work``: an operator (a kernel, on a GPU) of ours runs;
-* ``communication``: none does, but a collective is under way: the *exposed* part of communication;
+* ``communication``: none does, but a collective is under way, or keys and values of attention on their way to other context-parallel
+  ranks: the *exposed* part of communication;
 * ``wait``: none does, but a message to or from another pipeline stage is: its transfer and, mostly, the pipeline's bubble;
 * ``idle``: nothing of all that. On a CPU this is Python at work and counts as ``work``; on a GPU the device has nothing to do.
 
@@ -22,7 +23,8 @@ from asft_nemo.profiling.rooms import ROOMS
 
 OTHER = "other"
 ACTIVITIES = ("work", "communication", "wait", "idle")
-POINT_TO_POINT = "send_recv"
+PIPELINE = "send_recv"  # the only kind that is a wait
+RING = "ring"
 
 
 class Work(NamedTuple):
@@ -34,7 +36,7 @@ class Work(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """A collective, or an exchange of two ranks (`kind` ``send_recv``). `nbytes` of the message, None where unknown."""
+    """A collective or an exchange of two ranks, between pipeline stages (`PIPELINE`) or in attention (`RING`). `nbytes` of the message, None where unknown."""
 
     start: int
     end: int
@@ -93,7 +95,7 @@ class Breakdown:
     Attributes:
         seconds: the whole step.
         parts: (room, activity) -> seconds; they add up to `seconds`.
-        communication: seconds in which any collective was under way, overlapped by work or not.
+        communication: seconds in which any transfer but those between stages was under way, overlapped by work or not.
         traffic: by kind of transfer.
     """
 
@@ -118,7 +120,7 @@ def breakdown(line: Timeline) -> Breakdown:
     for start, end, active in _instants(line):
         parts[_part(active, line.on_device)] += end - start
     found.parts.update({part: time / 1e9 for part, time in parts.items()})
-    found.communication = _covered(line, (one for one in line.transfers if one.kind != POINT_TO_POINT)) / 1e9
+    found.communication = _covered(line, (one for one in line.transfers if one.kind != PIPELINE)) / 1e9
     within = [one for one in line.transfers if one.start < line.end and one.end > line.start]
     for kind in sorted({one.kind for one in within}):
         mine = [one for one in line.transfers if one.kind == kind and line.start <= one.start < line.end]
@@ -188,7 +190,7 @@ class _Active:
         if isinstance(interval, Work):
             counter = self.work
         else:
-            counter = self.messages if interval.kind == POINT_TO_POINT else self.collectives
+            counter = self.messages if interval.kind == PIPELINE else self.collectives
         counter[interval.room] += 1 if begins else -1
         if not counter[interval.room]:
             del counter[interval.room]

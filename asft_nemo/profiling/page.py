@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from asft_nemo.profiling.breakdown import ACTIVITIES, OTHER, POINT_TO_POINT, Breakdown
+from asft_nemo.profiling.breakdown import ACTIVITIES, OTHER, PIPELINE, RING, Breakdown
 from asft_nemo.profiling.rooms import ROOMS
 from asft_nemo.profiling.trace import Operator
 
@@ -22,10 +22,13 @@ _WORDS = {
     "optimizer": "optimizer",
     "data": "data: taking micro batches and moving them",
     OTHER: "other",
-    "communication": "exposed communication: collectives that no work hides",
+    "communication": "exposed communication: collectives, and attention's ring, that no work hides",
     "wait": "pipeline wait: messages between stages that no work hides, and the bubble",
     "idle": "idle: the GPU has nothing to do",
 }
+
+# kinds of transfers that need more than their own name
+_KINDS = {PIPELINE: "send and receive, between stages", RING: "send and receive, within attention"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class RankProfile:
         steps: numbers of the profiled steps.
         step_seconds: of each of them.
         parts: the mean step's seconds: work by room, and what was not work by what it was; they add up to the step.
-        communication: seconds in which collectives were under way, hidden or not.
+        communication: seconds in which collectives or attention's ring were under way, hidden or not.
         traffic: by kind of transfer: `count`, `seconds`, `nbytes` (None where unknown) per step.
         rooms: room -> activity -> seconds, of which `parts` are the sums.
         operators: the dearest, per step.
@@ -163,12 +166,15 @@ def _parts_table(profile: RankProfile) -> str:
 
 def _traffic_table(profile: RankProfile) -> str:
     hidden = profile.communication - profile.parts["communication"]
-    said = f"Collectives were under way for {profile.communication:.4f} s of a step, {max(hidden, 0.0):.4f} s of it while the rank worked."
+    said = (
+        f"Collectives, and attention's ring, were under way for {profile.communication:.4f} s of a step, {max(hidden, 0.0):.4f} s of it while "
+        "the rank worked."
+    )
     if not profile.traffic:
         return "None."
     rows = [
         [
-            "send and receive" if kind == POINT_TO_POINT else kind.replace("_", " "),
+            _KINDS.get(kind, kind.replace("_", " ")),
             f"{one['count']:g}",
             f"{one['seconds']:.4f}",
             "unknown" if one["nbytes"] is None else f"{one['nbytes'] / 2**20:.2f}",

@@ -17,6 +17,8 @@ import torch
 
 PREFIX = "asft/"
 ROOMS = ("reference", "forward", "loss", "backward", "optimizer", "data")
+# within the room "reference", whose passes also exchange messages with other stages: a frozen model computes a micro batch
+FROZEN_MODEL = "frozen_model"
 
 # Megatron's timers that are rooms of ours; all others get a range under Megatron's own name
 _OF_MEGATRON = {"backward-compute": PREFIX + "backward"}
@@ -39,7 +41,7 @@ def room(name: str) -> AbstractContextManager[Any]:
     """A range of this name while somebody is watching, else nothing.
 
     Args:
-        name: one of `ROOMS`.
+        name: one of `ROOMS`, or `FROZEN_MODEL`.
     """
     return _NOTHING if _Switch.state is Watch.NOBODY else span(PREFIX + name)
 

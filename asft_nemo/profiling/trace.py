@@ -13,13 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from asft_nemo.profiling.breakdown import OTHER, POINT_TO_POINT, Stay, Timeline, Transfer, Work
-from asft_nemo.profiling.rooms import PREFIX, ROOMS
+from asft_nemo.profiling.breakdown import OTHER, PIPELINE, RING, Stay, Timeline, Transfer, Work
+from asft_nemo.profiling.rooms import FROZEN_MODEL, PREFIX, ROOMS
 
 Event = Mapping[str, Any]
 
 STEP = PREFIX + "step"
 _ROOM_OF = {PREFIX + room: room for room in ROOMS}
+# While a model computes its stage exchanges nothing with others: Megatron's schedules do so before and after.
+_COMPUTES = {PREFIX + name for name in ("forward", "backward", FROZEN_MODEL)}
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 # part of a kernel's name -> kind of transfer; the first match counts. Userbuffers are Transformer Engine's tensor-parallel exchanges.
@@ -27,7 +29,7 @@ _KINDS = (
     ("AllReduce", "all_reduce"),
     ("AllGather", "all_gather"),
     ("ReduceScatter", "reduce_scatter"),
-    ("SendRecv", POINT_TO_POINT),
+    ("SendRecv", PIPELINE),  # or `RING`
     ("AllToAll", "all_to_all"),
     ("Broadcast", "broadcast"),
     ("Reduce", "reduce"),
@@ -91,13 +93,24 @@ def operators(events: Sequence[Event]) -> list[Operator]:
 
 
 def _of_device(events: Sequence[Event], stays: Sequence[Stay]) -> tuple[list[Work], list[Transfer]]:
-    """Kernels and copies, by the room in which they were launched (backward's are launched by autograd's own thread)."""
+    """Kernels and copies, by the room in which they were launched (backward's are launched by autograd's own thread).
+
+    NCCL has one kernel for messages between pipeline stages and for the ring in which Transformer Engine's attention exchanges keys and
+    values of context-parallel ranks: one that a model launched while it computed is the ring's.
+    """
     launched = {
         event["args"]["correlation"]: _times(event)[0]
         for event in events
         if _is(event, *_LAUNCHES) and "correlation" in event.get("args", {})
     }
     rooms = _Rooms(stays)
+    computing = _Rooms(
+        [
+            Stay(*_times(event), event["name"])
+            for event in events
+            if _is(event, "user_annotation") and event["name"] in _COMPUTES
+        ]
+    )
     work, transfers = [], []
     for event in events:
         if not _is(event, *_ON_DEVICE):
@@ -105,11 +118,12 @@ def _of_device(events: Sequence[Event], stays: Sequence[Stay]) -> tuple[list[Wor
         start, end = _times(event)
         arguments = event.get("args", {})
         asked = launched.get(arguments.get("correlation"))
-        room = rooms.at(start if asked is None else asked) or OTHER
+        asked = start if asked is None else asked
+        room = rooms.at(asked) or OTHER
         if _NCCL.search(event["name"]):
-            transfers.append(
-                Transfer(start, end, _kind_of_kernel(event["name"]), _message_bytes(arguments), room)
-            )
+            kind = _kind_of_kernel(event["name"])
+            kind = RING if kind == PIPELINE and computing.at(asked) else kind
+            transfers.append(Transfer(start, end, kind, _message_bytes(arguments), room))
         else:
             work.append(Work(start, end, room))
     return work, transfers
@@ -143,8 +157,9 @@ def _kind_of_kernel(name: str) -> str:
 
 
 def _kind_of_gloo(name: str) -> str:
+    """Kind of a transfer on a CPU, where attention gathers keys and values and has no ring (`asft_nemo.nemo.context_parallel`)."""
     kind = name.removeprefix(_GLOO)
-    return POINT_TO_POINT if kind in ("send", "recv") else kind
+    return PIPELINE if kind in ("send", "recv") else kind
 
 
 def _message_bytes(arguments: Event) -> int | None:

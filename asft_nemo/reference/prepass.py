@@ -10,6 +10,8 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
+from asft_nemo.profiling.rooms import FROZEN_MODEL, room
+
 
 def _keep_hidden(output: Tensor, non_loss_data: bool = True) -> Tensor:
     """What Megatron collects on the last stage: the hidden states, apart from the tensor that the schedule may free."""
@@ -22,9 +24,10 @@ _CAUSAL = {"attention_mask": None}  # where the micro batch says nothing of it
 
 def _forward_step(batches: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(batches)
-    output = model(
-        input_ids=batch["tokens"], position_ids=batch["position_ids"], **batch.get("attention", _CAUSAL)
-    )
+    with room(FROZEN_MODEL):
+        output = model(
+            input_ids=batch["tokens"], position_ids=batch["position_ids"], **batch.get("attention", _CAUSAL)
+        )
     return output, partial(_keep_hidden)
 
 

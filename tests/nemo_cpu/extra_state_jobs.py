@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,3 +86,56 @@ def train(settings: dict[str, Any], *, valid: list[int], like: str, gain: bool =
         "given": sum(state is not None for state in received),
         "error": error,
     }
+
+
+class RunsCode:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def objects_of_a_stranger(folder: str, *, trusts: bool, guarded: bool, name: str) -> dict[str, Any]:
+    """Writes a checkpoint whose one object `name` runs code, reads it, and says what came of it.
+
+    Args:
+        trusts: what the strategy says of the checkpoint.
+        guarded: through this project's reader, or through Megatron's alone.
+    """
+    from types import SimpleNamespace
+
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    import asft_nemo.nemo  # noqa: F401  (the CPU backend)
+    from asft_nemo.errors import CheckpointError
+    from asft_nemo.nemo.extra_state import ExtraStateTolerant
+
+    rank, made = torch.distributed.get_rank(), Path(folder) / "made_by_the_object"
+    weights = Path(folder) / "weights"
+
+    def state(value: Any) -> dict[str, Any]:
+        tensor = torch.full((2,), 7.0 if value is not None else 0.0)
+        return {
+            "tensor": ShardedTensor.from_rank_offsets("tensor", tensor, replica_id=rank),
+            name: ShardedObject(name, value, (1,), (0,), replica_id=rank),
+        }
+
+    def read(path: Any, sharded_state_dict: Any) -> Any:
+        return dist_checkpointing.load(sharded_state_dict, str(Path(path) / "weights"))
+
+    weights.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(state(RunsCode(made)), str(weights))
+    io: Any = SimpleNamespace(load_checkpoint=read)
+    reader = ExtraStateTolerant(io, lambda: trusts) if guarded else io
+    error, loaded = "", {}
+    try:
+        loaded = reader.load_checkpoint(folder, sharded_state_dict=state(None))
+    except CheckpointError as raised:
+        error = str(raised)
+    torch.distributed.barrier()
+    return {"error": error, "loaded": sorted(loaded), "ran": made.exists()}

@@ -84,7 +84,7 @@ def test_a_run_goes_on_with_the_other_kind(
     settings = {**settings_for(model, resumed), "trainer.resume": "must"}
     found = ranks2.run("extra_state_jobs:train", settings=settings, valid=VALID, like=like)
     if like == "transformer_engine":
-        # attention and the final norm were not written, and linear layers wrote empty ones
+        # no extra state is asked for but for delayed scaling, which no CPU rank has
         assert [rank["given"] for rank in found] == [0, 0]
         assert all(rank["none"] > 0 for rank in found)
     ends = [all_tensors(folder / "checkpoints" / "latest") for folder in (*runs.values(), resumed)]
@@ -119,3 +119,35 @@ def test_a_parameter_that_is_not_there_is_still_an_error(
         "extra_state_jobs:train", settings=settings, valid=VALID, like="transformer_engine", gain=True
     )
     assert all("module.decoder.final_layernorm.gain" in rank["error"] for rank in found), found
+
+
+LAYER, OTHER_OBJECT = "layer._extra_state", "optimizer.param_groups"
+
+
+@pytest.mark.parametrize(
+    ("name", "trusts", "guarded", "refused", "ran"),
+    [
+        (LAYER, False, True, False, False),  # never read
+        (LAYER, True, True, True, False),
+        (OTHER_OBJECT, False, True, True, False),
+        (OTHER_OBJECT, False, False, False, True),  # Megatron's own loader: what all this is for
+    ],
+)
+def test_objects_of_a_checkpoint_run_no_code(
+    ranks2: RankGroup, tmp_path: Path, name: str, trusts: bool, guarded: bool, refused: bool, ran: bool
+) -> None:
+    found = ranks2.run(
+        "extra_state_jobs:objects_of_a_stranger",
+        folder=str(tmp_path),
+        trusts=trusts,
+        guarded=guarded,
+        name=name,
+    )
+    for rank in found:
+        assert rank["ran"] is ran
+        assert bool(rank["error"]) is refused
+        if refused:
+            assert f"{name}/shard_0_1 of the checkpoint is more than plain values" in rank["error"]
+        else:
+            assert "tensor" in rank["loaded"]
+            assert (name in rank["loaded"]) is ran

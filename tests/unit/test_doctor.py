@@ -23,7 +23,25 @@ def test_every_optional_part_is_named(capsys: pytest.CaptureFixture[str], monkey
     found = findings(capsys)
     for row in machine.OPTIONAL:
         said = found[row.name]["found"]
-        assert said == (f"there: {row.gives}" if row.name == "apex" else f"missing, so {row.without}")
+        missing = f"missing, so {row.without}. To have it: {row.get}"
+        assert said == (f"there: {row.gives}" if row.name == "apex" else missing)
+    assert {"flash-attn", "apex", "transformer-engine"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (("transformer_engine", "apex"), "transformer-engine's FusedAdam"),
+        (("apex",), "apex's FusedAdam"),
+        ((), "none, so torch's AdamW: apex or transformer-engine has one"),
+    ],
+)
+def test_the_adam_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], said: str
+):
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: object() if name in there else None)
+    main(["doctor", "--json"])
+    assert findings(capsys)["fused Adam"]["found"] == said
 
 
 @pytest.mark.parametrize(

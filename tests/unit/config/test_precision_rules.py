@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from asft_nemo.config import machine as parts
+from asft_nemo.config import rules
 from asft_nemo.config.fp8 import FP8
 from asft_nemo.config.load import compose
 from asft_nemo.config.schema import RunConfig
@@ -17,6 +18,7 @@ from asft_nemo.data.ordering import padding_multiple
 
 Violations = Callable[..., tuple[str, ...]]
 RESIDENT = ("objective=asft", "reference=resident")
+OVERLAP = ("parallel.tp_size=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true")
 LORA = ("objective=asft", "peft=lora", "reference=adapter_disabled")
 POLICIES = [name for name, row in FP8.items() if row.key == "precision"]
 
@@ -82,11 +84,16 @@ def test_an_older_transformer_engine(
         (*RESIDENT, "precision=fp8_current", "recompute.granularity=full"),
         (*RESIDENT, "precision=fp8_current", "data.packing=true", "trainer.micro_batch_size=1"),
         (*RESIDENT, "precision=fp8_current", "parallel.cp_size=2"),
+        ("objective=sft", "reference=none", "precision=fp8_delayed", *OVERLAP),
+        (*RESIDENT, "precision=bf16", *OVERLAP),
     ],
     ids=" ".join,
 )
-def test_what_goes_together(violations: Violations, overrides: tuple[str, ...]) -> None:
+def test_what_goes_together(
+    violations: Violations, configure: Callable[..., RunConfig], overrides: tuple[str, ...]
+) -> None:
     assert violations(*overrides) == ()
+    rules.check(configure(*overrides))  # as every rank does, which knows no levels
 
 
 @pytest.mark.usefixtures("with_kernels")
@@ -111,7 +118,7 @@ def test_what_goes_together(violations: Violations, overrides: tuple[str, ...]) 
         ),
         (
             (*RESIDENT, "precision=fp8_blockwise", "reference.precision=bf16"),
-            "starts at the KL that FP8's rounding makes: set reference.max_initial_kl=",
+            "starts at the KL that FP8's rounding makes, and reference.max_initial_kl=0.01 is a bound for equal kernels: set a larger one",
         ),
         ((*RESIDENT, "precision=fp32", "reference.precision=fp8"), "beside precision=fp32 would measure"),
         (("objective=sft", "reference=none", "precision=fp16"), "precision=fp16 is not supported"),
@@ -125,16 +132,14 @@ def test_what_goes_together(violations: Violations, overrides: tuple[str, ...]) 
             ("objective=sft", "reference=none", "precision=int8"),
             "precision=int8 is unknown: set one of fp32, bf16",
         ),
+        (("objective=sft", "reference=none", "precision=fp8_blockwise", *OVERLAP), "has one a block"),
         (
-            (
-                "objective=sft",
-                "reference=none",
-                "precision=fp8_blockwise",
-                "parallel.tp_size=2",
-                "parallel.sequence_parallel=true",
-                "parallel.tp_comm_overlap=true",
-            ),
-            "precision=fp8_blockwise has one a block",
+            ("objective=sft", "reference=none", "precision=fp8_current", *OVERLAP),
+            "keeps layers in bf16 beside",
+        ),
+        (
+            (*RESIDENT, "precision=bf16", "reference.precision=fp8", *OVERLAP),
+            "the reference runs in reference.precision=fp8",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

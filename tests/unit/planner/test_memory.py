@@ -9,7 +9,7 @@ import pytest
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.planner.activations import most_in_flight
 from asft_nemo.planner.memory import CHUNK_BYTES, StageMemory, loss_bytes, memory_of
-from asft_nemo.planner.precision import WIDTHS
+from asft_nemo.planner.precision import WIDTHS, widths_of
 from asft_nemo.planner.published import published_spec
 
 SPEC = published_spec("Qwen/Qwen2.5-72B")
@@ -24,7 +24,7 @@ LAYOUT: dict[str, Any] = {
 
 
 def stages(run: RunConfig) -> tuple[StageMemory, ...]:
-    return memory_of(run, SPEC, WIDTHS[run.precision])
+    return memory_of(run, SPEC, widths_of(run))
 
 
 def test_72b_as_counted_without_data(settle) -> None:
@@ -74,6 +74,7 @@ def test_chunks_of_unequal_size_are_counted_as_the_schedule_runs_them() -> None:
         ({"recompute__granularity": "full", "recompute__method": "block", "recompute__num_layers": 3}, {}),
         ({"data__sequence_length": 4096}, {"data__sequence_length": 8192}),
         ({"trainer__micro_batch_size": 1}, {"trainer__micro_batch_size": 2}),
+        ({}, {"kernels__layers": "local"}),
     ],
     ids=str,
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from asft_nemo.profiling.breakdown import OTHER, Stay, Transfer, Work
+from asft_nemo.profiling.breakdown import OTHER, PIPELINE, RING, Stay, Transfer, Work, breakdown
 from asft_nemo.profiling.trace import STEP, operators, timeline
 
 NCCL = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
@@ -85,6 +85,37 @@ def test_kernels_that_communicate(name: str, kind: str) -> None:
     events = [event("user_annotation", STEP, 0, 100), event("kernel", name, 10, 10, correlation=1)]
     assert [one.kind for one in timeline(events).transfers] == [kind]
     assert timeline(events).transfers[0].nbytes is None
+
+
+@pytest.mark.parametrize(
+    ("ranges", "kind", "part"),
+    [
+        (["asft/forward"], RING, ("forward", "communication")),
+        (["asft/backward"], RING, ("backward", "communication")),
+        (["asft/reference", "asft/frozen_model"], RING, ("reference", "communication")),
+        (["asft/reference"], PIPELINE, ("reference", "wait")),
+        (["megatron/forward-recv"], PIPELINE, (OTHER, "wait")),
+        (["megatron/forward-backward", "megatron/forward-send-backward-recv"], PIPELINE, (OTHER, "wait")),
+        ([], PIPELINE, (OTHER, "wait")),
+    ],
+)
+def test_a_message_of_attention_is_communication_and_one_between_stages_a_wait(
+    ranges: list[str], kind: str, part: tuple[str, str]
+) -> None:
+    """NCCL has the same kernel for both; it runs when the host is long elsewhere, and may be launched by autograd's thread."""
+    events = [
+        event("user_annotation", STEP, 0, 100),
+        event("user_annotation", "asft/forward", 0, 5),
+        *(event("user_annotation", name, 10 + place, 20 - 2 * place) for place, name in enumerate(ranges)),
+        event("user_annotation", "asft/backward", 40, 30),
+        event("cuda_runtime", "cudaLaunchKernelExC", 15, 1, tid=2, correlation=1),
+        event("kernel", "ncclDevKernel_SendRecv(...)", 50, 10, tid=8, correlation=1),
+    ]
+    line = timeline(events)
+    assert [one.kind for one in line.transfers] == [kind]
+    found = breakdown(line)
+    assert found.parts[part] == pytest.approx(10e-6)
+    assert found.communication == pytest.approx(10e-6 if kind == RING else 0)
 
 
 def test_of_a_cpu() -> None:
