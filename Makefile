@@ -23,7 +23,7 @@ test-slurm: $(STAMP)  ## the tests on a real Slurm; installs Debian's packages o
 	@if command -v slurmctld >/dev/null || [ -x /usr/sbin/slurmctld ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then tools/slurm_sandbox install; \
 	else echo "test-slurm: skipped: Slurm is not installed, and only root on Debian can install it here"; fi
-	timeout --signal=INT --kill-after=60 480 $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+	ASFT_SLURM_TESTS=1 timeout --signal=INT --kill-after=60 480 $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 check: $(STAMP)  ## the fast checks: style, types, layers
 	$(BIN)/ruff check .

@@ -12,7 +12,6 @@ from asft_nemo.cpu import backend
 from asft_nemo.cpu.norm import RMSNorm
 from asft_nemo.nemo.context_parallel import GatheredAttention
 
-
 _asked = "auto"
 
 

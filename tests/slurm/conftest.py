@@ -19,8 +19,8 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 @contextmanager
 def started(folder: Path, **shape: int) -> Iterator[Cluster]:
     """A sandbox of a shape of its own, until the block ends."""
-    if os.environ.get("ASFT_SLURM_TESTS") == "later":
-        pytest.skip("make test-slurm runs these")
+    if os.environ.get("ASFT_SLURM_TESTS") != "1":
+        pytest.skip("they take minutes and start a Slurm: make test-slurm runs them")
     if shutil.which("slurmctld", path=PATH) is None or shutil.which("mariadbd", path=PATH) is None:
         pytest.skip("Slurm is not installed: tools/slurm_sandbox start --install gets it (Debian, root)")
     if os.geteuid() != 0:
