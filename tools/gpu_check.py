@@ -120,13 +120,13 @@ def look_outside(options: argparse.Namespace, folder: Path) -> dict[str, dict[st
     """Head, embedding and loss of an asft run in each precision of FP8 that has a reference like itself, one rank."""
     found = {}
     for name in ("fp8_current", "fp8_blockwise"):
-        run_dir = folder / f"outside_{name}"
+        run_dir, seen = folder / f"outside_{name}", folder / f"seen_{name}"
         one = argparse.Namespace(**{**vars(options), "gpus": 1, "steps": 1})
         settings = [*overrides("resident", one, folder, run_dir), f"precision={name}"]
         settings.remove(f"precision={options.precision}")
-        run_dir.mkdir()
+        seen.mkdir()
         found[name] = attempt(
-            name, settings, lambda given=settings, where=run_dir: outside_fp8.look(given, where)
+            name, settings, lambda given=settings, where=seen: outside_fp8.look(given, where)
         )
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from asft_nemo.commands.output import DONE, MENDABLE, Add, answer
@@ -36,6 +37,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from asft_nemo.planner.gpus import gpu
     from asft_nemo.planner.plan import as_json, plan_of
     from asft_nemo.planner.time import shape_of
+    from asft_nemo.planner.totals import totals_of
     from asft_nemo.planner.words import in_words
 
     device = gpu(arguments.gpu)
@@ -47,7 +49,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     )
     spec = _spec(run)
     plan = plan_of(run, spec, device)
-    values, words = as_json(plan), [in_words(plan)]
+    values, words = {**as_json(plan), "total": asdict(totals_of(plan))}, [in_words(plan)]
     if arguments.search:
         found = layouts.search(plan)
         values["layouts"] = layouts.as_json(found)

@@ -64,8 +64,8 @@ def simulated(jobs: Sequence[Job]) -> list[dict[str, Any]]:
         For each what `asft_nemo.nemo.simulate.Simulation` holds.
 
     Raises:
-        ConfigError: settings that break a rule, before the process starts; or what else the user can mend.
-        RuntimeError: Megatron refuses a run, with its words; or the simulation failed.
+        ConfigError: settings that break a rule, before the process starts; or what Megatron refuses, in its words.
+        RuntimeError: the simulation failed otherwise.
     """
     for job in jobs:
         rules.check(job.run, shape=shape_of(job.spec))

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from asft_nemo.config.machine import version_of
 from asft_nemo.cpu import backend
 from asft_nemo.cpu.norm import RMSNorm
+from asft_nemo.nemo.biased_linear import BiasedColumnParallelLinear
 from asft_nemo.nemo.context_parallel import GatheredAttention
 
 _asked = "auto"
@@ -64,6 +65,7 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     )
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.linear_qkv = BiasedColumnParallelLinear
     if config.qk_layernorm:
         spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
         spec.submodules.self_attention.submodules.k_layernorm = RMSNorm

@@ -5,7 +5,7 @@ flash attention, which it does not treat: docs/planner.md derives the terms.
 
 Letters: T tokens of a micro batch on the ranks of one tensor-parallel group (S * B / CP); h hidden, f feed-forward, q query rows, k key
 rows; t tensor-parallel ranks, p those that share the tokens between linear layers (t under sequence parallelism, else 1); c bytes of a
-number, g bytes of what a linear layer keeps of its input (1 in FP8).
+number, g bytes of what a linear layer keeps of its input (1 in FP8, 0 where its weight is frozen: nothing needs the input then).
 """
 
 from __future__ import annotations
@@ -15,34 +15,14 @@ from dataclasses import dataclass
 
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.model.spec import ModelSpec
+from asft_nemo.planner.adapters import adapter_bytes
 from asft_nemo.planner.precision import ByteWidths
 from asft_nemo.planner.stages import Chunk
+from asft_nemo.planner.tokens import Tokens
 
 _STATISTIC = (
     4  # bytes: an inverse root mean square of a norm, a log-sum-exp of attention; fp32 whatever the precision
 )
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A micro batch on one rank.
-
-    Attributes:
-        whole: T, tokens of the rank's tensor-parallel group.
-        shared: the rank's own between linear layers: T / t under sequence parallelism, else T.
-        keys: tokens that attention looks at in a row, for attention that keeps its scores.
-    """
-
-    whole: int
-    shared: int
-    keys: int
-
-    @classmethod
-    def of(cls, run: RunConfig) -> Tokens:
-        """Those of the policy's micro batches."""
-        layout, length = run.parallel, run.data.sequence_length
-        whole = length * run.trainer.micro_batch_size // layout.cp_size
-        return cls(whole, whole // (layout.tp_size if layout.sequence_parallel else 1), length)
 
 
 @dataclass(frozen=True)
@@ -86,19 +66,20 @@ def layer_activations(run: RunConfig, spec: ModelSpec, widths: ByteWidths) -> La
         widths: bytes of numbers, and which kernels.
     """
     tokens, tp_size = Tokens.of(run), run.parallel.tp_size
-    c, g, hidden = widths.compute, widths.linear_input, spec.hidden_size
-    queries, keys = spec.query_rows // tp_size, spec.key_value_rows // tp_size
-    ffn, heads = spec.ffn_hidden_size // tp_size, spec.num_attention_heads // tp_size
-    # T/p * h * c: the input of a norm, and T/p * h * g its output, which is the linear layer's input
-    norm = tokens.shared * (hidden * (c + g) + _STATISTIC)
-    if widths.kernels == "local":
-        norm = tokens.shared * (hidden * _local_norm(c) + _STATISTIC)
-    attention, core = _attention(tokens, queries, keys, heads, widths)
+    c, g, hidden = widths.compute, _linear_input(run, widths), spec.hidden_size
+    ffn = spec.ffn_hidden_size // tp_size
+    norm = tokens.shared * (hidden * _norm(run, widths) + _STATISTIC)
+    attention, core = _attention(run, spec, tokens, widths)
     if not widths.fused:  # cosines and sines of every position, for queries and for keys
         attention += 4 * spec.head_dim * c * tokens.whole // run.trainer.micro_batch_size
     # gate and up projection [2f], and their product [f], the second linear layer's input; Megatron's unfused SwiGLU keeps silu(gate) and
     # the up projection plus its offset of 0, too
     inside = tokens.whole * ffn * ((2 if widths.fused else 4) * c + g)
+    for target, kept in adapter_bytes(run, spec, widths).items():
+        if target in ("linear_fc1", "linear_fc2"):
+            inside += kept
+        else:
+            attention += kept
     return LayerActivations(
         input=tokens.shared * hidden * c,
         attention=norm + attention,
@@ -109,25 +90,36 @@ def layer_activations(run: RunConfig, spec: ModelSpec, widths: ByteWidths) -> La
     )
 
 
-def _local_norm(c: int) -> int:
-    """Bytes a number of `asft_nemo.cpu.norm.RMSNorm`: the input in fp32, the normed input and the result in the compute dtype."""
-    return 4 + 2 * c
+def _linear_input(run: RunConfig, widths: ByteWidths) -> int:
+    """g."""
+    return widths.linear_input if run.peft.name == "none" else 0
 
 
-def _attention(tokens: Tokens, queries: int, keys: int, heads: int, widths: ByteWidths) -> tuple[int, int]:
+def _norm(run: RunConfig, widths: ByteWidths) -> int:
+    """Bytes that a norm and the linear layer behind it keep of a number: the norm's input, and its output, the linear layer's input."""
+    if widths.kernels == "te":
+        return widths.compute + _linear_input(run, widths)
+    # `asft_nemo.cpu.norm.RMSNorm`: the input in fp32; for its weight's gradient the normed input, in the compute dtype; its output
+    return 4 + (2 * widths.compute if run.peft.name == "none" else 0)
+
+
+def _attention(run: RunConfig, spec: ModelSpec, tokens: Tokens, widths: ByteWidths) -> tuple[int, int]:
     """Bytes between the attention's two linear layers, the second one's input included; and what recomputing the products saves."""
-    c, whole = widths.compute, tokens.whole
+    c, whole, tp_size, frozen = widths.compute, tokens.whole, run.parallel.tp_size, run.peft.name != "none"
+    queries, keys = spec.query_rows // tp_size, spec.key_value_rows // tp_size
+    heads = spec.num_attention_heads // tp_size
     if widths.kernels == "te":
         # Flash attention keeps queries, keys, values, its output and a statistic a head. The output is also the input of the projection,
         # which keeps an FP8 copy of it where it computes in FP8.
-        output = queries * c + (queries * widths.linear_input if widths.linear_input < c else 0)
+        output = queries * (c + (widths.linear_input if widths.linear_input < c and not frozen else 0))
         return whole * ((queries + 2 * keys) * c + output + heads * _STATISTIC), whole * heads * _STATISTIC
-    # Megatron's own: rotated queries; keys and values repeated for every query head; probabilities, in fp32 and once more in bf16
+    # Megatron's own: rotated queries; keys and values repeated for every query head; probabilities in the compute dtype, in which NeMo's
+    # config has the softmax taken (`attention_softmax_in_fp32=False`), and in which the fused kernel keeps them; the projection's input
     grouped = queries if keys < queries else keys
-    probabilities = heads * tokens.keys * (4 + (c if c < 4 else 0))
-    kept = whole * (c * (queries + 2 * grouped + queries) + probabilities)
+    output = 0 if frozen else queries
+    kept = whole * c * (queries + 2 * grouped + output + heads * tokens.keys)
     # Recomputed, it keeps what comes in: rotated queries and keys, and values inside the joint projection that they are a view of
-    again = whole * c * (queries + keys + (queries + 2 * keys) + queries)
+    again = whole * c * (queries + keys + (queries + 2 * keys) + output)
     return kept, kept - again
 
 

@@ -10,7 +10,6 @@ from asft_nemo.config.schema import RunConfig, data_parallel_size, num_microbatc
 from asft_nemo.model import padded_vocab_size
 from asft_nemo.model.spec import ModelSpec
 from asft_nemo.planner.activations import (
-    Tokens,
     chunk_bytes,
     layer_activations,
     most_in_flight,
@@ -19,9 +18,11 @@ from asft_nemo.planner.activations import (
 from asft_nemo.planner.parameters import Parameters, rank_parameters
 from asft_nemo.planner.precision import ByteWidths, reference_widths
 from asft_nemo.planner.stages import Chunk, pipeline_chunks
+from asft_nemo.planner.tokens import Tokens
 
 #: What "auto" allows the loss's [chunk, vocabulary] buffers on a GPU (`asft_nemo.losses.chunks`, which imports torch; a test compares).
 CHUNK_BYTES = 512 * 2**20
+_HOST_GRADIENT = 4  # bytes: an fp32 copy for the CPUs' Adam (`HybridDeviceOptimizer`, megatron-core 0.15.3)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class StageMemory:
         working: what the widest layer's backward pass, or the loss, holds for a moment.
         prepass: what the reference's pass adds for its time, before activations grow.
         in_flight: micro batches' chunks that are alive at once, at most.
+        optimizer_host, reference_host: bytes in host memory for each GPU: under `optim.cpu_offload` masters, moments and gradients of a
+            share of the parameters; an offloaded reference.
     """
 
     rank: int
@@ -55,6 +58,8 @@ class StageMemory:
     working: int
     prepass: int
     in_flight: int
+    optimizer_host: int
+    reference_host: int
 
     @property
     def lasting(self) -> int:
@@ -88,6 +93,9 @@ def _stage(
     shards = (
         data_parallel_size(run) * run.parallel.cp_size if run.optim.distributed else 1
     )  # context-parallel ranks have the same weights, and Megatron shards over both
+    moved = round(
+        trained * run.optim.cpu_offload
+    )  # Megatron moves whole tensors until it has at least so many
     layer, head = layer_activations(run, spec, widths), any(chunk.head for chunk in chunks)
     micro_batches = num_microbatches(run)
     kept = [chunk_bytes(run, spec, layer, chunk, widths) for chunk in chunks]
@@ -100,7 +108,7 @@ def _stage(
         parameters=parameters,
         weights=weight_bytes(parameters, chunks, widths),
         gradients=trained * widths.gradient,
-        optimizer=-(-trained * widths.optimizer // shards),
+        optimizer=-(-(trained - moved) * widths.optimizer // shards),
         reference=held,
         reference_hidden=hidden if keeps_hidden(run) else 0,
         activations=most_in_flight(kept, **flight),
@@ -108,6 +116,8 @@ def _stage(
         working=max(layer.working, loss_bytes(run, spec, widths) if head else 0),
         prepass=pass_bytes + (hidden if reads_reference(run) and not keeps_hidden(run) else 0),
         in_flight=most_in_flight([1] * len(chunks), **flight),
+        optimizer_host=moved * (widths.optimizer + _HOST_GRADIENT) // shards,
+        reference_host=pass_bytes + held if pass_bytes else 0,
     )
 
 

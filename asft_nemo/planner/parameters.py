@@ -51,7 +51,7 @@ class Parameters:
 
 def layer_parameters(spec: ModelSpec, peft: PeftConfig, tp_size: int) -> Parameters:
     """One transformer layer on one tensor-parallel rank."""
-    hidden, rows = spec.hidden_size, _linear_rows(spec)
+    hidden, rows = spec.hidden_size, linear_rows(spec)
     linear = sum(inputs * outputs for inputs, outputs in rows.values()) // tp_size
     qkv_bias = rows["linear_qkv"][1] // tp_size if spec.qkv_bias else 0
     other = 2 * hidden + qkv_bias + (2 * spec.head_dim if spec.qk_norm else 0)
@@ -62,7 +62,7 @@ def layer_parameters(spec: ModelSpec, peft: PeftConfig, tp_size: int) -> Paramet
     return Parameters(linear=linear, other=other, adapters=adapters)
 
 
-def _linear_rows(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+def linear_rows(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of a layer's linear layers, all tensor-parallel ranks together."""
     hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
     return {

@@ -50,6 +50,11 @@ class Plan:
     step: StepTime
 
     @property
+    def compute_bytes(self) -> int:
+        """Of one activation."""
+        return widths_of(self.run).compute
+
+    @property
     def fullest(self) -> StageMemory:
         """The stage that decides whether the run fits."""
         return max(self.memory, key=lambda stage: stage.peak)
@@ -151,6 +156,7 @@ def _stage_json(plan: Plan, rank: int) -> dict[str, Any]:
         if plan.run.peft.name == "none"
         else memory.parameters.adapters,
         "bytes": {part: getattr(memory, part) for part in PARTS} | {"peak": memory.peak},
+        "host_bytes": {"optimizer": memory.optimizer_host, "reference": memory.reference_host},
         "chunks_in_flight": memory.in_flight,
         "micro_batch_seconds": {"forward": time.forward, "backward": time.backward, "head": time.head},
     }

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from asft_nemo.config.model_shape import ModelShape
 from asft_nemo.config.schema import RunConfig, data_parallel_size, num_microbatches
 from asft_nemo.model.spec import ModelSpec
-from asft_nemo.planner.activations import Tokens, layer_activations
+from asft_nemo.planner.activations import layer_activations
 from asft_nemo.planner.flops import Flops, adapter_flops, causal_pairs, forward_flops, training_flops
 from asft_nemo.planner.gpus import GPUS_A_NODE, Gpu
 from asft_nemo.planner.memory import StageMemory, anchored, reads_reference, vocabulary_rows
 from asft_nemo.planner.precision import ByteWidths
 from asft_nemo.planner.stages import Chunk
+from asft_nemo.planner.tokens import Tokens
 
 # Shares of the peak. FP8: between what the two published runs of docs/planner.md come to (0.44, 0.49), casts included. bf16: what large
 # products reach on these GPUs, smaller ones less; no published run of this stack was compared.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asft_nemo.config.schema import data_parallel_size, num_microbatches
 from asft_nemo.model import parameter_count
+from asft_nemo.planner import totals
 from asft_nemo.planner.balance import explain
 from asft_nemo.planner.cures import cures, largest_part
 from asft_nemo.planner.memory import StageMemory
@@ -31,6 +32,7 @@ def in_words(plan: Plan) -> str:
         _stages(plan),
         _step(plan),
         _forms(plan),
+        totals.in_words(plan),
         explain(plan),
         [verdict(plan)],
     )
@@ -56,12 +58,15 @@ def _fullest(plan: Plan) -> list[str]:
     stage = plan.fullest
     lines = [f"GiB on each GPU of the fullest pipeline stage, {stage.rank}:"]
     lines += [_row(text, getattr(stage, part)) for part, text in _ROWS if getattr(stage, part)]
+    host = stage.optimizer_host + stage.reference_host
+    in_host = [_row("in host memory, for each GPU", host)] if host else []
     together = "largest of what is there at a time" if stage.prepass else "together"
     return [
         *lines,
         _row(together, stage.peak),
         _row(f"between blocks ({100 * FRAGMENTS:.0f} %) and outside torch", plan.needed - stage.peak),
         _row(f"needed, of {plan.gpu.memory / GIB:.1f}", plan.needed),
+        *in_host,
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from asft_nemo.commands.simulation import Job, simulated
 from asft_nemo.config.load import compose
 from asft_nemo.config.recipes import known_recipes, recipe_model
-from asft_nemo.config.schema import replace
-from asft_nemo.errors import ConfigError
+from asft_nemo.config.schema import replace as replace_settings
+from asft_nemo.errors import ConfigError, LayoutError
 from asft_nemo.planner.memory import StageMemory, memory_of
 from asft_nemo.planner.precision import widths_of
 from asft_nemo.planner.published import spec_of_recipe
@@ -18,49 +19,88 @@ from asft_nemo.planner.published import spec_of_recipe
 LONG = "qwen25_72b_32k_64gpu_h100"
 RECIPES = [name for name in known_recipes() if recipe_model(name) is not None]
 EXACT = ("weights", "gradients", "optimizer", "reference", "reference_hidden")
-# (name, recipe, settings, whether a micro batch is traced)
-CASES: list[tuple[str, str, list[str], bool]] = [
-    *((name, name, [], name in ("qwen25_1p5b", "qwen25_72b", LONG)) for name in RECIPES),
-    *(
-        (f"{name}-lora", name, ["peft=lora", "reference=adapter_disabled"], False)
-        for name in RECIPES
-        if name != LONG
-    ),
-    ("lora-resident", "qwen25_7b", ["peft=lora", "reference=resident", "run.world_size=8"], False),
-    ("offloaded", "qwen25_32b", ["reference=offloaded"], False),
-    ("cached", "qwen25_7b", ["reference=cached", "run.world_size=8"], False),
-    ("recomputed", "qwen25_1p5b", ["recompute.granularity=full"], True),
-]
+LORA = ("peft=lora", "reference=adapter_disabled")
 
 
-def job(recipe: str, settings: list[str], traced: bool) -> Job:
-    run = compose(
-        [f"recipe={recipe}", "objective=asft", "model.path=as published", *settings], check_inputs=False
-    )
-    spec = spec_of_recipe(recipe)
-    assert spec is not None
-    return Job(run, spec, trace=traced)
+@dataclass(frozen=True)
+class Case:
+    """A run that is simulated and planned.
+
+    Attributes:
+        recipe, settings: as on the command line, beside `objective=asft`.
+        traced: whether a micro batch goes through it.
+        layers: of a model that is cut short, for what every layer has alike; None for all.
+        kernels: see `Job`.
+    """
+
+    recipe: str
+    settings: tuple[str, ...] = ()
+    traced: bool = False
+    layers: int | None = None
+    kernels: str = "te"
+
+    def job(self) -> Job:
+        words = [f"recipe={self.recipe}", "objective=asft", "model.path=as published", *self.settings]
+        spec = spec_of_recipe(self.recipe)
+        assert spec is not None
+        spec = replace(spec, num_layers=self.layers or spec.num_layers)
+        return Job(compose(words, check_inputs=False), spec, self.kernels, self.traced)
+
+    def plan(self, job: Job) -> tuple[StageMemory, ...]:
+        return memory_of(job.run, job.spec, replace(widths_of(job.run), kernels=self.kernels))
+
+
+CASES = {
+    **{name: Case(name, traced=name in ("qwen25_1p5b", "qwen25_72b", LONG)) for name in RECIPES},
+    **{f"{name}-lora": Case(name, LORA) for name in RECIPES if name != LONG},
+    "lora-resident": Case("qwen25_7b", ("peft=lora", "reference=resident", "run.world_size=8")),
+    "offloaded": Case("qwen25_32b", ("reference=offloaded",)),
+    "cached": Case("qwen25_7b", ("reference=cached", "run.world_size=8")),
+    "recomputed": Case("qwen25_1p5b", ("recompute.granularity=full",), traced=True, layers=4),
+    # adapters: with and without dropout, tokens shared by tensor ranks and not, some targets, both kinds of layers
+    "lora-shared": Case("qwen25_72b", LORA, traced=True, layers=20),
+    "lora-whole": Case("qwen25_1p5b", LORA, traced=True, layers=4),
+    "lora-without-dropout": Case("qwen25_7b", (*LORA, "peft.dropout=0"), traced=True, layers=4),
+    "lora-of-some": Case("qwen25_7b", (*LORA, "peft.targets=[linear_qkv,linear_fc2]"), traced=True, layers=4),
+    "lora-local": Case("qwen25_7b", LORA, traced=True, layers=4, kernels="local"),
+    "local": Case("qwen25_7b", traced=True, layers=4, kernels="local"),
+    "iw_sft": Case("qwen25_1p5b", ("objective=iw_sft",), traced=True, layers=4),
+}
+
+
+# what the planner has by another rule than to the byte
+BESIDE = {
+    "psft": Case("qwen25_1p5b", ("objective=psft",), traced=True, layers=4),
+    "state-offloaded": Case("qwen25_1p5b", ("optim.cpu_offload=0.5",), traced=True, layers=8),
+}
 
 
 @pytest.fixture(scope="module")
-def stages() -> dict[str, list[tuple[dict[str, Any], StageMemory]]]:
+def results() -> dict[str, tuple[Job, dict[str, Any]]]:
+    """Every case and what was simulated of it; those of `BESIDE`, too."""
+    jobs = {name: case.job() for name, case in {**CASES, **BESIDE}.items()}
+    return dict(zip(jobs, zip(jobs.values(), simulated([*jobs.values()]), strict=True), strict=True))
+
+
+@pytest.fixture(scope="module")
+def stages(
+    results: dict[str, tuple[Job, dict[str, Any]]],
+) -> dict[str, list[tuple[dict[str, Any], StageMemory]]]:
     """Every pipeline stage of every case: as simulated, and as planned."""
-    jobs = [job(recipe, settings, traced) for _, recipe, settings, traced in CASES]
-    results = simulated(jobs)
     return {
-        name: list(zip(result["stages"], memory_of(asked.run, asked.spec, widths_of(asked.run)), strict=True))
-        for (name, *_), asked, result in zip(CASES, jobs, results, strict=True)
+        name: list(zip(result["stages"], {**CASES, **BESIDE}[name].plan(job), strict=True))
+        for name, (job, result) in results.items()
     }
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_what_stays_is_the_planners_to_the_byte(stages: dict[str, Any], name: str) -> None:
     for built, planned in stages[name]:
         assert built["parameters"] == planned.parameters.total
         assert {part: built[part] for part in EXACT} == {part: getattr(planned, part) for part in EXACT}
 
 
-@pytest.mark.parametrize("name", [name for name, _, _, traced in CASES if traced])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.traced])
 def test_what_a_step_holds_is_near_the_planners(stages: dict[str, Any], name: str) -> None:
     traced = [pair for pair in stages[name] if pair[0]["peak"] is not None]
     assert len(traced) == min(len(stages[name]), 3)
@@ -83,11 +123,46 @@ def test_counts_of_72b_are_those_of_nemos_own_model(stages: dict[str, Any]) -> N
 
 
 def test_an_offloaded_reference_waits_on_the_host(stages: dict[str, Any]) -> None:
-    for built, _ in stages["offloaded"]:
-        assert built["reference_host"] == built["weights"]
+    for built, planned in stages["offloaded"]:
+        assert built["reference_host"] == built["weights"] == planned.reference_host
+
+
+def test_a_snapshot_is_held_as_a_reference_is(stages: dict[str, Any]) -> None:
+    [(built, planned)] = stages["psft"]
+    assert built["snapshot"] == planned.reference == built["weights"]
+    assert built["activations_in_flight"] == pytest.approx(planned.activations, rel=0.1)
+    assert built["peak"] == pytest.approx(planned.peak, rel=0.1)
+
+
+def test_a_share_of_the_optimizer_waits_on_the_host(stages: dict[str, Any]) -> None:
+    """Megatron moves whole tensors until it has the share; the one that is too many is a layer's here, at most a gate and up projection."""
+    [(built, planned)] = stages["state-offloaded"]
+    spec = BESIDE["state-offloaded"].job().spec
+    assert (
+        0
+        <= (built["optimizer_host"] - planned.optimizer_host) / 16
+        <= 2 * spec.ffn_hidden_size * spec.hidden_size
+    )
+    # 12 bytes a parameter on the device; 16 on the host, where the gradients are a second time
+    assert built["optimizer"] / 12 + built["optimizer_host"] / 16 == built["parameters"]
+    assert built["peak"] == pytest.approx(planned.peak, rel=0.1)
 
 
 def test_settings_that_break_a_rule_are_refused_before_anything_is_built() -> None:
-    asked = job("qwen25_1p5b", [], False)
+    job = Case("qwen25_1p5b").job()
+    broken = replace_settings(job.run, {"parallel.tp_size": 5, "run.world_size": 5})
     with pytest.raises(ConfigError, match="tp_size=5 does not divide"):
-        simulated([Job(replace(asked.run, {"parallel.tp_size": 5, "run.world_size": 5}), asked.spec)])
+        simulated([replace(job, run=broken)])
+
+
+def test_what_megatron_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from asft_nemo.nemo import build
+    from asft_nemo.nemo.simulate.world import config_on_gpu
+
+    def refuse(*_: Any) -> None:
+        assert 5 % 2 == 0, "5 layers do\n not divide"
+
+    job = Case("qwen25_1p5b").job()
+    monkeypatch.setattr(build, "model_config", refuse)
+    with pytest.raises(LayoutError, match=r"^Megatron refuses recipe=qwen25_1p5b .*: 5 layers do not divide"):
+        config_on_gpu(job.run, job.spec, kernels="te")

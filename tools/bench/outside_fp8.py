@@ -54,6 +54,10 @@ def watch(found: dict[str, Any]) -> None:
 def look(settings: list[str], scratch: Path) -> dict[str, Any]:
     """Trains one rank with these settings; what was seen.
 
+    Args:
+        settings: overrides of `asft train`.
+        scratch: a folder for what goes to the rank and comes from it, not the run's own.
+
     Raises:
         RuntimeError: the rank stopped.
     """

@@ -1,7 +1,8 @@
 """``python -m asft_nemo.nemo.simulate JOBS OUT``: simulations in a process of their own; `asft_nemo.commands.simulation` starts it.
 
 JOBS is a JSON list of objects with ``run`` (`asft_nemo.config.schema.to_dict`), ``spec`` (the fields of `asft_nemo.model.ModelSpec`), ``kernels``
-and ``trace``, the arguments of `simulate`; OUT gets the list of results, or an object with ``error``, what the user can mend (exit code 2).
+and ``trace``, the arguments of `simulate`; OUT gets the list of results, or an object with ``error``, what the user can mend (exit code 2): a
+broken rule, or what Megatron refuses while it makes a config of the settings.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -44,8 +45,8 @@ class WithoutData(TorchDispatchMode):
     """Computes shapes alone: every tensor is made on torch's meta device, and counted until its storage is freed.
 
     What depends on numbers is answered as for a micro batch all of whose tokens count and whose labels are all in the vocabulary: the
-    place of every True of a mask is every place, a truth value is False (no label is outside) and a number is 1 (the loss is multiplied
-    with nothing before backward).
+    place of every True of a mask is every place, a truth value is False (no label is outside), a number is 1 (the loss is multiplied
+    with nothing before backward), and no two numbers are the same (a micro batch has at most as many sequences as tokens).
 
     Products of low-precision operands into fp32 (`out_dtype`) exist for CUDA alone: `out` is returned as it is. So are a collective's
     outputs.
@@ -140,6 +141,12 @@ def _every_place(func: Any, mask: Tensor, **_: Any) -> Tensor:
     return torch.empty(mask.numel(), mask.ndim, dtype=torch.int64, device=META)
 
 
+def _all_different(func: Any, tensor: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (tensor.numel(),), tensor.shape, (tensor.numel(),)
+    values, inverse, counts = (torch.empty(shape, dtype=torch.int64, device=META) for shape in shapes)
+    return values.to(tensor.dtype), inverse, counts
+
+
 def _no_surprise(func: Any, scalar: Tensor) -> Any:
     if scalar.is_meta:
         return False if scalar.dtype == torch.bool else 1
@@ -148,6 +155,7 @@ def _no_surprise(func: Any, scalar: Tensor) -> Any:
 
 _STAND_FOR: dict[Any, Callable[..., Any]] = {
     _ATEN.nonzero: _every_place,
+    _ATEN._unique2: _all_different,
     _ATEN._local_scalar_dense: _no_surprise,
     _ATEN._assert_async: lambda func, *_: None,
     # has one, which takes as long as all else that building a model does
@@ -155,12 +163,21 @@ _STAND_FOR: dict[Any, Callable[..., Any]] = {
 }
 
 
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else x
+
+
 class AsOnGpu(TorchFunctionMode):
-    """Lets code that asks `tensor.is_cuda` take its GPU path: the losses choose their matrix products and block sizes by it."""
+    """Lets code that asks `tensor.is_cuda` take its GPU path: the losses choose their matrix products and block sizes by it.
+
+    Dropout is the GPU's kernel, which keeps a mask of booleans; torch composes it of other operations elsewhere, which keep more.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _IS_CUDA:
             return True
+        if func is functional.dropout:
+            return _dropout(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         # Megatron's optimizers compare this text with "torch.cuda.BFloat16Tensor"
         return (

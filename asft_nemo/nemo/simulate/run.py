@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 from asft_nemo.config import rules
@@ -19,9 +21,11 @@ from asft_nemo.model import ModelSpec
 from asft_nemo.nemo.simulate.flight import Flight, step_of
 from asft_nemo.nemo.simulate.meter import META, AsOnGpu, WithoutData
 from asft_nemo.nemo.simulate.stage import Stage, Traced, build_stage, hidden_states, trace
+from asft_nemo.nemo.simulate.stand_ins import rotary_kernel
 from asft_nemo.nemo.simulate.world import first_rank_of_stage
 from asft_nemo.planner.time import shape_of
 
+_FP32 = 4
 _MOMENTS = 2  # of Adam, fp32 beside each fp32 master
 
 
@@ -35,7 +39,8 @@ class StageFigures:
         parameters, trained_parameters: numbers of them.
         weights: of all parameters.
         gradients: Megatron's fp32 sums of the trained ones.
-        optimizer: fp32 masters, where these are not the weights themselves, and both moments; this rank's share.
+        optimizer: fp32 masters, where these are not the weights themselves, and both moments; this rank's share on the device.
+        optimizer_host: under `optim.cpu_offload` masters, moments and gradients in host memory.
         padding: what Megatron adds so that buffers divide over data-parallel ranks.
         reference: the frozen reference on the device during a step.
         reference_host: the part of it that waits in host memory.
@@ -57,6 +62,7 @@ class StageFigures:
     weights: int
     gradients: int
     optimizer: int
+    optimizer_host: int
     padding: int
     reference: int
     reference_host: int
@@ -106,7 +112,7 @@ def simulate(
 
     Raises:
         ConfigError: the settings break one of this project's rules.
-        AssertionError, ValueError, RuntimeError: Megatron refuses them; the message is Megatron's.
+        LayoutError: Megatron refuses to make a config of them; the message has its words.
     """
     if not backend.active() or os.environ.get(TRITON) != "0":
         raise RuntimeError(f"a simulation needs ASFT_DEVICE=cpu and {TRITON}=0 from the process's start")
@@ -138,7 +144,7 @@ def _simulated(run: RunConfig, spec: ModelSpec, number: int, kernels: str, trace
         stage = build_stage(run, spec, kernels=kernels, meter=meter)
         gc.collect()
         held = _held(stage, number)
-        on_device = sum(held.values()) - held["reference_host"]
+        on_device = sum(size for part, size in held.items() if not part.endswith("_host"))
         figures = {**held, **(_traced(stage, on_device) if traced else {})}
         counts = _counts(stage)
         del stage
@@ -148,7 +154,8 @@ def _simulated(run: RunConfig, spec: ModelSpec, number: int, kernels: str, trace
 
 @contextlib.contextmanager
 def _without_data(meter: WithoutData) -> Iterator[None]:
-    with meter, META, AsOnGpu():
+    # What torch would compile runs as it is written: between its operations more is alive than inside one kernel, but no more is kept.
+    with torch.compiler.set_stance("force_eager"), rotary_kernel(), meter, META, AsOnGpu():
         yield
 
 
@@ -166,23 +173,37 @@ def _held(stage: Stage, number: int) -> dict[str, int]:
     parameters = [p for chunk in stage.chunks for p in chunk.parameters()]
     sums = [p.main_grad for p in parameters if p.requires_grad]  # type: ignore[attr-defined]
     buffers = [buffer for chunk in stage.parallel for buffer in chunk.module.buffers]
-    masters = [p for part in stage.optimizers for group in part.param_groups for p in group["params"]]
-    moments = _MOMENTS * sum(4 * master.numel() for master in masters)
     weights, gradients = _bytes(parameters), _bytes(sums)
     whole = _storages([*parameters, *sums, *(b.grad_data for b in buffers)])
-    own_masters = _storages([*parameters, *masters]) - _storages(parameters)
+    optimizer, optimizer_host = _optimizer_bytes(stage, parameters)
     reference, snapshot = stage.copies.get("reference"), stage.copies.get("snapshot")
     on_device, in_host = _reference_bytes(stage, 0 if reference is None else reference.held().device)
     return {
         "weights": weights,
         "gradients": gradients,
-        "optimizer": own_masters + moments,
+        "optimizer": optimizer,
+        "optimizer_host": optimizer_host,
         "padding": whole - weights - gradients,
         "reference": on_device,
         "reference_host": in_host,
         "snapshot": 0 if snapshot is None else snapshot.held().device,
         "reference_hidden": _reference_hidden(stage, number),
     }
+
+
+def _optimizer_bytes(stage: Stage, parameters: Sequence[Tensor]) -> tuple[int, int]:
+    """(on the device, in host memory)."""
+    device = host = 0
+    for part in stage.optimizers:
+        own = [p for group in part.param_groups for p in group["params"]]
+        numbers = sum(p.numel() for p in own)
+        if isinstance(part.optimizer, HybridDeviceOptimizer):  # its fp32 masters are not those of its groups
+            moved = sum(p.numel() for p in part.optimizer.gpu_params_map_cpu_copy)
+            device += (1 + _MOMENTS) * _FP32 * (numbers - moved)
+            host += (1 + _MOMENTS + 1) * _FP32 * moved  # and a copy of the gradients
+        else:
+            device += _storages([*parameters, *own]) - _storages(parameters) + _MOMENTS * _FP32 * numbers
+    return device, host
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -21,6 +21,7 @@ from asft_nemo.nemo.precision import precision_plugin, precision_row
 from asft_nemo.nemo.references import alike, reference_config
 from asft_nemo.nemo.simulate.flight import ChunkBytes
 from asft_nemo.nemo.simulate.meter import Span, WithoutData
+from asft_nemo.nemo.simulate.stand_ins import gather_for_adapters
 from asft_nemo.nemo.simulate.world import config_on_gpu, tokens_of
 from asft_nemo.nemo.steps import forward_step
 from asft_nemo.reference.frozen import FrozenChunks, frozen_config
@@ -62,8 +63,10 @@ def build_stage(run: RunConfig, spec: ModelSpec, *, kernels: str, meter: Without
     optim = build.optimizer(run, max_steps=1)
     models = []
     for stage in _virtual_stages(run):
-        model = ASFTModel(config, optim=optim)
+        model: Any = ASFTModel(config, optim=optim)
         model.configure_model(vp_stage=stage)
+        if kernels == "te" and not run.parallel.tp_comm_overlap:
+            gather_for_adapters(model.module)
         models.append(model)
     parallel = MegatronParallel(
         nn.ModuleList(models),

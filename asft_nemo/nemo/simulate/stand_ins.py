@@ -1,7 +1,8 @@
 """What Transformer Engine's layers keep for backward, made of layers that need neither it nor a GPU.
 
-Only bytes are right here: outputs have the right shape and hold nothing. Each stand-in keeps what its original saves (Transformer Engine
-2.x, `tensors_to_save` in transformer_engine/pytorch/module/layernorm_linear.py and in attention/dot_product_attention/backends.py):
+Only bytes are right here: outputs have the right shape and hold nothing. What each stand-in keeps was written from knowledge of Transformer
+Engine's 2.x source (what `layernorm_linear.py` and `attention/dot_product_attention/backends.py` save for backward), which was not at hand
+to check it against, and never compared with a GPU:
 
 * a norm that is fused with the linear layer behind it: its input, its own output (the linear layer's input) and one fp32 number a token;
 * flash attention: queries, keys, values, its output and one fp32 number a head and token. Values are a copy: as they come they lie in

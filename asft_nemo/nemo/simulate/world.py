@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from asft_nemo.config.schema import RunConfig, replace
 from asft_nemo.cpu import backend
+from asft_nemo.errors import LayoutError
 from asft_nemo.losses.chunks import resolve_chunk_tokens
 from asft_nemo.model import ModelSpec
 from asft_nemo.nemo import build
@@ -68,16 +70,22 @@ def _everybody_is_this_rank(objects: list[Any], own: Any, group: Any = None) -> 
 
 
 def config_on_gpu(run: RunConfig, spec: ModelSpec, *, kernels: str) -> AnchoredGPTConfig:
-    """The policy's config as it is on GPUs, but for kernels that only exist there.
+    """The policy's config as it is on GPUs, but for kernels that only exist there. Megatron checks the settings while it is made.
 
     Args:
         run: settings, in a precision that does without Transformer Engine.
         spec: architecture.
         kernels: ``te`` for the stand-ins of Transformer Engine's layers, ``local`` for Megatron's own.
+
+    Raises:
+        LayoutError: Megatron refuses the settings, in its words.
     """
     asked = replace(run, {"kernels.gradient_accumulation_fusion": False})
     with mock.patch.object(backend, "active", return_value=False):
-        config = build.model_config(asked, spec)
+        try:
+            config = build.model_config(asked, spec)
+        except (AssertionError, ValueError) as error:
+            raise LayoutError(_in_one_sentence(run, error)) from error
     for name, value in _NOT_HERE.items():
         setattr(config, name, value)
     if kernels == "te":
@@ -86,6 +94,17 @@ def config_on_gpu(run: RunConfig, spec: ModelSpec, *, kernels: str) -> AnchoredG
     config.loss_chunk_tokens = _chunk_tokens(run, config)
     plugin = precision_plugin(run.precision)
     return config if plugin is None else update_config_with_dtype_overrides(plugin.dtype_config, config)
+
+
+def _in_one_sentence(run: RunConfig, error: Exception) -> str:
+    """Megatron's words, the place in its source where it has none, and where to look."""
+    said = " ".join(str(error).split())
+    if not said:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{place.line} ({place.filename.rpartition('/')[2]}:{place.lineno})"
+    return (
+        f"Megatron refuses recipe={run.recipe} with these settings, change parallel.* or recompute.*: {said}"
+    )
 
 
 def _chunk_tokens(run: RunConfig, config: AnchoredGPTConfig) -> int:

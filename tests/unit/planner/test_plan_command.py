@@ -61,6 +61,23 @@ def test_json_has_every_part_of_every_stage() -> None:
     assert values["reference_forms"]["cached"]["extra_seconds"] < 0.03 * step["seconds"]
 
 
+def test_a_whole_run_is_told_in_hours_and_its_cache_in_bytes() -> None:
+    """10 million learned tokens of a 7B model in bf16 take 72 GB (docs/reference.md)."""
+    words = ["recipe=qwen25_7b", "objective=asft", "run.world_size=8"]
+    values = values_of(*words)
+    step, total = values["step"], values["total"]
+    assert (total["steps"], total["tokens"]) == (None, 10**9)
+    assert total["cache_bytes"] / 100 == pytest.approx(72e9, rel=0.01)
+    speed = step["tokens_per_second_per_gpu"] * values["gpus"]
+    assert total["hours"] == pytest.approx(1e9 / speed / 3600)
+    # with the cache a step is shorter, so that rows are read faster than they would be beside a resident reference
+    assert total["read_bandwidth"] > speed * 3584 * 2
+    some = values_of(*words, "trainer.max_steps=100")["total"]
+    assert some["tokens"] == 100 * step["tokens"]
+    assert some["hours"] == pytest.approx(100 * step["seconds"] / 3600)
+    assert "\n100 steps: " in plan(*words, "trainer.max_steps=100")[1]
+
+
 def test_what_does_not_fit_is_named_with_what_would() -> None:
     code, out, _ = plan("recipe=qwen25_72b", "objective=asft", "--gpu", "a100-40gb")
     assert code == 2
