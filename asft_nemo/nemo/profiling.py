@@ -55,7 +55,8 @@ class StepProfiler:
     """Profiles the steps of a window and writes what it found when the last of them is done.
 
     Files in `run_dir`/profile: ``rank_R.trace.json.gz``, ``rank_R.md``, ``rank_R.json``, and rank 0's ``summary.md``. Each appears whole
-    or not at all. A run that ends within the window leaves none; one that resumes within it profiles the steps it still has.
+    or not at all. A run that ends within the window leaves none; one that resumes within it profiles the steps it still has. A disk that
+    is full, or a trace that cannot be read, ends the profile of that rank, which the summary says, and never the run.
 
     Args:
         run: the settings.
@@ -69,6 +70,7 @@ class StepProfiler:
         self._done: list[tuple[int, Breakdown, list[Operator]]] = []
         self._speeds: list[Mapping[str, float]] = []
         self._trace: dict[str, Any] = {}
+        self._problem: str | None = None  # why this rank will write nothing
 
     def begin(self, trainer: Any, step: int) -> None:
         """Starts a step's profile where it is in the window, just before its clock.
@@ -95,31 +97,51 @@ class StepProfiler:
         if self._step is None:
             return
         profiled, self._step = self._step, None
-        trace = profiled.end(self._dir)
-        events = trace.pop("traceEvents")
-        self._trace = {**trace, "traceEvents": [*self._trace.get("traceEvents", []), *events]}
-        self._done.append((profiled.number, breakdown(timeline(events)), operators(events)))
-        self._speeds.append(speed)
+        profiled.end()
+        with self._unless_spoilt(f"the trace of step {profiled.number}"):
+            self._keep(profiled, speed)
         if profiled.number == self._window.last:
-            self._write()
+            profile = self._profile()
+            with self._unless_spoilt("its pages"):
+                self._write(profile)
+            self._trace, self._done = {}, []
+            self._summarize(profile)
 
-    def _write(self) -> None:
-        """This rank's files; a disk that is full ends the profile, not the run."""
-        profile, problem = self._profile(), None
+    @contextmanager
+    def _unless_spoilt(self, what: str) -> Iterator[None]:
+        """Remembers what goes wrong with a file within, for other ranks wait for this one in the next step and in the summary."""
         try:
-            _write_atomically(
-                self._dir / f"rank_{profile.rank}.trace.json.gz",
-                gzip.compress(json.dumps(self._trace).encode(), compresslevel=1),
-            )
-            _write_atomically(self._dir / f"rank_{profile.rank}.md", rank_page(profile).encode())
-            write_json(self._dir / f"rank_{profile.rank}.json", profile.to_dict())
-        except OSError as error:
-            problem = str(error)
-        self._trace, self._done = {}, []
+            yield
+        except (OSError, ValueError) as error:  # the disk is full; the trace was cut short, or has no step
+            self._problem = self._problem or f"{what}: {error}"
+
+    def _keep(self, profiled: _ProfiledStep, speed: Mapping[str, float]) -> None:
+        """Reads a step's trace; nothing where an earlier one was spoilt."""
+        if self._problem is not None:
+            return
+        trace = profiled.trace(self._dir)
+        events = trace.pop("traceEvents")
+        self._done.append((profiled.number, breakdown(timeline(events)), operators(events)))
+        self._trace = {**trace, "traceEvents": [*self._trace.get("traceEvents", []), *events]}
+        self._speeds.append(speed)
+
+    def _write(self, profile: RankProfile) -> None:
+        """This rank's files; none where a trace was spoilt."""
+        if self._problem is not None:
+            return
+        _write_atomically(
+            self._dir / f"rank_{profile.rank}.trace.json.gz",
+            gzip.compress(json.dumps(self._trace).encode(), compresslevel=1),
+        )
+        _write_atomically(self._dir / f"rank_{profile.rank}.md", rank_page(profile).encode())
+        write_json(self._dir / f"rank_{profile.rank}.json", profile.to_dict())
+
+    def _summarize(self, profile: RankProfile) -> None:
+        """Rank 0's page of all ranks. Collective: two all-gathers."""
         found: list[tuple[RankProfile, str | None]] = [
-            (profile, problem)
+            (profile, self._problem)
         ] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, (profile, problem))
+        torch.distributed.all_gather_object(found, (profile, self._problem))
         if profile.rank != 0:
             return
         written = [one for one, why in found if why is None]
@@ -127,6 +149,7 @@ class StepProfiler:
         for rank, why in failed.items():
             logger.warning("rank %d could not write its profile: %s", rank, why)
         try:
+            self._dir.mkdir(parents=True, exist_ok=True)  # which rank 0 may not have come to
             _write_atomically(self._dir / "summary.md", summary_page(written, failed).encode())
         except OSError as error:
             logger.warning("the profile's summary could not be written: %s", error)
@@ -185,12 +208,20 @@ class _ProfiledStep:
         self._whole: AbstractContextManager[None] = rooms.span(STEP)
         self._whole.__enter__()
 
-    def end(self, folder: Path) -> dict[str, Any]:
-        """Waits for the device, so that the step has all its kernels, and returns the trace."""
+    def end(self) -> None:
+        """Closes the step's range, after waiting for the device, so that the step has all its kernels."""
         torch.cuda.synchronize()
         self._whole.__exit__(None, None, None)
         self._ranges.__exit__(None, None, None)
         self._profiler.stop()
+
+    def trace(self, folder: Path) -> dict[str, Any]:
+        """The ended step's trace, by way of a file in `folder`.
+
+        Raises:
+            OSError: it could not be written.
+            ValueError: it was cut short: torch says nothing of a disk that is full.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".rank_{torch.distributed.get_rank()}.json"
         try:
@@ -306,5 +337,8 @@ def _place() -> str:
 
 def _write_atomically(file: Path, content: bytes) -> None:
     partial = file.with_name(f".{file.name}.new")
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
