@@ -131,6 +131,8 @@ class MetricsCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Opens the files on the writing rank; after a resume, lines of steps that will be run again are dropped."""
         self._writes = is_writer()
+        if self.profiler is not None and trainer.is_global_zero:
+            self.profiler.say_if_past(trainer.global_step)
         if not self._writes:
             return
         logger.setLevel(logging.INFO)  # the writer is on the last pipeline stage, not rank 0

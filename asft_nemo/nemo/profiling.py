@@ -72,6 +72,16 @@ class StepProfiler:
         self._trace: dict[str, Any] = {}
         self._problem: str | None = None  # why this rank will write nothing
 
+    def say_if_past(self, done: int) -> None:
+        """Warns where a run goes on, after `done` steps, behind the window: it will leave no profile."""
+        if self._window.last <= done:
+            logger.warning(
+                "trainer.profile=%s profiles nothing: the run goes on after step %d; name later steps, of %d or more",
+                self._run.trainer.profile,
+                done,
+                done + 1,
+            )
+
     def begin(self, trainer: Any, step: int) -> None:
         """Starts a step's profile where it is in the window, just before its clock.
 

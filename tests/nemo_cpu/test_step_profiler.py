@@ -118,3 +118,14 @@ def test_a_folder_that_cannot_be_made_ends_the_profile_and_not_the_run(
         profiled(tmp_path)
     assert "rank 0 could not write its profile" in caplog.text
     assert "summary could not be written" in caplog.text
+
+
+@pytest.mark.parametrize(("done", "warned"), [(0, False), (4, False), (5, True), (9, True)])
+def test_a_run_that_goes_on_behind_its_window_says_so(
+    done: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    profiler = profiler_of(tmp_path, Window(3, 5))
+    with caplog.at_level(logging.WARNING):
+        profiler.say_if_past(done)
+    said = f"trainer.profile=steps:3-5 profiles nothing: the run goes on after step {done}; name later steps, of {done + 1} or more"
+    assert [record.getMessage() for record in caplog.records] == ([said] if warned else [])
