@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +13,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from megatron.core import parallel_state
-from tqdm import tqdm
 
 from asft_nemo.checkpoint.adapters import ADAPTER_FILE, AdapterDescription
 from asft_nemo.checkpoint.base_weights import nemo_base_sample
@@ -24,11 +20,10 @@ from asft_nemo.errors import UserError
 from asft_nemo.nemo.keep import Keep
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.profiling import StepProfiler
+from asft_nemo.nemo.progress import Progress
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.speed import SpeedMeter
 from asft_nemo.run_dir import drop_steps_after, point_at
-
-logger = logging.getLogger(__name__)
 
 METRIC_KEYS = (
     "loss",
@@ -90,12 +85,12 @@ class MetricsCallback(Callback):
         run_dir: folder of the run.
         prepass: tells the prepass's seconds.
         guard: tells which steps were skipped; comes before this callback.
-        max_steps: of the whole run, for the progress bar.
+        max_steps: of the whole run, for its progress.
         max_initial_kl: bound on the KL of the run's very first step, nats per token; None when no KL is measured.
         validate_every: steps between validations, None for none.
         speed: counts a step's operations.
         profiler: of a few steps, None for none.
-        description: shown in front of the progress bar.
+        description: shown in front of the progress.
 
     Attributes:
         validated: the last step after which there was a validation.
@@ -122,7 +117,7 @@ class MetricsCallback(Callback):
         self.validate_every = validate_every
         self.speed, self.profiler = speed, profiler
         self.description = description
-        self._bar: tqdm | None = None
+        self._progress: Progress | None = None
         self._events: Any = None
         self._writes = False
         self.validated: int | None = None
@@ -135,7 +130,6 @@ class MetricsCallback(Callback):
             self.profiler.say_if_past(trainer.global_step)
         if not self._writes:
             return
-        logger.setLevel(logging.INFO)  # the writer is on the last pipeline stage, not rank 0
         self.speed.start()
         from torch.utils.tensorboard import SummaryWriter
 
@@ -143,13 +137,7 @@ class MetricsCallback(Callback):
         self._events = SummaryWriter(
             str(self.path.parent / "tensorboard"), purge_step=trainer.global_step + 1
         )
-        self._bar = tqdm(
-            total=self.max_steps,
-            initial=trainer.global_step,
-            desc=self.description,
-            unit="step",
-            disable=not sys.stderr.isatty() and not os.environ.get("ASFT_PROGRESS"),
-        )
+        self._progress = Progress(self.description, done=trainer.global_step, steps=self.max_steps)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Remembers the learning rate this step uses and when it began; its profile starts before the clock."""
@@ -214,7 +202,8 @@ class MetricsCallback(Callback):
             out.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in _scalars(line):
             self._events.add_scalar(name, value, step)
-        self._show(line)
+        assert self._progress is not None
+        self._progress.show(line, self.speed.peak)
 
     def validation_value(self, name: str) -> float:
         """A value of the last validation by its name in metrics.jsonl; infinity where this rank does not know it."""
@@ -226,29 +215,10 @@ class MetricsCallback(Callback):
             return {}
         return self.speed.in_words(last, seconds=seconds, hit_rate=self.prepass.hit_rate)
 
-    def _show(self, line: dict[str, Any]) -> None:
-        assert self._bar is not None
-        shown = {key: line[key] for key in ("loss", "nll", "kl", "kl_reverse") if line[key] is not None}
-        shown["tflops_per_gpu" if line["mfu"] is None else "mfu"] = line["mfu"] or line["tflops_per_gpu"]
-        self._bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
-        self._bar.update(1)
-        every = max(1, self.max_steps // 10)
-        if self._bar.disable and (line["step"] % every == 0 or line["step"] == self.max_steps):
-            text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
-            left = line["seconds"] * (self.max_steps - line["step"])
-            logger.info(
-                "%s: step %d/%d %s, about %.0f s left",
-                self.description,
-                line["step"],
-                self.max_steps,
-                text,
-                left,
-            )
-
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Closes what was opened."""
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
         if self._events is not None:
             self._events.close()
 
