@@ -16,6 +16,7 @@ class Gpu:
         name: of the option `--gpu`.
         device: its row in `asft_nemo.config.devices.PEAKS`.
         memory: bytes that the driver offers.
+        fp32: products outside its tensor cores, which torch takes for fp32 unless told otherwise, 10^12 operations a second.
         memory_bandwidth: of its HBM, bytes a second.
         node_bandwidth: NVLink to the other GPUs of its node, bytes a second and direction.
         network_bandwidth: to other nodes, bytes a second and direction: one 400 Gbit/s adapter a GPU (200 in A100 nodes), as NVIDIA's
@@ -25,6 +26,7 @@ class Gpu:
     name: str
     device: str
     memory: int
+    fp32: float
     memory_bandwidth: float
     node_bandwidth: float
     network_bandwidth: float
@@ -39,10 +41,10 @@ class Gpu:
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100-80gb", "H100", 81559 * 2**20, 3.35e12, 450e9, 50e9),
-        Gpu("h200", "H200", 143771 * 2**20, 4.8e12, 450e9, 50e9),
-        Gpu("a100-80gb", "A100", 81920 * 2**20, 2.04e12, 300e9, 25e9),
-        Gpu("a100-40gb", "A100", 40960 * 2**20, 1.56e12, 300e9, 25e9),
+        Gpu("h100-80gb", "H100", 81559 * 2**20, 66.9, 3.35e12, 450e9, 50e9),
+        Gpu("h200", "H200", 143771 * 2**20, 66.9, 4.8e12, 450e9, 50e9),
+        Gpu("a100-80gb", "A100", 81920 * 2**20, 19.5, 2.04e12, 300e9, 25e9),
+        Gpu("a100-40gb", "A100", 40960 * 2**20, 19.5, 1.56e12, 300e9, 25e9),
     )
 }
 GPUS_A_NODE = 8

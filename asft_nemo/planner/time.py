@@ -10,8 +10,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from asft_nemo.config.fp8 import FP8
 from asft_nemo.config.model_shape import ModelShape
 from asft_nemo.config.schema import RunConfig, data_parallel_size, num_microbatches
+from asft_nemo.errors import UserError
 from asft_nemo.model.spec import ModelSpec
 from asft_nemo.planner.activations import layer_activations
 from asft_nemo.planner.flops import Flops, adapter_flops, causal_pairs, forward_flops, training_flops
@@ -156,7 +158,7 @@ def step_of(
         reference_flops=rows * frozen,
         tokens=rows * run.data.sequence_length,
         gpus=gpus,
-        peak=1e12 * _peak(run, gpu),
+        peak=1e12 * _peak(run.precision, gpu),
     )
 
 
@@ -169,15 +171,25 @@ class _LayerSeconds:
     reference: float
 
 
-def _peak(run: RunConfig, gpu: Gpu) -> float:
-    return (gpu.peak.fp8 if run.precision.startswith("fp8") else None) or gpu.peak.bf16
+def _peak(precision: str, gpu: Gpu) -> float:
+    """10^12 operations a second.
+
+    Raises:
+        UserError: the GPU computes nothing in FP8.
+    """
+    if precision in FP8 and gpu.peak.fp8 is None:
+        key = FP8[precision].key
+        raise UserError(
+            f"{key}={precision} needs a GPU that computes in FP8, and {gpu.name} does not: set {key}={FP8[precision].instead}, or give "
+            "another --gpu"
+        )
+    of_format = {"fp32": gpu.fp32, "bf16": gpu.peak.bf16}
+    return of_format.get(precision) or gpu.peak.fp8 or gpu.peak.bf16
 
 
 def _linear_rate(precision: str, gpu: Gpu) -> float:
     """Operations a second of a linear layer."""
-    if precision.startswith("fp8") and gpu.peak.fp8 is not None:
-        return 1e12 * gpu.peak.fp8 * LINEAR_EFFICIENCY["fp8"]
-    return 1e12 * gpu.peak.bf16 * LINEAR_EFFICIENCY["bf16"]
+    return 1e12 * _peak(precision, gpu) * LINEAR_EFFICIENCY["fp8" if precision in FP8 else "bf16"]
 
 
 def _forward(run: RunConfig, spec: ModelSpec) -> Flops:
@@ -195,7 +207,8 @@ def _forward(run: RunConfig, spec: ModelSpec) -> Flops:
 def _layer_seconds(run: RunConfig, spec: ModelSpec, widths: ByteWidths, gpu: Gpu) -> _LayerSeconds:
     flops, full = _forward(run, spec), run.peft.name == "none"
     linear = flops.layers / _linear_rate(run.precision, gpu)
-    attention = flops.attention / (1e12 * gpu.peak.bf16 * ATTENTION_EFFICIENCY)
+    attention_peak = gpu.fp32 if run.precision == "fp32" else gpu.peak.bf16
+    attention = flops.attention / (1e12 * attention_peak * ATTENTION_EFFICIENCY)
     kept = layer_activations(run, spec, widths)
     traffic = kept.kept * ACTIVATION_PASSES / (gpu.memory_bandwidth * BANDWIDTH_EFFICIENCY)
     exchange = _exchange_seconds(run, spec, widths, gpu)

@@ -114,6 +114,14 @@ def test_activations_that_are_too_large_ask_for_recomputation() -> None:
         ),
         (["recipe=qwen25_72b", "objective=asft", "--gpu", "v100"], "unknown GPU 'v100': set --gpu to one of"),
         (["recipe=qwen25_72b", "objective=asft", "run.world_size=33"], "run.world_size=33 is not a multiple"),
+        (
+            ["recipe=qwen25_7b", "objective=sft", "precision=fp8_current", "--gpu", "a100-80gb"],
+            "precision=fp8_current needs a GPU that computes in FP8, and a100-80gb does not: set precision=bf16",
+        ),
+        (
+            ["recipe=qwen25_7b", "objective=asft", "reference.precision=fp8", "--gpu", "a100-40gb"],
+            "reference.precision=fp8 needs a GPU that computes in FP8",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(words: list[str], sentence: str) -> None:
@@ -121,6 +129,14 @@ def test_mistakes_are_one_sentence(words: list[str], sentence: str) -> None:
     assert (code, out) == (2, "")
     assert sentence in err
     assert "Traceback" not in err
+
+
+def test_fp32_has_no_tensor_cores() -> None:
+    seconds = {
+        precision: values_of("recipe=qwen25_7b", "objective=sft", f"precision={precision}")["step"]["seconds"]
+        for precision in ("fp32", "bf16")
+    }
+    assert seconds["fp32"] > 5 * seconds["bf16"]
 
 
 def test_the_last_stage_is_explained_and_relieved() -> None:

@@ -30,7 +30,7 @@ SHAPES = {
 }
 GPUS = {
     "qwen25_1p5b": 1,
-    "qwen25_7b": 2,
+    "qwen25_7b": 8,
     "qwen25_32b": 16,
     "qwen25_72b": 32,
     "qwen25_72b_32k_64gpu_h100": 64,
@@ -68,9 +68,7 @@ def test_layout_fits_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_recipe_fits_the_gpus_it_is_made_for(name: str) -> None:
-    # qwen25_7b is made for a node: what its layout leaves is data-parallel
-    world = f"run.world_size={8 if name == 'qwen25_7b' else GPUS[name]}"
-    run = compose([f"recipe={name}", "objective=asft", "model.path=nowhere", world], check_inputs=False)
+    run = compose([f"recipe={name}", "objective=asft", "model.path=nowhere"], check_inputs=False)
     spec = spec_of_recipe(name)
     assert spec is not None
     plan = plan_of(run, spec, gpu("h100-80gb"))
