@@ -12,7 +12,7 @@ import torch
 from ranks import RankGroup
 from real_runs import VALID, all_tensors, metrics, settings_of, without_times
 
-from asft_nemo.profiling.rooms import PREFIX, ROOMS
+from asft_nemo.profiling.rooms import FROZEN_MODEL, PREFIX, ROOMS
 from asft_nemo.profiling.trace import STEP
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
@@ -51,7 +51,8 @@ def test_every_rank_leaves_a_trace_with_the_rooms_it_was_in(runs: dict[str, Path
         assert names.count(STEP) == 2
         there = {room for room in ROOMS if PREFIX + room in names}
         assert there == set(ROOMS) - (set() if rank >= 2 else {"loss"})  # the last stage alone has a loss
-        assert names.count(PREFIX + "backward") == names.count(PREFIX + "forward") == 2 * 4  # micro batches
+        for of_every_micro_batch in ("forward", "backward", FROZEN_MODEL):
+            assert names.count(PREFIX + of_every_micro_batch) == 2 * 4
         assert "megatron/forward-recv" in names or rank < 2
 
 
@@ -92,6 +93,55 @@ def test_the_pages_are_for_a_human(runs: dict[str, Path]) -> None:
     assert "TP 0, PP 1" in page
     assert "100.0%" in page
     assert "head at every position" in page  # rank 2 writes the metrics and knows the speed
+
+
+def test_a_full_disk_ends_a_ranks_profile_and_not_the_run(
+    ranks4: RankGroup, model: Path, tmp_path: Path
+) -> None:
+    """No rank leaves the others waiting, neither in the next step nor in the summary."""
+    settings = {
+        **settings_of(model, tmp_path / "run", trainer__max_steps=3),
+        "trainer.profile": "steps:1-2",
+    }
+    ranks4.run("profile_jobs:train_with_spoilt_traces", settings=settings, valid=VALID)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+    folder = tmp_path / "run" / "profile"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "rank_0.json", "rank_0.md", "rank_0.trace.json.gz", "summary.md",
+    ]  # fmt: skip
+    told = [line for line in (folder / "summary.md").read_text().splitlines() if "wrote none" in line]
+    assert [line.split(": ", 1)[0] for line in told] == [f"* rank {rank} wrote none" for rank in (1, 2, 3)]
+    assert "No space left on device" in told[0]
+    assert all("the trace of step 1" in line for line in told)
+    assert "no range asft/step" in told[2]
+
+
+def test_resumed_within_its_steps_and_after_them(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
+    """With virtual stages: a rank's two chunks take turns."""
+    run = tmp_path / "run"
+    settings = {
+        **settings_of(model, run, trainer__max_steps=4, trainer__checkpoint_every=1, parallel__vpp_size=2),
+        "trainer.profile": "steps:2-3",
+    }
+    ranks4.run("jobs:train_and_die", settings=settings, valid=VALID, after_step=2)
+    assert not list((run / "profile").glob("rank_*"))  # the window was not over
+    resumed = {**settings, "trainer.resume": "must"}
+    ranks4.run("jobs:train_and_die", settings=resumed, valid=VALID, after_step=3)
+    for rank in range(4):
+        found = read_rank(run, rank)
+        assert found["steps"] == [3]
+        assert sum(found["parts"].values()) == pytest.approx(found["seconds"], rel=1e-9)
+        trace = json.loads(gzip.decompress((run / "profile" / f"rank_{rank}.trace.json.gz").read_bytes()))
+        names = [event["name"] for event in trace["traceEvents"] if event.get("ph") == "X"]
+        assert names.count(STEP) == 1
+        for of_every_chunk in ("forward", "backward", FROZEN_MODEL):
+            assert names.count(PREFIX + of_every_chunk) == 2 * 8  # micro batches
+    said = ranks4.run("profile_jobs:warnings_of_profile", settings=resumed, valid=VALID)
+    assert said[0] == [
+        "trainer.profile=steps:2-3 profiles nothing: the run goes on after step 3; name later steps, of 4 or more"
+    ]
+    assert said[1:] == [[]] * 3
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
 
 
 def operations(folder: Path, world_size: int) -> list[tuple[float, float]]:
