@@ -12,43 +12,16 @@ command line gives it.
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from asft_nemo.config.section import REQUIRED, Section, build, plain, walk
+from asft_nemo.config.section import describe_type as describe_type
+from asft_nemo.config.section import hints as hints
 from asft_nemo.errors import ConfigError
 
-REQUIRED: Any = "???"  # OmegaConf's marker for a mandatory value
 DERIVED = ("run.dir", "run.world_size")  # filled from other settings when not given
-
-
-class Section:
-    """A group of settings that can be frozen once."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if self.__dict__.get("_frozen", False):
-            raise dataclasses.FrozenInstanceError(
-                f"{type(self).__name__}.{name} is frozen: make a changed copy with config.schema.replace"
-            )
-        if name not in type(self).__annotations__:
-            raise AttributeError(f"{type(self).__name__} has no setting '{name}'")
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        raise dataclasses.FrozenInstanceError(f"{type(self).__name__}.{name} cannot be deleted")
-
-    def freeze(self) -> None:
-        """Makes this section and all sections below it immutable; lists become tuples."""
-        for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            if isinstance(value, Section):
-                value.freeze()
-            elif isinstance(value, list):
-                setattr(self, item.name, tuple(value))
-        self.__dict__["_frozen"] = True
 
 
 @dataclass(unsafe_hash=True)
@@ -313,7 +286,7 @@ def num_microbatches(run: RunConfig) -> int:
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
     """The run as plain JSON values (tuples become lists); `from_dict` gives the same run back."""
-    return _plain(run)
+    return plain(run)
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
@@ -326,7 +299,7 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         ConfigError: keys that do not exist, values of the wrong type, required settings that are missing.
     """
     problems: list[str] = []
-    run = _build(RunConfig, values, "", problems)
+    run = build(RunConfig, values, "", problems)
     if not problems:
         _derive(run)
         problems = [f"{key} is not set: give {key}=..." for key, value in walk(run) if value == REQUIRED]
@@ -348,21 +321,6 @@ def replace(run: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return from_dict(values)
 
 
-def walk(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All settings as (dotted key, value), in the order of the schema."""
-    for item in dataclasses.fields(section):  # type: ignore[arg-type]
-        value = getattr(section, item.name)
-        if isinstance(value, Section):
-            yield from walk(value, f"{prefix}{item.name}.")
-        else:
-            yield prefix + item.name, value
-
-
-def hints(cls: type[Section]) -> dict[str, Any]:
-    """The resolved types of a section's fields."""
-    return typing.get_type_hints(cls)
-
-
 def _derive(run: RunConfig) -> None:
     """Fills the settings whose default follows from other settings."""
     layout = run.parallel
@@ -370,71 +328,3 @@ def _derive(run: RunConfig) -> None:
         run.run.world_size = layout.tp_size * layout.pp_size * layout.cp_size
     if run.run.dir == REQUIRED and REQUIRED not in (run.recipe, run.objective.name):
         run.run.dir = f"runs/{run.experiment or run.recipe}-{run.objective.name}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Section):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}  # type: ignore[arg-type]
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _build(cls: type[Any], values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
-    section = cls()
-    types_of = hints(cls)
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in types_of:
-            problems.append(f"{key} is not a setting: {prefix or 'the top level '}has {', '.join(types_of)}")
-            continue
-        kind = types_of[name]
-        if isinstance(kind, type) and issubclass(kind, Section):
-            if isinstance(value, Mapping):
-                setattr(section, name, _build(kind, value, f"{key}.", problems))
-            else:
-                problems.append(f"{key}={value!r} is a section: set {key}.<name>=... instead")
-            continue
-        converted, fits = _convert(kind, value)
-        if fits:
-            setattr(section, name, converted)
-        else:
-            problems.append(f"{key}={value!r} is not {describe_type(kind)}")
-    return section
-
-
-def _convert(kind: Any, value: Any) -> tuple[Any, bool]:
-    """The value in the field's type, and whether it fits."""
-    if value == REQUIRED:
-        return value, True
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        for option in typing.get_args(kind):
-            converted, fits = _convert(option, value)
-            if fits:
-                return converted, True
-        return value, False
-    if kind is type(None):
-        return None, value is None
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            return value, False
-        pairs = [_convert(typing.get_args(kind)[0], item) for item in value]
-        return tuple(item for item, _ in pairs), all(fits for _, fits in pairs)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value), True
-    return value, type(value) is kind
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-_PLURALS = {str: "texts", float: "numbers"}
-
-
-def describe_type(kind: Any) -> str:
-    """A field's type in words."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(option) for option in typing.get_args(kind))
-    if origin is tuple:
-        return f"a list [...] of {_PLURALS[typing.get_args(kind)[0]]}"
-    return _NAMES.get(kind, str(kind))
