@@ -16,6 +16,7 @@ UPSTREAM = (
     "torch.distributed",
     "nv_one_logger",
     "nemo",
+    "nemo_logger",  # the one behind nemo.utils.logging; its own set_verbosity() would set foreign handlers on it, too
 )
 
 
@@ -44,6 +45,3 @@ def quiet_upstream() -> None:
     for name in (*UPSTREAM, *logging.root.manager.loggerDict):
         if name.split(".")[0] in UPSTREAM or name in UPSTREAM:
             logging.getLogger(name).setLevel(logging.ERROR)
-    nemo_utils = sys.modules.get("nemo.utils")
-    if nemo_utils is not None:
-        nemo_utils.logging.set_verbosity(nemo_utils.logging.ERROR)
