@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
-from asft_nemo.demo.page_style import CSS
 from asft_nemo.demo.plots import COLOURS
 from asft_nemo.demo.stages import duration
 from asft_nemo.demo.verdict import SIMILAR, TITLES
+from asft_nemo.reporting.html import document, escaped, row_of, table_of
+from asft_nemo.reporting.page_style import CSS
 
 Values = Mapping[str, Any]
 MINUS = "−"
@@ -46,13 +46,7 @@ def page(values: Values, pictures: Mapping[str, str]) -> str:
         _protocol(values),
         _limits(values),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(values['headline'])}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(values["headline"], CSS, parts)
 
 
 # --- numbers in words
@@ -75,10 +69,6 @@ def nats(value: float) -> str:
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.1g}"
 
 
-def _text(value: Any) -> str:
-    return escape(str(value), quote=True)
-
-
 def _interval(estimate: Values, form: Any) -> str:
     return f"{form(estimate['low'])} to {form(estimate['high'])}"
 
@@ -94,19 +84,7 @@ def _cell(estimate: Values, form: Any) -> str:
 
 
 def _key(name: str) -> str:
-    return f'<span class="key" style="background:{COLOURS[name]}"></span>{_text(TITLES[name])}'
-
-
-def _table(head: Sequence[str], rows: Sequence[str], caption: str, *, dense: bool = False) -> str:
-    cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    return (
-        f'<div class="scroll"><table{" class=dense" if dense else ""}><caption>{caption}</caption><thead><tr>{cells}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _row(name: str, cells: Sequence[str], *, own: bool = False) -> str:
-    return f'<tr{" class=own" if own else ""}><th scope="row">{name}</th>{"".join(cells)}</tr>'
+    return f'<span class="key" style="background:{COLOURS[name]}"></span>{escaped(TITLES[name])}'
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -127,8 +105,8 @@ def _header(values: Values) -> str:
             "its figures are no evidence; <code>asft demo</code> makes the comparison.</p>"
         )
     return (
-        f'<header><p class="kind">{_text(kind)}</p><h1>{_text(values["headline"])}</h1>'
-        f'<p class="lead">{_text(values["details"])}</p>{notice}</header>'
+        f'<header><p class="kind">{escaped(kind)}</p><h1>{escaped(values["headline"])}</h1>'
+        f'<p class="lead">{escaped(values["details"])}</p>{notice}</header>'
     )
 
 
@@ -144,7 +122,7 @@ def _claims(values: Values) -> str:
         bound = f" (bound {form(claim['bound'])})" if claim["bound"] else ""
         items.append(
             f'<li class="{claim["status"]}"><span class="mark">{MARKS[claim["status"]]}</span>'
-            f"<span>{_text(claim['text'])}<small>difference {form(gap['value'])} {unit}{bound}, "
+            f"<span>{escaped(claim['text'])}<small>difference {form(gap['value'])} {unit}{bound}, "
             f"95 % interval {_interval(gap, form)}{seeds}</small></span></li>"
         )
     seeds = values["protocol"]["seeds"]
@@ -164,7 +142,7 @@ def _results(values: Values, picture: str) -> str:
         if model["forgotten"] is not None:
             forgotten = _cell(model["forgotten"], lambda v: points(v, sign=False).replace("-", MINUS))
         rows.append(
-            _row(
+            row_of(
                 _key(name),
                 [
                     _cell(model["new"], _share),
@@ -201,7 +179,7 @@ def _results(values: Values, picture: str) -> str:
     return (
         "<h2>Learned, forgotten, drifted</h2>"
         f'<figure class="single">{picture}<figcaption>Up and to the right is better. {dots}</figcaption></figure>'
-        + _table(head, rows, caption, dense=True)
+        + table_of(head, rows, caption, dense=True)
     )
 
 
@@ -210,10 +188,12 @@ def _skills(values: Values) -> str:
     rows = []
     for skill in (names["new"], *names["old"]):
         cells = [_cell(model["skills"][skill], _share) for model in models.values()]
-        label = f"{_text(skill)}{' (new)' if skill == names['new'] else ''}<small>n = {names['tests'][skill]}</small>"
-        rows.append(_row(label, cells, own=skill == names["new"]))
+        label = f"{escaped(skill)}{' (new)' if skill == names['new'] else ''}<small>n = {names['tests'][skill]}</small>"
+        rows.append(row_of(label, cells, own=skill == names["new"]))
     caption = "Right answers in per cent, exact match of greedy completions; small: Wilson’s 95 % interval for n tests."
-    return "<h2>Every skill</h2>" + _table(["", *(_key(name) for name in models)], rows, caption, dense=True)
+    return "<h2>Every skill</h2>" + table_of(
+        ["", *(_key(name) for name in models)], rows, caption, dense=True
+    )
 
 
 def _differences(values: Values) -> str:
@@ -228,14 +208,14 @@ def _differences(values: Values) -> str:
             gap = pair[measure]
             shown = f"<b>{form(gap['value'])}</b>" if gap["clear"] else form(gap["value"])
             cells.append(f"<td>{shown}<small>{_interval(gap, form)}</small></td>")
-        rows.append(_row(f"{_text(TITLES[pair['one']])} against {_text(TITLES[pair['other']])}", cells))
+        rows.append(row_of(f"{escaped(TITLES[pair['one']])} against {escaped(TITLES[pair['other']])}", cells))
     several = len(values["protocol"]["seeds"]) > 1
     rule = "the interval excludes zero" + (" and all seeds agree in sign" if several else "")
     caption = (
         f"Paired by test and by block of text; small: 95 % interval over tests or text. Bold: {rule}. A difference that is not "
         "bold is not shown to be there, which is not to say that it is zero."
     )
-    return "<h2>Objective against objective</h2>" + _table(
+    return "<h2>Objective against objective</h2>" + table_of(
         ("", "New skill, points", "Old skills, points", "KL (ref||<wbr>policy), nats"), rows, caption
     )
 
@@ -250,7 +230,7 @@ def _dynamics(values: Values, pictures: Mapping[str, str]) -> str:
         "token_weight": "One for SFT and SFT + KL; the probability of the label for DFT and ASFT.",
     }
     figures = "".join(
-        f"<figure>{pictures[name]}<figcaption>{_text(caption)}</figcaption></figure>"
+        f"<figure>{pictures[name]}<figcaption>{escaped(caption)}</figcaption></figure>"
         for name, caption in captions.items()
         if name in pictures
     )
@@ -273,7 +253,9 @@ def _checks(values: Values) -> str:
         "and transformers loaded every one of them; the figures above come from those files.",
         f"Before the first update the KL to the frozen reference was {exact} in every run that has one.",
     ]
-    return "<h2>Checked on the way</h2><ul>" + "".join(f"<li>{_text(item)}</li>" for item in items) + "</ul>"
+    return (
+        "<h2>Checked on the way</h2><ul>" + "".join(f"<li>{escaped(item)}</li>" for item in items) + "</ul>"
+    )
 
 
 def _protocol(values: Values) -> str:
@@ -321,12 +303,12 @@ def _protocol(values: Values) -> str:
         ),
         ("commit", values["git_commit"] or "not a checkout"),
     ]
-    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(text)}</dd>" for name, text in facts)
+    rows = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(text)}</dd>" for name, text in facts)
     commands = "\n\n".join(shlex.join(words) for words in p["commands"].values())
     return (
         f'<h2>Protocol</h2><dl class="facts">{rows}</dl>'
         "<p>The runs as a user would type them in the folder of this report (with another run.dir):</p>"
-        f"<pre>{_text(commands)}</pre>"
+        f"<pre>{escaped(commands)}</pre>"
     )
 
 
@@ -374,6 +356,6 @@ def _limits(values: Values) -> str:
     ]
     return (
         "<h2>What these numbers do not show</h2><ul>"
-        + "".join(f"<li>{_text(item)}</li>" for item in items)
+        + "".join(f"<li>{escaped(item)}</li>" for item in items)
         + "</ul>"
     )

@@ -6,21 +6,18 @@ name at the end. Text stays text, so that the browser's own font draws it.
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from asft_nemo.demo.figures import Group, accuracy, old_accuracy
 from asft_nemo.demo.verdict import TITLES
+from asft_nemo.reporting.drawing import SIZE, STYLE, figure_of, name_ends, spread, svg_of
 
-INK, FAINT, GRID = "#222222", "#666666", "#e3e3e3"
 COLOURS = {"base": "#555555", "sft": "#D55E00", "dft": "#AA4499", "sft_kl": "#0072B2", "asft": "#007A5A"}
 DASHES: dict[str, Any] = {
     "base": "-",
@@ -31,30 +28,7 @@ DASHES: dict[str, Any] = {
 }
 MARKERS = {"base": "D", "sft": "s", "dft": "^", "sft_kl": "v", "asft": "o"}
 
-SIZE = (4.9, 3.1)  # inches; 72 SVG units each
 SMOOTHING = 7  # steps of the moving average
-
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # for measuring only, see `_svg`
-    "font.size": 10.5,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "text.color": INK,
-    "lines.linewidth": 1.8,
-}
 
 Series = Mapping[str, Sequence[Sequence[float]]]
 """objective -> one list of values a seed, a value a step."""
@@ -63,7 +37,7 @@ Series = Mapping[str, Sequence[Sequence[float]]]
 def trade_off(groups: Mapping[str, Group]) -> str:
     """New skill (x) against old skills (y), in per cent: the mean of every objective with its intervals, and every seed."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure((5.6, 3.7))
+        figure, axes = figure_of((5.6, 3.7))
         points: list[tuple[float, float, float, str]] = []
         for name, group in groups.items():
             new, old, colour = accuracy(group, group.new_skill), old_accuracy(group), COLOURS[name]
@@ -97,7 +71,7 @@ def trade_off(groups: Mapping[str, Group]) -> str:
         axes.margins(0.12)
         _room(axes, 101.5)
         _name_points(axes, points)
-        return _svg(figure, "tradeoff", "New skill against old skills, per cent right, for every objective")
+        return svg_of(figure, "tradeoff", "New skill against old skills, per cent right, for every objective")
 
 
 def dynamics(title: str, unit: str, series: Series, *, name: str, log: bool = False) -> str:
@@ -111,8 +85,8 @@ def dynamics(title: str, unit: str, series: Series, *, name: str, log: bool = Fa
         log: logarithmic vertical axis; values that are not above zero are left out.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(SIZE)
-        ends: list[tuple[float, str]] = []
+        figure, axes = figure_of(SIZE)
+        ends: list[tuple[float, str, str]] = []
         for objective, seeds in series.items():
             smooth = np.array([_moving_average(values) for values in seeds])
             if log:
@@ -125,7 +99,7 @@ def dynamics(title: str, unit: str, series: Series, *, name: str, log: bool = Fa
                 axes.fill_between(
                     steps, low, high, color=COLOURS[objective], alpha=0.13, linewidth=0, zorder=1
                 )
-            ends.append((float(mean[-1]), objective))
+            ends.append((float(mean[-1]), TITLES[objective], COLOURS[objective]))
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
@@ -136,13 +110,8 @@ def dynamics(title: str, unit: str, series: Series, *, name: str, log: bool = Fa
         last = max(len(seeds[0]) for seeds in series.values())
         axes.set_xlim(1, last)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-        _name_ends(axes, last, ends)
-        return _svg(figure, name, f"{title}, {unit}, over steps for {', '.join(TITLES[o] for o in series)}")
-
-
-def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.add_subplot()
+        name_ends(axes, last, ends)
+        return svg_of(figure, name, f"{title}, {unit}, over steps for {', '.join(TITLES[o] for o in series)}")
 
 
 def _moving_average(values: Sequence[float]) -> np.ndarray:
@@ -156,42 +125,6 @@ def _room(axes: Axes, most: float) -> None:
     """Per cent axes that do not suggest more than 100."""
     axes.set_xlim(right=min(axes.get_xlim()[1], most))
     axes.set_ylim(top=min(axes.get_ylim()[1], most))
-
-
-def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """The places moved apart to at least `gap` from each other, about where they were; in any order, answered in that order."""
-    order = np.argsort(places, kind="stable")
-    spread = [float(places[i]) for i in order]
-    for _ in range(200):
-        moved = False
-        for i in range(len(spread) - 1):
-            lack = gap - (spread[i + 1] - spread[i])
-            if lack > 1e-9:
-                spread[i] -= lack / 2
-                spread[i + 1] += lack / 2
-                moved = True
-        if not moved:
-            break
-    answer = [0.0] * len(spread)
-    for place, i in zip(spread, order, strict=True):
-        answer[i] = place
-    return answer
-
-
-def _name_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str]]) -> None:
-    """The objectives' names right of the lines' ends, moved apart where they would touch."""
-    to_axes = axes.transData + axes.transAxes.inverted()
-    heights = [float(to_axes.transform((x, y))[1]) for y, _ in ends]
-    for height, (_, objective) in zip(_spread(heights, 0.085), ends, strict=True):
-        axes.annotate(
-            TITLES[objective],
-            (1.02, height),
-            xycoords="axes fraction",
-            va="center",
-            color=COLOURS[objective],
-            fontweight="bold",
-            fontsize=9.5,
-        )
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[float, float, float, str]]) -> None:
@@ -208,7 +141,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[float, float, float, str]]) 
         places.append((left_x, right_x, height, name))
     for right in (True, False):
         chosen = [place for place in places if (place[1] < 0.84) == right]
-        heights = _spread([height for _, _, height, _ in chosen], 0.062)
+        heights = spread([height for _, _, height, _ in chosen], 0.062)
         for (low, high, _, name), height in zip(chosen, heights, strict=True):
             axes.annotate(
                 TITLES[name],
@@ -221,29 +154,3 @@ def _name_points(axes: Axes, points: Sequence[tuple[float, float, float, str]]) 
                 fontsize=10,
                 zorder=4,
             )
-
-
-def _svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an SVG element: scalable, labelled, without metadata, its ids distinct from other figures'."""
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r'xlink:href="#', f'xlink:href="#{name}-', text)
-    # The reader's own sans serif: DejaVu, with which the room was measured, is wider than most.
-    text = re.sub(
-        r"'DejaVu Sans'(, sans-serif)?",
-        "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif",
-        text,
-    )
-    text = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"',
-        r"\1",
-        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
-        count=1,
-    )
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -18,6 +18,7 @@ from asft_nemo.demo.page import nats, page, points
 from asft_nemo.demo.plan import Entry
 from asft_nemo.demo.run import PICTURES
 from asft_nemo.demo.verdict import judge
+from asft_nemo.reporting.drawing import spread
 from asft_nemo.run_dir import versions
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "wbr"}
@@ -206,7 +207,7 @@ def test_points(number: float, text: str):
 
 
 def test_labels_do_not_touch():
-    placed = plots._spread([0.5, 0.5, 0.52, 0.9], 0.1)
+    placed = spread([0.5, 0.5, 0.52, 0.9], 0.1)
     assert sorted(placed) == pytest.approx(placed)
     assert min(b - a for a, b in pairwise(placed)) >= 0.1 - 1e-6
     assert placed[3] == 0.9
