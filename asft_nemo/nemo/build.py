@@ -22,7 +22,8 @@ from asft_nemo.data import Prepared, domain_names, training_order
 from asft_nemo.data.ordering import padding_multiple
 from asft_nemo.model import ModelSpec, megatron_config_kwargs, padded_vocab_size
 from asft_nemo.nemo import switches
-from asft_nemo.nemo.callbacks import CheckpointCallback, MetricsCallback
+from asft_nemo.nemo.callbacks import MetricsCallback
+from asft_nemo.nemo.checkpoints import CheckpointCallback
 from asft_nemo.nemo.compat import AnchoredStrategy
 from asft_nemo.nemo.datamodule import AnchoredDataModule
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, ASFTModel

@@ -1,10 +1,9 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard events, checkpoints, progress."""
+"""What a run says while it trains: metrics.jsonl, TensorBoard events, progress."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +13,13 @@ import torch
 from lightning.pytorch import Callback
 from megatron.core import parallel_state
 
-from asft_nemo.checkpoint.adapters import ADAPTER_FILE, AdapterDescription
-from asft_nemo.checkpoint.base_weights import nemo_base_sample
 from asft_nemo.errors import UserError
-from asft_nemo.nemo.keep import Keep
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.profiling import StepProfiler
 from asft_nemo.nemo.progress import Progress
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.speed import SpeedMeter
-from asft_nemo.run_dir import drop_steps_after, point_at
+from asft_nemo.run_dir import drop_steps_after
 
 METRIC_KEYS = (
     "loss",
@@ -268,78 +264,3 @@ class _Means:
             return {}
         means = {name: total / self._tokens for name, total in self._totals.items()}
         return {**means, "tokens": self._tokens}
-
-
-class CheckpointCallback(Callback):
-    """Writes ``checkpoints/step_N`` with NeMo's distributed checkpointing and moves ``checkpoints/latest`` after a complete write.
-
-    A checkpoint is written under a temporary name and renamed when every rank has finished; a kill in between leaves the previous
-    ``latest`` as it was. The reference is in no checkpoint.
-
-    Args:
-        run_dir: folder of the run.
-        base_dir: the base checkpoint; its `context/` goes along, so that a checkpoint exports on its own.
-        prepass: holds the snapshot of the policy, where there is one.
-        adapters: what the checkpoint's `context/` says of them; None where it holds the whole model.
-        metrics: tells what a validation found; comes before this callback.
-        every: steps between checkpoints, None for only the last.
-        max_steps: last step of the run.
-        keep: which checkpoints stay.
-    """
-
-    def __init__(
-        self,
-        run_dir: Path,
-        base_dir: Path,
-        prepass: PrepassCallback,
-        *,
-        adapters: AdapterDescription | None,
-        metrics: MetricsCallback,
-        every: int | None,
-        max_steps: int,
-        keep: Keep,
-    ):
-        self.dir = run_dir / "checkpoints"
-        self.base_dir = base_dir
-        self.prepass = prepass
-        self.adapters, self.metrics = adapters, metrics
-        self.every, self.max_steps, self.keep = every, max_steps, keep
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves when due, and where a validation was the best. Collective: one all-reduce of one value after a validation."""
-        step, best = trainer.global_step, False
-        if self.keep.metric is not None and self.metrics.validated == step:
-            # only the writing rank knows it; the others are below whatever it says
-            best = self.keep.is_best(-most_of_ranks(-self.metrics.validation_value(self.keep.metric)))
-        if best or step == self.max_steps or (self.every and step % self.every == 0):
-            self.save(trainer, step, best=best)
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Finds what was best before a resume."""
-        self.keep.restore()
-
-    def save(self, trainer: Any, step: int, *, best: bool) -> None:
-        """Writes the checkpoint of `step`. Collective over all ranks."""
-        partial, final = self.dir / f"partial_step_{step}", self.dir / f"step_{step}"
-        if trainer.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.mkdir(parents=True)
-        trainer.strategy.barrier()
-        trainer.save_checkpoint(str(partial))
-        self.prepass.finish_writing()
-        self.prepass.save_snapshot(partial)
-        trainer.strategy.barrier()
-        if trainer.is_global_zero:
-            shutil.copytree(self.base_dir / "context", partial / "context")
-            shutil.copy(self.dir.parent / "run.json", partial / "context" / "run.json")
-            if self.adapters is not None:
-                (partial / "context" / ADAPTER_FILE).write_text(
-                    self.adapters.to_json(base_sample=nemo_base_sample(self.base_dir))
-                )
-            partial.rename(final)
-            point_at(self.dir, "latest", final.name)
-            self.keep.tidy(step, best=best)
-        trainer.strategy.barrier()

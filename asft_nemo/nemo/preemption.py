@@ -8,7 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from asft_nemo import stop_signal
-from asft_nemo.nemo.callbacks import CheckpointCallback, most_of_ranks
+from asft_nemo.nemo.callbacks import most_of_ranks
+from asft_nemo.nemo.checkpoints import CheckpointCallback
 from asft_nemo.run_dir import checkpoint_steps
 
 logger = logging.getLogger(__name__)
