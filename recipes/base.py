@@ -1,9 +1,20 @@
-"""What all recipes share, and how a recipe becomes a NeMo-Run task."""
+"""What all recipes share, and how a recipe becomes a NeMo-Run task.
+
+A recipe takes the fastest layout that `asft plan --search` finds for its GPUs with 4 layers a virtual stage and without context parallelism,
+among those that leave a tenth of the memory at 4,096 tokens (docs/planner.md says which recipes cannot). Speeds and GiB beside the values are
+the planner's; none was measured on a GPU.
+
+What recipes leave as the schema has it:
+
+* `data.packing=false`: a global batch counts rows, and packed rows would make the paper's batches several times larger. An experiment may pack.
+* `recompute.granularity=none`: every recipe but the one for 32,768 tokens has room for its activations.
+* `parallel.tp_comm_overlap=false`: Transformer Engine's userbuffers have never run here, and FP8 with bf16 layers at both ends refuses them.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +51,29 @@ def tensor_parallel(tp_size: int) -> dict[str, Any]:
     return {"parallel": {"tp_size": tp_size, "sequence_parallel": True}}
 
 
+def pipeline_parallel(pp_size: int, *, vpp_size: int) -> dict[str, Any]:
+    """Pipeline stages, over nodes or within one.
+
+    Virtual stages divide the pipeline's idle time by `vpp_size`; with fewer than 4 layers each that gains 2 % at most.
+    """
+    return {"parallel": {"pp_size": pp_size, "vpp_size": vpp_size}}
+
+
+def lora() -> dict[str, Any]:
+    """Adapters on a frozen base, which is the reference for nothing while they are switched off."""
+    return {"peft": {"name": "lora"}, "reference": {"form": "adapter_disabled"}}
+
+
+def fp8(scaling: str) -> dict[str, Any]:
+    """The layers' products in FP8, for H100 and H200.
+
+    Args:
+        scaling: `current`, one scale a tensor taken from its own numbers, the first and the last layer in bf16; `blockwise`, one a block of
+            128. Delayed scaling, whose scales come from earlier steps, is no recipe's: a frozen reference has none.
+    """
+    return {"precision": f"fp8_{scaling}"}
+
+
 def combine(*fragments: Mapping[str, Any]) -> dict[str, Any]:
     """One fragment from several; later ones win, section by section."""
     result: dict[str, Any] = {}
@@ -51,6 +85,20 @@ def combine(*fragments: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 result[name] = copy.deepcopy(value)
     return result
+
+
+def finetune_recipe(module: str) -> Callable[..., nemo_run.Partial]:
+    """The function of this name that every recipe has: `finetune_partial` with the recipe's name.
+
+    Args:
+        module: the recipe's `__name__`.
+    """
+
+    def task(overrides: Sequence[str] = ()) -> nemo_run.Partial:
+        """This recipe as a NeMo-Run task; see `base.finetune_partial`."""
+        return finetune_partial(module.rpartition(".")[2], overrides)
+
+    return task
 
 
 def finetune_partial(recipe: str, overrides: Sequence[str] = ()) -> nemo_run.Partial:

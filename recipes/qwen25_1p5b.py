@@ -1,14 +1,10 @@
-"""Qwen2.5-1.5B: full fine-tuning, bf16, from one 80 GB GPU on."""
+"""Qwen2.5-1.5B: full fine-tuning, bf16, from one GPU of 80 GB on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import base
-
-if TYPE_CHECKING:
-    import nemo_run
 
 MODEL = "Qwen/Qwen2.5-1.5B"
 
@@ -20,6 +16,4 @@ def fragment() -> dict[str, Any]:
     return base.on_gpus()
 
 
-def finetune_recipe(overrides: Sequence[str] = ()) -> nemo_run.Partial:
-    """This recipe as a NeMo-Run task; see `base.finetune_partial`."""
-    return base.finetune_partial("qwen25_1p5b", overrides)
+finetune_recipe = base.finetune_recipe(__name__)

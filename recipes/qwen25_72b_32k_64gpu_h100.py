@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import base, qwen25_72b
-
-if TYPE_CHECKING:
-    import nemo_run
 
 MODEL = qwen25_72b.MODEL
 
 
 def fragment() -> dict[str, Any]:
-    """The layers of `qwen25_72b` on twice the GPUs: 32,768 is within the model's positions, and every row is shared by two of them.
-
-    The numbers are those of `asft plan`; none was measured on a GPU.
-    """
+    """The layers of `qwen25_72b` on twice the GPUs: 32,768 is within the model's positions, and every row is shared by two of them."""
     return base.combine(
         qwen25_72b.fragment(),
         {
@@ -35,6 +28,4 @@ def fragment() -> dict[str, Any]:
     )
 
 
-def finetune_recipe(overrides: Sequence[str] = ()) -> nemo_run.Partial:
-    """This recipe as a NeMo-Run task; see `base.finetune_partial`."""
-    return base.finetune_partial("qwen25_72b_32k_64gpu_h100", overrides)
+finetune_recipe = base.finetune_recipe(__name__)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import base
-
-if TYPE_CHECKING:
-    import nemo_run
 
 MODEL = "Qwen/Qwen2.5-7B"
 
@@ -20,6 +16,4 @@ def fragment() -> dict[str, Any]:
     return base.combine(base.on_gpus(), base.tensor_parallel(2), {"run": {"world_size": 8}})
 
 
-def finetune_recipe(overrides: Sequence[str] = ()) -> nemo_run.Partial:
-    """This recipe as a NeMo-Run task; see `base.finetune_partial`."""
-    return base.finetune_partial("qwen25_7b", overrides)
+finetune_recipe = base.finetune_recipe(__name__)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import base
-
-if TYPE_CHECKING:
-    import nemo_run
 
 
 def fragment() -> dict[str, Any]:
@@ -31,6 +27,4 @@ def fragment() -> dict[str, Any]:
     )
 
 
-def finetune_recipe(overrides: Sequence[str] = ()) -> nemo_run.Partial:
-    """This recipe as a NeMo-Run task; see `base.finetune_partial`."""
-    return base.finetune_partial("tiny_cpu", overrides)
+finetune_recipe = base.finetune_recipe(__name__)

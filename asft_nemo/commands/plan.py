@@ -19,7 +19,7 @@ def add_plan(add: Add) -> None:
     plan = add("plan", _plan, "memory and seconds on GPUs, by arithmetic alone; layouts that fit")
     plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings, as for asft train")
     plan.add_argument(
-        "--gpu", default="h100-80gb", help="h100-80gb, h200, a100-80gb or a100-40gb (default: %(default)s)"
+        "--gpu", help="h100-80gb, h200, a100-80gb or a100-40gb (default: what the recipe is made for)"
     )
     plan.add_argument(
         "--search", action="store_true", help="try other layouts: those that fit, and why the others do not"
@@ -33,6 +33,7 @@ def add_plan(add: Add) -> None:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from asft_nemo.config.load import compose
+    from asft_nemo.config.recipes import recipe_gpu
     from asft_nemo.planner import search as layouts
     from asft_nemo.planner.gpus import gpu
     from asft_nemo.planner.plan import as_json, plan_of
@@ -40,7 +41,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from asft_nemo.planner.totals import totals_of
     from asft_nemo.planner.words import in_words
 
-    device = gpu(arguments.gpu)
+    asked = None if arguments.gpu is None else gpu(arguments.gpu)
     run = compose(
         arguments.words,
         check_inputs=False,
@@ -48,7 +49,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         shape_of=lambda run: shape_of(_spec(run)),
     )
     spec = _spec(run)
-    plan = plan_of(run, spec, device)
+    plan = plan_of(run, spec, asked or gpu(recipe_gpu(run.recipe)))
     values, words = {**as_json(plan), "total": asdict(totals_of(plan))}, [in_words(plan)]
     if arguments.search:
         found = layouts.search(plan)

@@ -14,6 +14,7 @@ from typing import Any
 from asft_nemo.config.paths import project_dir
 from asft_nemo.errors import ConfigError
 
+_GPU = "h100-80gb"  # of a recipe that names none
 _PACKAGE = "asft_nemo_recipes"  # the name under which the folder is imported, in a clone and in a wheel alike
 
 
@@ -39,6 +40,15 @@ def recipe_model(name: str) -> str | None:
         ConfigError: no recipe has this name.
     """
     return getattr(_recipe(name), "MODEL", None)
+
+
+def recipe_gpu(name: str) -> str:
+    """The GPU that a recipe is made for, as `asft plan --gpu` calls it.
+
+    Raises:
+        ConfigError: no recipe has this name.
+    """
+    return getattr(_recipe(name), "GPU", _GPU)
 
 
 def _recipe(name: str) -> ModuleType:

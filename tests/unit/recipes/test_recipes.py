@@ -1,40 +1,86 @@
-"""Recipes hold only values, none of them a default, and fit their models."""
+"""Recipes hold only values, none of them a default; their names tell the truth, and they fit the GPUs in their names."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import re
 import subprocess
 import sys
-from dataclasses import replace as replace_fields
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from asft_nemo.config.load import compose
-from asft_nemo.config.model_shape import ModelShape, read_model_shape
-from asft_nemo.config.recipes import known_recipes, recipe_fragment
+from asft_nemo.config.model_shape import read_model_shape
+from asft_nemo.config.recipes import known_recipes, recipe_fragment, recipe_gpu, recipe_model
 from asft_nemo.config.rules import check
-from asft_nemo.config.schema import RunConfig, replace, walk
+from asft_nemo.config.schema import RunConfig, data_parallel_size, replace, walk
 from asft_nemo.planner.gpus import gpu
 from asft_nemo.planner.plan import plan_of
 from asft_nemo.planner.published import spec_of_recipe
+from asft_nemo.planner.time import shape_of
+from recipes import base
 
-# layers, hidden, heads, kv heads, feed-forward, vocabulary, positions: from the models' published config.json.
-QWEN25_72B = ModelShape(80, 8192, 64, 8, 29568, 152064, 131072)
-SHAPES = {
-    "qwen25_1p5b": ModelShape(28, 1536, 12, 2, 8960, 151936, 131072),
-    "qwen25_7b": ModelShape(28, 3584, 28, 4, 18944, 152064, 131072),
-    "qwen25_32b": ModelShape(64, 5120, 40, 8, 27648, 152064, 131072),
-    "qwen25_72b": QWEN25_72B,
-    # the Instruct model's config.json says 32,768 positions
-    "qwen25_72b_32k_64gpu_h100": replace_fields(QWEN25_72B, max_positions=32768),
+MODELS = {
+    "qwen25_1p5b": "Qwen/Qwen2.5-1.5B",
+    "qwen25_7b": "Qwen/Qwen2.5-7B",
+    "qwen25_32b": "Qwen/Qwen2.5-32B",
+    "qwen25_72b": "Qwen/Qwen2.5-72B",
+    "llama2_7b": "meta-llama/Llama-2-7b-hf",
+    "llama2_70b": "meta-llama/Llama-2-70b-hf",
+    "llama3_8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3_70b": "meta-llama/Meta-Llama-3-70B",
 }
-GPUS = {
-    "qwen25_1p5b": 1,
-    "qwen25_7b": 8,
-    "qwen25_32b": 16,
-    "qwen25_72b": 32,
-    "qwen25_72b_32k_64gpu_h100": 64,
+#: GPUs of a bare name, which does not say them
+BARE = {"1p5b": 1, "7b": 8, "8b": 8, "32b": 16, "70b": 32, "72b": 32}
+NAME = re.compile(
+    r"(?P<model>[a-z]+\d+_(?P<size>\w+?b))(_(?P<thousands>\d+)k)?(_(?P<kind>full|lora))?"
+    r"((_(?P<gpus>\d+)gpu_(?P<gpu>h100|h200|a100_40gb))(_(?P<precision>fp8|fp8_blockwise))?)?"
+)
+GPU_NAMES = {"h100": "h100-80gb", "h200": "h200", "a100_40gb": "a100-40gb"}
+PRECISIONS = {"fp8": "fp8_current", "fp8_blockwise": "fp8_blockwise"}
+#: Share of a GPU's memory that is left free, beside what the planner adds for the allocator and outside torch.
+MARGIN = 0.10
+#: docs/planner.md: these leave that much at 2,048 tokens and not at 4,096
+SHORT = {
+    "llama3_70b_lora_8gpu_h100_fp8",
+    "qwen25_72b_lora_8gpu_h100_fp8",
+    "qwen25_72b_full_64gpu_a100_40gb",
 }
+RECIPES = tuple(name for name in known_recipes() if name != "tiny_cpu")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a name says."""
+
+    model: str
+    gpus: int
+    gpu: str
+    precision: str
+    peft: str
+    tokens: int | None
+
+    @classmethod
+    def by(cls, name: str) -> Told:
+        match = NAME.fullmatch(name)
+        assert match is not None, f"{name} is not <model>_<full|lora>_<n>gpu_<gpu>[_<precision>]"
+        thousands = match["thousands"]
+        return cls(
+            MODELS[match["model"]],
+            int(match["gpus"] or BARE[match["size"]]),
+            GPU_NAMES[match["gpu"] or "h100"],
+            PRECISIONS.get(match["precision"] or "", "bf16"),
+            "lora" if match["kind"] == "lora" else "none",
+            1024 * int(thousands) if thousands else None,
+        )
+
+
+@functools.cache
+def run_of(name: str) -> RunConfig:
+    return compose([f"recipe={name}", "objective=asft", "model.path=nowhere"], check_inputs=False)
 
 
 def leaves(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -44,8 +90,10 @@ def leaves(values: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def test_known_recipes() -> None:
-    assert set(known_recipes()) == {"tiny_cpu", *SHAPES}
+def test_every_model_has_a_bare_name_and_lora() -> None:
+    assert set(MODELS) <= set(RECIPES)
+    assert {Told.by(name).model for name in RECIPES if "_lora_" in name} == set(MODELS.values())
+    assert {Told.by(name).precision for name in RECIPES} == {"bf16", *PRECISIONS.values()}
 
 
 @pytest.mark.parametrize("name", known_recipes())
@@ -56,23 +104,36 @@ def test_recipe_says_only_what_differs_from_the_schema(name: str) -> None:
         assert value != defaults[key], f"{key}={value} is the schema's default"
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_layout_fits_the_model(name: str) -> None:
-    run = compose([f"recipe={name}", "objective=asft", "model.path=nowhere"], check_inputs=False)
-    check(run, shape=SHAPES[name])
-    assert run.run.world_size == GPUS[name]
-    assert run.precision == "bf16"
-    # A data-parallel run of the same layout fits too.
-    check(replace(run, {"run.world_size": 2 * GPUS[name]}), shape=SHAPES[name])
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_name_tells_the_truth(name: str) -> None:
+    run, told = run_of(name), Told.by(name)
+    layout = run.parallel
+    assert (recipe_model(name), recipe_gpu(name)) == (told.model, told.gpu)
+    assert (run.precision, run.peft.name, run.run.world_size) == (told.precision, told.peft, told.gpus)
+    assert layout.tp_size * layout.pp_size * layout.cp_size * data_parallel_size(run) == told.gpus
+    assert run.reference.form == ("adapter_disabled" if told.peft == "lora" else "resident")
+    if told.tokens is not None:
+        assert run.data.sequence_length == told.tokens
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_recipe_fits_the_gpus_it_is_made_for(name: str) -> None:
-    run = compose([f"recipe={name}", "objective=asft", "model.path=nowhere"], check_inputs=False)
-    spec = spec_of_recipe(name)
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_rules_pass_on_its_model_with_data_parallelism_too(name: str) -> None:
+    run, spec = run_of(name), spec_of_recipe(name)
     assert spec is not None
-    plan = plan_of(run, spec, gpu("h100-80gb"))
-    assert plan.fits, (plan.needed, plan.gpu.memory)
+    check(run, shape=shape_of(spec))
+    check(replace(run, {"run.world_size": 2 * run.run.world_size}), shape=shape_of(spec))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_fits_the_gpus_of_its_name_with_a_margin(name: str) -> None:
+    run, spec, device = run_of(name), spec_of_recipe(name), gpu(Told.by(name).gpu)
+    assert spec is not None
+    fits = {}
+    for tokens in {2048, 4096} if Told.by(name).tokens is None else {run.data.sequence_length}:
+        plan = plan_of(replace(run, {"data.sequence_length": tokens}), spec, device)
+        fits[tokens] = plan.needed <= (1 - MARGIN) * device.memory
+    expected = dict.fromkeys(fits, True)
+    assert fits == (expected | {4096: False} if name in SHORT else expected)
 
 
 def test_tiny_cpu_is_the_shipped_model() -> None:
@@ -100,6 +161,13 @@ def test_importing_all_recipes_imports_nothing_heavy() -> None:
     )
 
 
+@pytest.mark.parametrize("name", known_recipes())
+def test_the_task_is_the_recipes_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "finetune_partial", lambda recipe, overrides: (recipe, overrides))
+    task = importlib.import_module(f"recipes.{name}").finetune_recipe(["objective=asft"])
+    assert task == (name, ["objective=asft"])
+
+
 @pytest.mark.nemo
 @pytest.mark.slow
 def test_finetune_recipe_is_a_nemo_run_task() -> None:
@@ -108,7 +176,7 @@ def test_finetune_recipe_is_a_nemo_run_task() -> None:
 import nemo_run
 from asft_nemo.config.schema import from_dict, to_dict
 from asft_nemo.train import train
-from recipes.qwen25_72b import finetune_recipe
+from recipes.qwen25_72b_full_32gpu_h100_fp8 import finetune_recipe
 
 task = finetune_recipe(["objective=asft", "model.path=nowhere"])
 assert isinstance(task, nemo_run.Partial) and task.__fn_or_cls__ is train
