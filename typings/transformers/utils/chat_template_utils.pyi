@@ -1,0 +1,3 @@
+from typing import Any
+
+def render_jinja_template(*args: Any, **kwargs: Any) -> tuple[list[str], list[Any]]: ...
