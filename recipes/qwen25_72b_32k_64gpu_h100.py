@@ -21,7 +21,7 @@ def fragment() -> dict[str, Any]:
             },
             # Half of a row's tokens on each GPU, and half of the optimizer's state, which context-parallel ranks share too.
             "parallel": {"cp_size": 2},
-            # The widest activations of a layer: without them 18 GiB wait for their backward pass instead of 49, which would not fit.
+            # The widest activations of a layer: without them 15 GiB wait for their backward pass instead of 49, which would not fit.
             # This costs 9 % of the speed; whole layers would save 13 GiB more and cost 19 %.
             "recompute": {"granularity": "selective", "modules": ["mlp"]},
         },

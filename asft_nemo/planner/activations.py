@@ -85,7 +85,7 @@ def layer_activations(run: RunConfig, spec: ModelSpec, widths: ByteWidths) -> La
         attention=norm + attention,
         core=core,
         mlp=norm + inside,
-        mlp_inside=inside,
+        mlp_inside=inside + norm - _before_mlp(run, tokens.shared * hidden, norm, widths),
         working=tokens.whole * c * (3 * ffn + hidden),
     )
 
@@ -101,6 +101,17 @@ def _norm(run: RunConfig, widths: ByteWidths) -> int:
         return widths.compute + _linear_input(run, widths)
     # `asft_nemo.cpu.norm.RMSNorm`: the input in fp32; for its weight's gradient the normed input, in the compute dtype; its output
     return 4 + (2 * widths.compute if run.peft.name == "none" else 0)
+
+
+def _before_mlp(run: RunConfig, numbers: int, norm: int, widths: ByteWidths) -> int:
+    """Of a recomputed feed-forward layer: what is kept ahead of it, its input included.
+
+    Transformer Engine's first linear layer has the norm inside: the layer's input is all. Else the norm is ahead of it and keeps its own, and
+    its output is there too: trained, for the norm's weight as well; frozen, for the recomputation alone.
+    """
+    if widths.kernels == "te":
+        return numbers * widths.compute
+    return norm + (numbers * widths.compute if run.peft.name != "none" else 0)
 
 
 def _attention(run: RunConfig, spec: ModelSpec, tokens: Tokens, widths: ByteWidths) -> tuple[int, int]:

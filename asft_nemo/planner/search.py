@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from typing import Any
 
 from asft_nemo.config import rules
@@ -24,21 +25,27 @@ class Found:
         plan: None where a rule refuses the layout.
         refused: why it is passed over; None where it fits.
         largest: the largest part of what does not fit.
+        own: it is the run's own.
     """
 
     settings: str
     plan: Plan | None
     refused: str | None
     largest: str | None = None
+    own: bool = False
 
 
 def search(plan: Plan) -> tuple[Found, ...]:
     """All layouts of the run's GPUs with its other settings: fitting ones by their seconds, then the rejected.
 
-    Tensor parallelism stays within a node, because its exchanges are not hidden; virtual stages are the finest that divide the layers, or
-    none; everything is tried with and without full recomputation.
+    Tensor parallelism stays within a node, because its exchanges are not hidden; virtual stages have 4 layers, 2 or 1, or there are none;
+    everything is tried with and without full recomputation. The run's own layout is among them, whatever it is.
     """
-    found = [_try(plan, settings) for settings in _layouts(plan)]
+    layouts = list(_layouts(plan))
+    own = {key: _of(plan.run, key) for key in layouts[0]}
+    if own not in layouts:
+        layouts.append(own)
+    found = [replace_fields(_try(plan, settings), own=settings == own) for settings in layouts]
     fitting = [one for one in found if one.refused is None]
     fitting.sort(key=lambda one: one.plan.step.seconds if one.plan else 0.0)
     return (*fitting, *(one for one in found if one.refused is not None))
@@ -61,6 +68,8 @@ def _layouts(plan: Plan) -> Iterator[dict[str, Any]]:
                             "parallel.sequence_parallel": tp_size > 1,
                             "parallel.first_stage_layers": None,
                             "parallel.last_stage_layers": None,
+                            "parallel.account_for_embedding": False,
+                            "parallel.account_for_loss": False,
                             "recompute.granularity": granularity,
                             "run.world_size": world,
                         }
@@ -83,7 +92,7 @@ def _virtual(layers: int, pp_size: int) -> list[int | None]:
 
 
 def _try(plan: Plan, settings: dict[str, Any]) -> Found:
-    words = _words(settings)
+    words = _words(plan.run, settings)
     run: RunConfig = replace(plan.run, settings)
     try:
         rules.check(run, shape=shape_of(plan.spec))
@@ -98,25 +107,41 @@ def _try(plan: Plan, settings: dict[str, Any]) -> Found:
     )
 
 
-def _words(settings: dict[str, Any]) -> str:
-    short = {
-        "tp": settings["parallel.tp_size"],
-        "pp": settings["parallel.pp_size"],
-        "vpp": settings["parallel.vpp_size"],
-        "cp": settings["parallel.cp_size"],
-    }
-    given = [f"parallel.{name}_size={size}" for name, size in short.items() if size is not None]
-    return " ".join([*given, f"recompute.granularity={settings['recompute.granularity']}"])
+_ALWAYS = ("parallel.tp_size", "parallel.pp_size", "parallel.cp_size", "recompute.granularity")
+
+
+def _of(run: RunConfig, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(run, section), name)
+
+
+def _words(run: RunConfig, settings: dict[str, Any]) -> str:
+    """The layout, and whatever else of it the run has otherwise."""
+    shown = {key: value for key, value in settings.items() if key in _ALWAYS or value != _of(run, key)}
+    if settings["parallel.vpp_size"] is not None:
+        shown["parallel.vpp_size"] = settings["parallel.vpp_size"]
+    given = [f"{key}={_plain(shown[key])}" for key in settings if key in shown]
+    return " ".join(given)
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value).lower()
 
 
 def in_words(found: tuple[Found, ...], *, most: int) -> str:
     """The fastest layouts, and the reasons against the rest with how many layouts each holds for."""
     fitting = [one for one in found if one.plan is not None and one.refused is None]
     lines = [f"{len(fitting)} of {len(found)} layouts fit; tokens/s/GPU, GiB a GPU:"]
-    for one in fitting[:most]:
+    for place, one in enumerate(fitting, start=1):
+        if place > most and not one.own:
+            continue
         assert one.plan is not None
-        speed = one.plan.step.tokens_per_second_per_gpu
-        lines.append(f"{speed:>8,.0f}  {one.plan.needed / 2**30:>6.1f}  {one.settings}")
+        speed, own = (
+            one.plan.step.tokens_per_second_per_gpu,
+            f"  <- this run, number {place}" if one.own else "",
+        )
+        lines.append(f"{speed:>8,.0f}  {one.plan.needed / 2**30:>6.1f}  {one.settings}{own}")
+    lines += [f"this run, {one.settings}: {one.refused}" for one in found if one.own and one.refused]
     lines += _rejected([one for one in found if one.refused is not None])
     return "\n".join(lines)
 
@@ -143,6 +168,7 @@ def as_json(found: tuple[Found, ...]) -> list[dict[str, Any]]:
     return [
         {
             "settings": one.settings,
+            "own": one.own,
             "fits": one.refused is None,
             "refused": one.refused,
             "needed_bytes": None if one.plan is None else one.plan.needed,

@@ -22,6 +22,8 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 from torch import Tensor, nn
@@ -50,6 +52,18 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., hidden_size] to the same shape and dtype."""
         return _Norm.apply(x, self.weight)  # type: ignore[return-value]
+
+
+class NormedMlp(MLP):
+    """The feed-forward layer with the norm inside, as Transformer Engine's first linear layer has it: what recomputing the layer covers."""
+
+    def __init__(self, config: Any, *arguments: Any, **named: Any):
+        super().__init__(config, *arguments, **named)
+        self.norm = Norm(config, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None) -> Any:
+        """Of Megatron's MLP."""
+        return super().forward(self.norm(hidden_states), per_token_scale)
 
 
 class _Flash(torch.autograd.Function):
@@ -103,7 +117,8 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
         qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
     spec.submodules.input_layernorm = Norm
-    spec.submodules.pre_mlp_layernorm = Norm
+    spec.submodules.pre_mlp_layernorm = IdentityOp
+    spec.submodules.mlp.module = NormedMlp
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = FlashAttention
     if config.qk_layernorm:

@@ -161,11 +161,34 @@ def test_search_gives_layouts_that_fit_and_reasons() -> None:
     best = out.partition("GiB a GPU:\n")[2].splitlines()[0].split()
     assert best[2].startswith("parallel.tp_size=")
     # what it recommends keeps the rules, fits, and is as fast as it said
-    words = [*best[2:], *(["parallel.vpp_size=null"] if "vpp_size" not in " ".join(best) else [])]
-    values = values_of("recipe=qwen25_32b", "objective=asft", "run.world_size=16", *words)
+    values = values_of("recipe=qwen25_32b", "objective=asft", "run.world_size=16", *best[2:])
     assert values["step"]["tokens_per_second_per_gpu"] == pytest.approx(
         float(best[0].replace(",", "")), abs=1
     )
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        pytest.param(["parallel.vpp_size=7"], id="one that is tried anyway"),
+        pytest.param(["parallel.last_stage_layers=13"], id="unequal shares"),
+        pytest.param(["recompute.granularity=selective"], id="recomputed in part"),
+    ],
+)
+def test_the_runs_own_layout_is_among_those_of_a_search(own: list[str]) -> None:
+    words = ["recipe=qwen25_7b", "objective=asft", "parallel.pp_size=2", *own]
+    values = values_of(*words, "--search")
+    [found] = [layout for layout in values["layouts"] if layout["own"]]
+    assert not found["fits"] or found["seconds"] == values["step"]["seconds"]
+    told = [line for line in plan(*words, "--search")[1].splitlines() if "this run" in line]
+    assert len(told) == 1
+
+
+def test_a_recipe_is_planned_for_its_own_gpu() -> None:
+    recipe = "recipe=qwen25_72b_full_16gpu_h200"
+    values = values_of(recipe, "objective=asft")
+    assert (values["gpu"], values["fits"]) == ("h200", True)
+    assert not values_of(recipe, "objective=asft", "--gpu", "h100-80gb")["fits"]
 
 
 def test_the_tiny_model_is_counted_as_its_run_counts_it() -> None:
