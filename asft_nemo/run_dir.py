@@ -278,10 +278,15 @@ def _lock(run: RunConfig) -> FileLock:
         raise ConfigError(
             f"run.dir={folder} is being trained in by {holder}: wait for it, or choose another run.dir"
         ) from None
+    owner.write_text(this_process())
+    return lock
+
+
+def this_process() -> str:
+    """This process in the words that a lock's owner leaves: its id, user, host, and job of Slurm."""
     job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
     user = os.environ.get("USER", f"user {os.getuid()}")  # a container may know no name
-    owner.write_text(f"process {os.getpid()} of {user} on {socket.gethostname()}{job}")
-    return lock
+    return f"process {os.getpid()} of {user} on {socket.gethostname()}{job}"
 
 
 def _same_run(run: RunConfig, before: dict[str, Any], data_fingerprint: str) -> None:

@@ -54,6 +54,9 @@ def run_rank(run: RunConfig, job: str) -> NoReturn:
         _say(str(error))
         leave(USER_ERROR_EXIT)
     except Exception:
+        if job != "train":
+            # The collective may have failed because another rank left as asked: this one hears the same in a moment, and leaves like it.
+            stop_signal.heard(within=_OTHERS_WAIT)
         _say(f"rank {os.environ.get('RANK')} failed:\n{traceback.format_exc()}")
         leave(1)
     leave(0)

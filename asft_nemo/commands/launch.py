@@ -138,29 +138,24 @@ def _submit(
     arguments: argparse.Namespace, run: RunConfig, stages: Sequence[Stage], idle: dict[str, str], place: Place
 ) -> int:
     from asft_nemo.config.cluster_rules import on_slurm
-    from asft_nemo.launching import scripts, slurm
-    from asft_nemo.launching.jobs import experiment_name, forget, render, submit
+    from asft_nemo.launching import record, scripts, slurm
+    from asft_nemo.launching.jobs import experiment_name, submit
 
     name = experiment_name()
     if on_slurm(run):
         slurm.check_cluster(run.cluster)
-    _refuse_running(place.folder)
-    place.home.mkdir(parents=True, exist_ok=True)
-    for stage in stages:
-        scripts.done_file(place.folder, stage.name).unlink(missing_ok=True)
-    if on_slurm(run):
-        try:
-            for drawn in render(run, stages, place, experiment=name).values():
-                if drawn.batch_file is not None:
-                    slurm.test_only(drawn.batch_file)
-        finally:
-            forget(place, name)
-    print("\n".join(_plan(run, stages, idle)), file=sys.stderr)
-    record = submit(run, stages, place, experiment=name)
-    record.write(place.folder)
+    with record.claim(place.folder):
+        _refuse_running(place.folder)
+        for stage in stages:
+            scripts.done_file(place.folder, stage.name).unlink(missing_ok=True)
+        if on_slurm(run):
+            _ask_slurm(run, stages, place, name)
+        print("\n".join(_plan(run, stages, idle)), file=sys.stderr)
+        launched = submit(run, stages, place, experiment=name)
+        launched.write(place.folder)
     if not on_slurm(run):
-        return _ended(arguments, record, place)
-    jobs = {job.stage: job.job_id for job in record.jobs}
+        return _ended(arguments, launched, place)
+    jobs = {job.stage: job.job_id for job in launched.jobs}
     listed = ", ".join(f"{stage} {job_id}" for stage, job_id in jobs.items())
     answer(
         arguments,
@@ -168,6 +163,23 @@ def _submit(
         f"submitted: {listed}\nto watch: asft status {run.run.dir}, asft logs {run.run.dir} [STAGE]; to stop: asft cancel {run.run.dir}",
     )
     return DONE
+
+
+def _ask_slurm(run: RunConfig, stages: Sequence[Stage], place: Place, name: str) -> None:
+    """Asks Slurm whether it would take every job.
+
+    Raises:
+        UserError: it refuses one.
+    """
+    from asft_nemo.launching import slurm
+    from asft_nemo.launching.jobs import forget, render
+
+    try:
+        for drawn in render(run, stages, place, experiment=name).values():
+            if drawn.batch_file is not None:
+                slurm.test_only(drawn.batch_file)
+    finally:
+        forget(place, name)
 
 
 def _refuse_running(folder: Path) -> None:

@@ -6,8 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from asft_nemo.errors import UserError
-from asft_nemo.run_dir import write_json
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from asft_nemo.errors import ConfigError, UserError
+from asft_nemo.run_dir import this_process, write_json
 
 RECORD = "launch.json"
 
@@ -81,3 +83,33 @@ def read(folder: Path) -> Record:
     values.pop("format")
     jobs = tuple(Job(**{**job, "after": tuple(job["after"])}) for job in values.pop("jobs"))
     return Record(**values, jobs=jobs)
+
+
+def claim(folder: Path) -> AcquireReturnProxy:
+    """Makes run.dir's folder of a launch and keeps other launches out of it.
+
+    Args:
+        folder: run.dir.
+
+    Returns:
+        The lock, held until the block that it opens, or this process, ends.
+
+    Raises:
+        ConfigError: it cannot be made, or another launch is at work in it.
+    """
+    home = folder / "launch"
+    lock, owner = FileLock(str(home / ".lock")), home / ".owner"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        held = lock.acquire(timeout=0)
+        owner.write_text(this_process())
+    except Timeout:
+        holder = owner.read_text() if owner.exists() else "another process"
+        raise ConfigError(
+            f"run.dir={folder} is being launched by {holder}: wait for it, or choose another run.dir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={folder} cannot be written ({error.strerror}): set run.dir to a folder of yours on a file system that all nodes share"
+        ) from None
+    return held

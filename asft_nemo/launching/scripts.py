@@ -28,15 +28,15 @@ def stage_script(stage: Stage, cluster: ClusterConfig, *, folder: Path, start: P
         start: the directory `asft launch` was called in; relative names mean what they meant there.
     """
     lines = [f"# Stage {stage.name} of {folder}, made by asft launch.", "set -euo pipefail"]
-    lines += [f"cd {shlex.quote(str(start))}", *_exports(cluster), *cluster.setup]
     if cluster.executor == "slurm" and stage.ranks:
         lines += [
+            "# A signal to stop must not end a rank that does not listen yet; the others hear it, or Slurm ends the job at its time.",
+            "trap '' USR1 TERM",
             "# One rank: its number and where rank 0 is come from Slurm's variables.",
             "export ASFT_SLURM_RANKS=1",
             f"export ASFT_STOP_FILE={stop_file(folder)}",
-            "# Until the rank listens, the signal to stop waits instead of ending it.",
-            "trap '' USR1",
         ]
+    lines += [f"cd {shlex.quote(str(start))}", *_exports(cluster), *cluster.setup]
     if cluster.executor == "local":
         return "\n".join([*lines, *_local(stage, folder)]) + "\n"
     return "\n".join([*lines, *stage.lines]) + "\n"
@@ -104,11 +104,16 @@ def _requeue(cluster: ClusterConfig, folder: Path) -> Sequence[str]:
         '  if [ "$code" -eq 0 ] && [ -e "$stopped" ]; then',
         f"    code={STOPPED_EXIT}",
         '    state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)',
-        f'    if [ "$state" = RUNNING ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {cluster.max_requeues} ]; then',
+        '    if [ "$state" != RUNNING ]; then',
+        '      why="Slurm calls it ${state:-gone}"  # cancelled, or preempted: whether it comes back is for Slurm to say',
+        f'    elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {cluster.max_requeues} ]; then',
+        f'      why="it came back cluster.max_requeues={cluster.max_requeues} times"',
+        "    else",
         '      echo "asft: stopped behind $(cat "$stopped"); the job goes back to the queue"',
         '      scontrol requeue "$SLURM_JOB_ID" && exit 0',
+        '      why="scontrol requeue failed"',
         "    fi",
-        '    echo "asft: stopped behind $(cat "$stopped"), and the job (${state:-gone}) does not go back to the queue" >&2',
+        '    echo "asft: stopped behind $(cat "$stopped"), and the job is not put back into the queue: $why" >&2',
         "  fi",
     )
 
@@ -119,6 +124,6 @@ def _rendezvous() -> Sequence[str]:
         "# A node's name that no resolver knows has an address in Slurm.",
         'getent hosts "$MASTER_ADDR" > /dev/null ||',
         "  MASTER_ADDR=$(scontrol show node \"$MASTER_ADDR\" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')",
-        "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        "MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))  # below the ports that Linux hands out by itself",
         "export MASTER_ADDR MASTER_PORT",
     )

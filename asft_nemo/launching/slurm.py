@@ -128,7 +128,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
                 f"cluster={cluster.name} needs Slurm, and {program} is not installed here: call asft launch on a login node, or add --dry-run "
                 "to see the scripts"
             )
-    partitions = call("sinfo", "--noheader", "--format", "%R").split()
+    partitions = _partitions()
     for key in ("partition", "cpu_partition"):
         name = getattr(cluster, key)
         for one in (name or "").split(","):
@@ -142,6 +142,20 @@ def check_cluster(cluster: ClusterConfig) -> None:
             f"cluster={cluster.name} runs containers by pyxis, and this srun has no --container-image: set cluster=slurm to run without a "
             "container, or ask the cluster's administrators for pyxis"
         )
+
+
+def _partitions() -> list[str]:
+    """Names of the cluster's partitions, by the first call that needs a cluster to answer.
+
+    Raises:
+        UserError: none does.
+    """
+    try:
+        return call("sinfo", "--noheader", "--format", "%R").split()
+    except UserError as error:
+        raise UserError(
+            f"no Slurm cluster answers here: call asft launch on a login node, or set SLURM_CONF=<its slurm.conf> ({error})"
+        ) from None
 
 
 def _srun_help() -> str:

@@ -96,6 +96,7 @@ class Cluster:
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The steps of a run, without what depends on the machine's speed."""
     path = run_dir / "metrics.jsonl"
-    timed = ("seconds", "reference_seconds", "tokens_per_second")
+    timed = ("seconds", "reference_seconds", "tokens_per_second", "mfu")
+    timed += ("tflops_per_gpu", "reference_tflops_per_gpu")
     lines = path.read_text().splitlines() if path.exists() else []
     return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]

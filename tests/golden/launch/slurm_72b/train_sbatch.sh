@@ -43,11 +43,16 @@ asft_end() {
   if [ "$code" -eq 0 ] && [ -e "$stopped" ]; then
     code=75
     state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)
-    if [ "$state" = RUNNING ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+    if [ "$state" != RUNNING ]; then
+      why="Slurm calls it ${state:-gone}"  # cancelled, or preempted: whether it comes back is for Slurm to say
+    elif [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then
+      why="it came back cluster.max_requeues=20 times"
+    else
       echo "asft: stopped behind $(cat "$stopped"); the job goes back to the queue"
       scontrol requeue "$SLURM_JOB_ID" && exit 0
+      why="scontrol requeue failed"
     fi
-    echo "asft: stopped behind $(cat "$stopped"), and the job (${state:-gone}) does not go back to the queue" >&2
+    echo "asft: stopped behind $(cat "$stopped"), and the job is not put back into the queue: $why" >&2
   fi
   if [ "$code" -ne 0 ]; then
     echo "asft: stage train failed with exit code $code: see $log" >&2
@@ -63,7 +68,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # A node's name that no resolver knows has an address in Slurm.
 getent hosts "$MASTER_ADDR" > /dev/null ||
   MASTER_ADDR=$(scontrol show node "$MASTER_ADDR" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))  # below the ports that Linux hands out by itself
 export MASTER_ADDR MASTER_PORT
 
 

@@ -1,0 +1,154 @@
+"""When a job comes back and when it does not: real jobs of `asft launch`, whose ranks are a shell script that does as it is told.
+
+What a rank of ours does when it hears a signal is tested in test_launch.py; here it is what Slurm and the batch script make of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
+
+# Says that it runs, waits to be asked to stop unless DOES says otherwise, leaves word and ends as DOES says.
+RANK = """#!/usr/bin/env bash
+trap 'asked=1' USR1 TERM
+touch "$RUNS/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$SLURM_PROCID"
+[ "$DOES" = succeed ] && exit 0
+[ "$DOES" = return ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && exit 0
+until [ -n "${asked:-}" ]; do sleep 0.2; done
+[ "$SLURM_PROCID" = 0 ] && echo 'step 4' > "$ASFT_STOP_FILE"
+sleep 1
+[ "$DOES" = fail ] && [ "$SLURM_PROCID" = 1 ] && exit 3
+exit 0
+"""
+# Its shell ignores both signals until the rank listens, and what is ignored at its start bash cannot listen to.
+RANK_COMMAND = "env --default-signal=USR1,TERM bash"
+
+
+class Jobs:
+    """Copies of one launched job, told apart by what their ranks do.
+
+    Args:
+        cluster: where.
+        launched: run.dir of a launch with the stages train and export, one requeue allowed.
+        runs: folder in which ranks say that they run.
+    """
+
+    def __init__(self, cluster: Cluster, launched: Path, runs: Path):
+        self.cluster, self.launched, self.runs = cluster, launched, runs
+        train = json.loads((launched / "launch.json").read_text())["jobs"][0]
+        self.script, self.logs = train["batch_script"], Path(train["logs"])
+
+    def submit(self, does: str) -> str:
+        """One more such job; its number."""
+        told = {**self.cluster.environment, "DOES": does, "RUNS": str(self.runs)}
+        one = Cluster(told, self.cluster.folder)
+        return one.run("sbatch", "--requeue", "--parsable", self.script).stdout.strip()
+
+    def wait(self, what: str, true: Callable[[], bool]) -> None:
+        self.cluster.wait_for(what, self.launched, true)
+
+    def wait_for_ranks(self, job: str, attempt: int = 0) -> None:
+        """Until all ranks of an attempt listen."""
+        self.wait(
+            f"ranks of {job}, attempt {attempt}", lambda: len([*self.runs.glob(f"{job}-{attempt}-*")]) == 4
+        )
+
+    def ask(self, job: str) -> None:
+        self.cluster.run("scancel", "--signal=USR1", job)
+
+    def ended(self, job: str) -> list[str]:
+        """How each attempt ended, once the last has."""
+        self.wait(f"the end of {job}", lambda: not set(self.states(job)[-1:]) & {"PENDING", "RUNNING", ""})
+        return self.states(job)
+
+    def states(self, job: str) -> list[str]:
+        said = self.cluster.run("sacct", "-X", "-n", "-P", "-D", "-j", job, "-o", "State").stdout
+        return [line.split()[0] for line in said.splitlines()] or [""]  # CANCELLED by 0
+
+    def said(self, job: str) -> str:
+        """What the batch script wrote."""
+        (log,) = self.logs.glob(f"sbatch_*_{job}.out")
+        return log.read_text()
+
+
+@pytest.fixture(scope="module")
+def jobs(sandbox: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """A launch whose training waits for a signal; eight jobs of its size fit the cluster at once."""
+    folder = tmp_path_factory.mktemp("requeue")
+    (folder / "train.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (folder / "rank.sh").write_text(RANK)
+    told = {**sandbox.environment, "DOES": "stop", "RUNS": str(folder)}
+    Cluster(told, sandbox.folder).asft(
+        *("launch", "experiment=tiny_gsm8k", f"data.train=[{folder}/train.jsonl]", "run.world_size=4"),
+        *("parallel.tp_size=2", "cluster=slurm_sandbox", "cluster.request_gpus=false"),
+        *(
+            "cluster.max_requeues=1",
+            f'cluster.asft="{RANK_COMMAND} {folder}/rank.sh"',
+            f"run.dir={folder}/run",
+        ),
+        "--stages=train,export",
+    )
+    yield Jobs(sandbox, folder / "run", folder)
+    sandbox.run("scancel", "--user=root", code=None)
+
+
+def test_a_job_asked_to_stop_comes_back_as_often_as_it_may(jobs: Jobs) -> None:
+    capped, fails, succeeds = jobs.submit("stop"), jobs.submit("fail"), jobs.submit("succeed")
+    for job in (capped, fails):
+        jobs.wait_for_ranks(job)
+        jobs.ask(job)
+    jobs.ask(capped)  # twice: it stops once
+
+    assert jobs.ended(succeeds) == ["COMPLETED"]
+    assert "stopped" not in jobs.said(succeeds)
+    assert jobs.ended(fails) == ["FAILED"], "one rank failed, though another left word"
+    assert "asft: stage train failed with exit code 3" in jobs.said(fails)
+
+    jobs.wait_for_ranks(capped, attempt=1)
+    jobs.ask(capped)
+    assert jobs.ended(capped) == ["REQUEUED", "FAILED"]
+    said = jobs.said(capped)
+    assert said.count("stopped behind step 4; the job goes back to the queue") == 1
+    assert "not put back into the queue: it came back cluster.max_requeues=1 times" in said
+
+
+def test_cancel_ends_the_jobs_for_good_and_those_that_wait_for_them(jobs: Jobs) -> None:
+    cluster, folder = jobs.cluster, jobs.launched
+    job = cluster.jobs(folder)["train"]
+    jobs.wait_for_ranks(job)
+    again = ["launch", "experiment=tiny_gsm8k", "cluster=slurm_sandbox", "run.world_size=4"]
+    again += [f"data.train=[{folder.parent}/train.jsonl]", f"run.dir={folder}"]
+    assert "belongs to jobs that wait or run" in cluster.asft(*again, code=2).stderr
+    cluster.asft("cancel", str(folder))
+    states = cluster.wait(folder)
+    assert {name: stage["state"] for name, stage in states.items()} == {
+        "train": "CANCELLED",
+        "export": "CANCELLED",
+    }
+    assert "no job of this run waits or runs" in cluster.asft("cancel", str(folder)).stdout
+    assert jobs.states(job) == ["CANCELLED"], "its ranks left word, and it does not come back"
+
+
+def test_a_preempted_job_and_one_that_lost_a_node_come_back(jobs: Jobs) -> None:
+    preempted = jobs.submit("return")
+    jobs.wait_for_ranks(preempted)
+    urgent = jobs.cluster.run(
+        *("sbatch", "--parsable", "--partition=urgent", "--account=asft", "--nodes=2", "--exclusive"),
+        *("--output=/dev/null", "--wrap", "sleep 1"),
+    ).stdout.strip()
+    assert jobs.ended(urgent) == ["COMPLETED"]
+    assert "the job goes back to the queue" in jobs.said(preempted)
+
+    lost = jobs.submit("return")
+    jobs.wait_for_ranks(lost)
+    jobs.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+    jobs.wait("a job that Slurm requeues", lambda: jobs.states(lost)[0] != "RUNNING")
+    jobs.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    assert [jobs.ended(job)[-1] for job in (preempted, lost)] == ["COMPLETED", "COMPLETED"]
+    assert len(jobs.states(lost)) == 2
