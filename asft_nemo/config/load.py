@@ -8,7 +8,9 @@ type is found, named and reported together.
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,9 @@ from asft_nemo.config.paths import project_dir
 from asft_nemo.config.recipes import known_recipes, recipe_fragment, suggest
 from asft_nemo.config.schema import DERIVED, RunConfig, Section, describe_type, from_dict, hints
 from asft_nemo.errors import ConfigError
+
+# `${project:assets/...}` in a group file: what ships with the project, wherever it is installed.
+OmegaConf.register_new_resolver("project", lambda name: str(project_dir() / name), replace=True)
 
 _LEVEL = "_level"  # Hydra's primary config for a level that chooses only what it is told to choose
 
@@ -93,7 +98,8 @@ def compose(
 def known_options(group: str, *, conf_dir: str | Path | None = None) -> tuple[str, ...]:
     """Names of a group's files, sorted, for example `known_options("objective")`."""
     folder = (Path(conf_dir) if conf_dir is not None else project_dir() / "conf") / group
-    return tuple(sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml")))
+    files = [file for file in folder.rglob("*.yaml") if not file.name.startswith("_")]  # `_` = part of others
+    return tuple(sorted(str(file.relative_to(folder).with_suffix("")) for file in files))
 
 
 def _parse(overrides: Sequence[str], folder: Path) -> _CommandLine:
@@ -177,7 +183,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 
 def _merge(levels: Sequence[Sequence[tuple[str, Any]]]) -> tuple[RunConfig, dict[str, Level]]:
     """Merges the levels into the schema; also says which level gave each setting."""
-    tree: DictConfig = OmegaConf.structured(RunConfig)
+    tree = copy.deepcopy(_schema())
     kinds = dict(_kinds(RunConfig))
     level_of: dict[str, Level] = {}
     problems: list[str] = []
@@ -195,6 +201,12 @@ def _merge(levels: Sequence[Sequence[tuple[str, Any]]]) -> tuple[RunConfig, dict
     if missing:
         raise ConfigError([f"{key} is not set: {_CURES.get(key, f'give {key}=...')}" for key in missing])
     return from_dict(cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))), level_of
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """The schema's defaults as OmegaConf has them; made once, for that takes five times as long as copying it."""
+    return OmegaConf.structured(RunConfig)
 
 
 def _kinds(cls: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:

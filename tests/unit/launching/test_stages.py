@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from asft_nemo.config.load import compose, known_options
+from asft_nemo.config.load import compose
 from asft_nemo.errors import UserError
 from asft_nemo.launching.stages import STAGES, Launch, Stage, build, choose
 from asft_nemo.launching.words import setting, without
 
 EVERYTHING = list(STAGES)
-SLURM = ["cluster.partition=gpu", "cluster.account=llm", "cluster.container_image=a.sqsh"]
 
 
 def stages(
@@ -115,20 +114,6 @@ def test_prepared_data_are_told_apart_and_read_by_their_own_template(tmp_path: P
     assert all("data.on_bad_row=skip" in line and "data.fields.prompt=question" in line for line in lines)
     trained = compose(last_command(found["train"])[3:], check_inputs=False).data.train
     assert trained == ("/run/data/train", "/run/data/train~2", str(ready), "/run/data/all")
-
-
-@pytest.mark.parametrize("cluster", known_options("cluster"))
-@pytest.mark.parametrize("experiment", known_options("experiment"))
-def test_every_experiment_has_stages_on_every_cluster(experiment: str, cluster: str) -> None:
-    words = [
-        f"experiment={experiment}",
-        "model.path=/models/m",
-        "data.train=[/data/a.jsonl]",
-        f"cluster={cluster}",
-    ]
-    needs = {"slurm": SLURM[:2], "slurm_pyxis": SLURM}.get(cluster, [])
-    fits = ["cluster.gpus_per_node=8"] if cluster == "slurm_sandbox" else []
-    assert {"train", "export"} <= {stage.name for stage in stages([*words, *needs, *fits])}
 
 
 @pytest.mark.parametrize(
