@@ -1,8 +1,14 @@
-"""Work-arounds for NeMo 2.7.3 and Megatron-core 0.15.3, each with its reason; nothing here changes what is computed."""
+"""Work-arounds for NeMo and Megatron-core, each with its reason and version; nothing here changes what is computed.
+
+Written for NeMo 2.7.3 with Megatron-core 0.15.3. NeMo 2.6.2 with 0.15.3 needs nothing else; what NeMo 2.7.3 with 0.16.1 needs says so.
+`make test-compat` trains with all three.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -82,6 +88,11 @@ class AnchoredStrategy(MegatronStrategy):
         if again:
             init_model_parallel(self.model)
 
+    def setup_optimizers(self, trainer: Any) -> None:
+        """NeMo's, understood by Megatron-core 0.16 too."""
+        with _optimizer_as_nemo_asks():
+            super().setup_optimizers(trainer)
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """NeMo's."""
         assert self.megatron_parallel is not None
@@ -124,6 +135,36 @@ class AnchoredStrategy(MegatronStrategy):
             for state in part.optimizer.state.values():
                 if "step" in state:  # Transformer Engine's and apex's Adam count once a group
                     state["step"] = state["step"].clone()
+
+
+@contextlib.contextmanager
+def _optimizer_as_nemo_asks() -> Iterator[None]:
+    """Lets NeMo 2.7.3 make Megatron-core 0.16's optimizers, which take `config_overrides` in place of three arguments that NeMo passes.
+
+    The three say at their defaults what `config_overrides=None` means: no weight decay for biases and vectors, one learning rate.
+
+    Raises:
+        RuntimeError: one of them is not at its default.
+    """
+    import megatron.core.optimizer as optimizers
+
+    make = optimizers.get_megatron_optimizer
+    gone = {"no_weight_decay_cond": None, "scale_lr_cond": None, "lr_mult": 1.0}
+    if set(gone) <= set(inspect.signature(make).parameters):
+        yield
+        return
+
+    def as_nemo_asks(*args: Any, **kwargs: Any) -> Any:
+        for name, default in gone.items():
+            if kwargs.pop(name, default) != default:
+                raise RuntimeError(f"this megatron-core has no {name}: look at asft_nemo/nemo/compat.py")
+        return make(*args, **kwargs)
+
+    optimizers.get_megatron_optimizer = as_nemo_asks
+    try:
+        yield
+    finally:
+        optimizers.get_megatron_optimizer = make
 
 
 def _set_states(part: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
@@ -195,7 +236,7 @@ def end_groups() -> None:
 def before_grad_sync(chunk: Any, see: Callable[[torch.Tensor], None]) -> None:
     """Calls `see` with each bucket's gradient, summed over this rank's micro batches, just before its data-parallel reduction.
 
-    `_ParamAndGradBucketGroup.start_grad_sync` (megatron-core 0.15.3) has one place to look at a gradient before other ranks' are added:
+    `_ParamAndGradBucketGroup.start_grad_sync` (megatron-core 0.15.3, 0.16.1) has one place to look at a gradient before other ranks' are added:
     `check_for_nan_in_grad`. It waits for the device at every bucket and raises on one rank alone, in the middle of the schedule, while
     the others wait in the reduction until they are killed. `see` runs in its place, with the overlapped reduction and without.
 
@@ -214,10 +255,12 @@ def before_grad_sync(chunk: Any, see: Callable[[torch.Tensor], None]) -> None:
                 f"{type(group).__name__} of this megatron-core has no start_grad_sync or grad_data"
             )
 
-        def watched(group: Any = group, start: Any = start) -> None:
-            for bucket in group.buckets:
-                see(bucket.grad_data)
-            start()
+        def watched(*args: Any, group: Any = group, start: Any = start, **kwargs: Any) -> None:
+            # megatron-core 0.16 asks twice for the reduction of a run's first batch; by the second time it is on its way
+            if not (getattr(group, "is_first_batch", False) and group.grad_reduce_handle is not None):
+                for bucket in group.buckets:
+                    see(bucket.grad_data)
+            start(*args, **kwargs)
 
         group.start_grad_sync = watched
 
