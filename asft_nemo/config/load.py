@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +30,7 @@ from asft_nemo.config import rules
 from asft_nemo.config.facts import Level
 from asft_nemo.config.model_shape import ModelShape
 from asft_nemo.config.paths import project_dir
-from asft_nemo.config.recipes import known_recipes, recipe_fragment, suggest
+from asft_nemo.config.recipes import known_recipes, listed, recipe_fragment, suggest
 from asft_nemo.config.schema import DERIVED, RunConfig, Section, describe_type, from_dict, hints
 from asft_nemo.errors import ConfigError
 
@@ -79,9 +79,13 @@ def compose(
     experiment["experiment"] = line.groups.get("experiment")
     recipe = line.settings.get("recipe", experiment.get("recipe"))
     if recipe is None:
+        kinds = dict(_kinds(RunConfig))
+        unknown = filter(None, (_key_problem(key, kinds) for key in line.settings))
         raise ConfigError(
-            f"no recipe is given: set recipe=tiny_cpu (known are {', '.join(known_recipes())}), "
-            "or an experiment=... that names one"
+            [
+                *unknown,
+                f"no recipe is given: set recipe=tiny_cpu ({listed(known_recipes())}), or an experiment=... that names one",
+            ]
         )
     levels = (
         [*(assumed or {}).items(), *_leaves(defaults)],
@@ -113,7 +117,7 @@ def _parse(overrides: Sequence[str], folder: Path) -> _CommandLine:
                 f"cannot read '{text}': write key=value, and lists as key=[a,b], quoted for the shell"
             )
             continue
-        problem = _form_problem(override, text)
+        problem = _form_problem(override, text) or _misspelt_group(override.key_or_group, groups)
         if problem is None and override.key_or_group in groups:
             problem = _group_problem(override, folder)
             line.groups[override.key_or_group] = str(override.value())
@@ -133,6 +137,14 @@ def _form_problem(override: Override, text: str) -> str | None:
     if override.is_sweep_override():
         return f"'{text}' would be several runs: write a list as {override.key_or_group}=[...]"
     return None
+
+
+def _misspelt_group(key: str, groups: Collection[str]) -> str | None:
+    """A key that is no setting and nearly a group's name, which `_key_problem` does not know."""
+    if key in groups or key in hints(RunConfig) or "." in key:
+        return None
+    near = difflib.get_close_matches(key, groups, n=1, cutoff=0.7)
+    return f"{key} is not a setting: did you mean {near[0]}?" if near else None
 
 
 def _group_problem(override: Override, folder: Path) -> str | None:

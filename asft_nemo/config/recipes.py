@@ -15,6 +15,7 @@ from asft_nemo.config.paths import project_dir
 from asft_nemo.errors import ConfigError
 
 _GPU = "h100-80gb"  # of a recipe that names none
+_LISTED = 12  # names in a sentence
 _PACKAGE = "asft_nemo_recipes"  # the name under which the folder is imported, in a clone and in a wheel alike
 
 
@@ -60,10 +61,17 @@ def _recipe(name: str) -> ModuleType:
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """The end of an 'unknown' sentence: the nearest name, if any is near, and all known ones."""
-    near = difflib.get_close_matches(name, known, n=1)
-    listed = "known are " + ", ".join(sorted(known))
-    return f"did you mean '{near[0]}'? ({listed})" if near else listed
+    """The end of an 'unknown' sentence: the nearest names, if any are near, and what is known."""
+    near = difflib.get_close_matches(name, known, n=3 if len(known) > _LISTED else 1)
+    meant = " or ".join(f"'{one}'" for one in near)
+    return f"did you mean {meant}? ({listed(known)})" if near else listed(known)
+
+
+def listed(known: Sequence[str]) -> str:
+    """All known names, sorted; of many the shortest, which the others are variants of."""
+    shown = sorted(sorted(known, key=lambda name: (len(name), name))[:_LISTED])
+    more = f" and {len(known) - len(shown)} more" if len(known) > len(shown) else ""
+    return f"known are {', '.join(shown)}{more}"
 
 
 def _load_package(folder: Path) -> ModuleType:

@@ -125,6 +125,12 @@ def test_a_reference_asked_for_that_nothing_reads_is_an_error(conf: Path) -> Non
         ("objective=asfy", "unknown objective 'asfy': did you mean 'asft'?"),
         ("reference=residnet", "unknown reference 'residnet': did you mean 'resident'?"),
         ("experiment=nowhere_near", "unknown experiment 'nowhere_near': known are"),
+        (
+            "experiment=medical_qwen25_27b",
+            "unknown experiment 'medical_qwen25_27b': did you mean 'medical_qwen25_7b' or 'medical_qwen25_72b'",
+        ),
+        ("experment=tiny", "experment is not a setting: did you mean experiment?"),
+        ("clusters=slurm", "clusters is not a setting: did you mean cluster?"),
         ("recipe=tiny_gpu", "unknown recipe 'tiny_gpu': did you mean 'tiny_cpu'?"),
         ("optim.lrr=1", "optim.lrr is not a setting: did you mean optim.lr?"),
         ("lr=1", "lr is not a setting: did you mean optim.lr?"),
