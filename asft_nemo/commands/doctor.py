@@ -8,9 +8,11 @@ import platform
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from asft_nemo.commands import doctor_cluster
 from asft_nemo.commands.output import DONE, MENDABLE, Add, answer
 from asft_nemo.config import machine
 from asft_nemo.config.fp8 import FP8, fp8_missing
@@ -19,6 +21,10 @@ from asft_nemo.config.paths import project_dir
 _NEEDED = ("torch", "nemo_toolkit", "megatron-core", "transformers", "safetensors", "nemo_run")
 _PYTHON = (3, 11)
 _FREE_BYTES = 20 << 30  # a base, a checkpoint and an export of a 1.5B model
+_SHARED_BYTES = (
+    1 << 30
+)  # containers have 64 MB unless told otherwise, too little for NCCL and for workers that read data
+_IMAGE = "docs/container.md"
 
 
 class Finding(NamedTuple):
@@ -49,18 +55,41 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _machine() -> list[Finding]:
     python = platform.python_version()
-    fits = sys.version_info[:2] == _PYTHON
+    fits = sys.version_info[:2] == _PYTHON or not _pins()  # an image brings its own Python
     cure = "" if fits else f": the pins are for Python {'.'.join(map(str, _PYTHON))}, make .venv with it"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = shutil.disk_usage(Path.cwd()).free
-    low = "" if free >= _FREE_BYTES else ", too little for checkpoints of any real model"
     return [
         Finding("system", f"{platform.system()} {platform.machine()}, {platform.node()}"),
         Finding("Python", f"{python}{cure}", wrong=not fits),
         Finding("cores, memory", f"{len(os.sched_getaffinity(0))}, {_gigabytes(memory)}"),
-        Finding("free disk here", f"{_gigabytes(free)}{low}"),
+        *_disks(),
         Finding("GPUs", _gpus()),
+        Finding("NCCL", _nccl()),
     ]
+
+
+def _disks() -> Iterator[Finding]:
+    """Free space where runs, downloads and shared memory go."""
+    here = Path.cwd()
+    yield Finding("disk here", _free(here, _FREE_BYTES, ", too little for checkpoints of any real model"))
+    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    there = next(folder for folder in (hub, *hub.absolute().parents) if folder.exists())
+    same = os.stat(there).st_dev == os.stat(here).st_dev
+    yield Finding(
+        "Hugging Face cache",
+        f"{hub}, {'the same disk' if same else _free(there, _FREE_BYTES, ', too little for a 7B model: set HF_HOME')}",
+    )
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        yield Finding(
+            "shared memory",
+            _free(shared, _SHARED_BYTES, ": start the container with --ipc=host or --shm-size=8g"),
+        )
+
+
+def _free(folder: Path, enough: int, low: str) -> str:
+    free = shutil.disk_usage(folder).free
+    return f"{_gigabytes(free)} free{low if free < enough else ''}"
 
 
 def _gpus() -> str:
@@ -80,14 +109,27 @@ def _gpus() -> str:
     return f"{', '.join(f'{names.count(name)} x {name}' for name in dict.fromkeys(names))}, compute capability {major}.{minor} ({fp8})"
 
 
+def _nccl() -> str:
+    """Its version as torch was built with it, asked only where there are GPUs: importing torch takes seconds."""
+    if not machine.gpu_count():
+        return "not used: CPU ranks talk by gloo"
+    import torch
+
+    if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
+        return f"missing in torch {torch.__version__}: {_IMAGE} has it, and so has a build of torch for CUDA"
+    version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[attr-defined]
+    return f"{version}, CUDA {torch.version.cuda}"
+
+
 def _packages() -> list[Finding]:
-    """What nothing works without, beside the pins of this checkout."""
+    """What nothing works without, beside the pins of this checkout; an image has none, and is taken as it is."""
     pins = _pins()
+    cure = "make venv" if pins else f"it is in NVIDIA's NeMo container, {_IMAGE}"
     found = []
     for name in _NEEDED:
         version, pinned = machine.version_of(name), pins.get(_normal(name))
         if version is None:
-            found.append(Finding(name, "missing: make venv", wrong=True))
+            found.append(Finding(name, f"missing: {cure}", wrong=True))
         elif pinned is not None and version.partition("+")[0] != pinned:
             found.append(Finding(name, f"{version}, but {pinned} is what was tested: make venv", wrong=True))
         else:
@@ -96,8 +138,20 @@ def _packages() -> list[Finding]:
 
 
 def _pins() -> dict[str, str]:
-    """Pinned versions by distribution; empty outside a checkout."""
-    file = project_dir() / "requirements" / "base.txt"
+    """Pinned versions by distribution; empty outside a checkout.
+
+    Those of requirements/base.txt, or those with one of the compat_*.txt before them where these are the versions installed.
+    """
+    folder = project_dir() / "requirements"
+    base = _pinned(folder / "base.txt")
+    for file in sorted(folder.glob("compat_*.txt")):
+        other = _pinned(file)
+        if base and all(machine.version_of(name) == version for name, version in other.items()):
+            return base | other
+    return base
+
+
+def _pinned(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     pairs = re.findall(r"^([\w.-]+)==([\w.]+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -128,15 +182,11 @@ def _fp8() -> Finding:
 
 
 def _launchers() -> list[Finding]:
-    """Programs of clusters and containers that are on the path."""
-    rows = (
-        ("Slurm", ("sbatch", "srun", "squeue")),
-        ("containers", ("docker", "podman", "apptainer", "enroot")),
-    )
-    return [
-        Finding(what, ", ".join(name for name in programs if shutil.which(name)) or "none on the path")
-        for what, programs in rows
-    ]
+    """Slurm, and programs of containers that are on the path."""
+    programs = ("docker", "podman", "apptainer", "enroot")
+    containers = ", ".join(name for name in programs if shutil.which(name))
+    cluster = [Finding(what, found) for what, found in doctor_cluster.slurm()]
+    return [*cluster, Finding("containers", containers or "none on the path")]
 
 
 def _gigabytes(size: int) -> str:
