@@ -163,10 +163,12 @@ def _cluster(facts: Facts) -> Iterator[str]:
 
 
 def _writable(facts: Facts) -> Iterator[str]:
+    if not (facts.launched and on_slurm(facts.run)):
+        return  # the rule about run.dir on this machine says it
     folder = Path(facts.run.run.dir).absolute()
     while not folder.exists():
         folder = folder.parent
-    if facts.launched and not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         yield (
             f"run.dir={facts.run.run.dir} cannot be written ({folder} is {'read-only for you' if folder.is_dir() else 'a file'}): set run.dir "
             "to a folder of yours on a file system that all nodes share"

@@ -11,6 +11,8 @@ from asft_nemo.launching.stages import Stage
 
 #: of a job that stopped for a signal and may not come back; sysexits.h's "try again later"
 STOPPED_EXIT = 75
+#: of srun when SIGTERM ended its task: what a preemption with a grace time does to a stage without ranks
+TERMINATED = 143
 
 
 def stop_file(folder: Path) -> str:
@@ -69,7 +71,8 @@ def batch_setup(stage: Stage, cluster: ClusterConfig, *, folder: Path, log: str)
 
     srun waits in the foreground, so this shell cannot act on a signal while ranks run: Slurm signals the ranks themselves (`--signal`
     without `B:`), they leave a file behind a complete checkpoint, and the shell looks for it when it ends. A job that was cancelled is
-    no longer RUNNING then, and one that succeeded or failed has left no file: neither comes back.
+    no longer RUNNING then, and one that succeeded or failed has left no file: neither comes back. A stage without ranks knows no checkpoint;
+    what Slurm's notice of a preemption ended is done again.
 
     Args:
         stage: the stage.
@@ -81,9 +84,13 @@ def batch_setup(stage: Stage, cluster: ClusterConfig, *, folder: Path, log: str)
         "set +vx",
         f"log={log}",
         "trap : USR1 TERM  # meant for the ranks; this shell stays to see how they end",
+        *_back(cluster),
         "asft_end() {",
         "  code=$?",
-        *(_requeue(cluster, folder) if stage.ranks else ()),
+        *(_stopped(folder) if stage.ranks else ()),
+        f'  if [ "$code" -eq {TERMINATED} ] && scontrol show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"; then',
+        "    asft_back preempted",
+        "  fi",
         '  if [ "$code" -ne 0 ]; then',
         f'    echo "asft: stage {stage.name} failed with exit code $code: see $log" >&2',
         "  fi",
@@ -98,22 +105,31 @@ def batch_setup(stage: Stage, cluster: ClusterConfig, *, folder: Path, log: str)
     return "\n".join([*lines, *(_rendezvous() if stage.ranks else ())])
 
 
-def _requeue(cluster: ClusterConfig, folder: Path) -> Sequence[str]:
+def _back(cluster: ClusterConfig) -> Sequence[str]:
+    """Puts the job back into the queue, or says why not."""
+    return (
+        "asft_back() {",
+        '  state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)',
+        '  if [ "$state" != RUNNING ]; then',
+        '    why="Slurm calls it ${state:-gone}"  # cancelled, or requeued by Slurm itself',
+        f'  elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {cluster.max_requeues} ]; then',
+        f'    why="it came back cluster.max_requeues={cluster.max_requeues} times"',
+        "  else",
+        '    echo "asft: $1; the job goes back to the queue"',
+        '    scontrol requeue "$SLURM_JOB_ID" && exit 0',
+        '    why="scontrol requeue failed"',
+        "  fi",
+        '  echo "asft: $1, and the job is not put back into the queue: $why" >&2',
+        "}",
+    )
+
+
+def _stopped(folder: Path) -> Sequence[str]:
     return (
         f"  stopped={stop_file(folder)}",
         '  if [ "$code" -eq 0 ] && [ -e "$stopped" ]; then',
         f"    code={STOPPED_EXIT}",
-        '    state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)',
-        '    if [ "$state" != RUNNING ]; then',
-        '      why="Slurm calls it ${state:-gone}"  # cancelled, or preempted: whether it comes back is for Slurm to say',
-        f'    elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {cluster.max_requeues} ]; then',
-        f'      why="it came back cluster.max_requeues={cluster.max_requeues} times"',
-        "    else",
-        '      echo "asft: stopped behind $(cat "$stopped"); the job goes back to the queue"',
-        '      scontrol requeue "$SLURM_JOB_ID" && exit 0',
-        '      why="scontrol requeue failed"',
-        "    fi",
-        '    echo "asft: stopped behind $(cat "$stopped"), and the job is not put back into the queue: $why" >&2',
+        '    asft_back "stopped behind $(cat "$stopped")"',
         "  fi",
     )
 

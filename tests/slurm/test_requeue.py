@@ -16,10 +16,12 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
 
 # Says that it runs, waits to be asked to stop unless DOES says otherwise, leaves word and ends as DOES says.
 RANK = """#!/usr/bin/env bash
-trap 'asked=1' USR1 TERM
 touch "$RUNS/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$SLURM_PROCID"
 [ "$DOES" = succeed ] && exit 0
 [ "$DOES" = return ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && exit 0
+[ -z "${ASFT_STOP_FILE:-}" ] && exec sleep 300  # no rank: it knows no signal
+trap 'asked=1' USR1 TERM
+touch "$RUNS/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$SLURM_PROCID-listens"
 until [ -n "${asked:-}" ]; do sleep 0.2; done
 [ "$SLURM_PROCID" = 0 ] && echo 'step 4' > "$ASFT_STOP_FILE"
 sleep 1
@@ -35,29 +37,28 @@ class Jobs:
 
     Args:
         cluster: where.
-        launched: run.dir of a launch with the stages train and export, one requeue allowed.
+        launched: run.dir of a launch with the stages prepare and train, one requeue allowed.
         runs: folder in which ranks say that they run.
     """
 
     def __init__(self, cluster: Cluster, launched: Path, runs: Path):
         self.cluster, self.launched, self.runs = cluster, launched, runs
-        train = json.loads((launched / "launch.json").read_text())["jobs"][0]
-        self.script, self.logs = train["batch_script"], Path(train["logs"])
+        record = json.loads((launched / "launch.json").read_text())
+        self.stages = {job["stage"]: job for job in record["jobs"]}
 
-    def submit(self, does: str) -> str:
-        """One more such job; its number."""
+    def submit(self, does: str, *, stage: str = "train") -> str:
+        """One more job of a stage; its number."""
         told = {**self.cluster.environment, "DOES": does, "RUNS": str(self.runs)}
-        one = Cluster(told, self.cluster.folder)
-        return one.run("sbatch", "--requeue", "--parsable", self.script).stdout.strip()
+        words = ["sbatch", "--requeue", "--parsable", self.stages[stage]["batch_script"]]
+        return Cluster(told, self.cluster.folder).run(*words).stdout.strip()
 
     def wait(self, what: str, true: Callable[[], bool]) -> None:
         self.cluster.wait_for(what, self.launched, true)
 
     def wait_for_ranks(self, job: str, attempt: int = 0) -> None:
         """Until all ranks of an attempt listen."""
-        self.wait(
-            f"ranks of {job}, attempt {attempt}", lambda: len([*self.runs.glob(f"{job}-{attempt}-*")]) == 4
-        )
+        mine = f"{job}-{attempt}-*-listens"
+        self.wait(f"ranks of {job}, attempt {attempt}", lambda: len([*self.runs.glob(mine)]) == 4)
 
     def ask(self, job: str) -> None:
         self.cluster.run("scancel", "--signal=USR1", job)
@@ -73,13 +74,13 @@ class Jobs:
 
     def said(self, job: str) -> str:
         """What the batch script wrote."""
-        (log,) = self.logs.glob(f"sbatch_*_{job}.out")
+        (log,) = self.launched.rglob(f"sbatch_*_{job}.out")
         return log.read_text()
 
 
 @pytest.fixture(scope="module")
 def jobs(sandbox: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    """A launch whose training waits for a signal; eight jobs of its size fit the cluster at once."""
+    """A launch whose first stage does not end; eight jobs of its size fit the cluster at once."""
     folder = tmp_path_factory.mktemp("requeue")
     (folder / "train.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     (folder / "rank.sh").write_text(RANK)
@@ -92,23 +93,30 @@ def jobs(sandbox: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             f'cluster.asft="{RANK_COMMAND} {folder}/rank.sh"',
             f"run.dir={folder}/run",
         ),
-        "--stages=train,export",
+        "--stages=prepare,train",
     )
     yield Jobs(sandbox, folder / "run", folder)
     sandbox.run("scancel", "--user=root", code=None)
 
 
 def test_a_job_asked_to_stop_comes_back_as_often_as_it_may(jobs: Jobs) -> None:
-    capped, fails, succeeds = jobs.submit("stop"), jobs.submit("fail"), jobs.submit("succeed")
-    for job in (capped, fails):
+    capped, fails, cancelled = jobs.submit("stop"), jobs.submit("fail"), jobs.submit("stop")
+    succeeds = jobs.submit("succeed")
+    for job in (capped, fails, cancelled):
         jobs.wait_for_ranks(job)
-        jobs.ask(job)
+    jobs.ask(capped)
     jobs.ask(capped)  # twice: it stops once
+    jobs.ask(fails)
+    jobs.cluster.run("scancel", cancelled)
 
     assert jobs.ended(succeeds) == ["COMPLETED"]
     assert "stopped" not in jobs.said(succeeds)
     assert jobs.ended(fails) == ["FAILED"], "one rank failed, though another left word"
     assert "asft: stage train failed with exit code 3" in jobs.said(fails)
+    assert jobs.ended(cancelled) == ["CANCELLED"], (
+        "its ranks stopped behind a checkpoint, and it is not requeued"
+    )
+    assert "stopped behind step 4, and the job is not put back" in jobs.said(cancelled)
 
     jobs.wait_for_ranks(capped, attempt=1)
     jobs.ask(capped)
@@ -120,35 +128,34 @@ def test_a_job_asked_to_stop_comes_back_as_often_as_it_may(jobs: Jobs) -> None:
 
 def test_cancel_ends_the_jobs_for_good_and_those_that_wait_for_them(jobs: Jobs) -> None:
     cluster, folder = jobs.cluster, jobs.launched
-    job = cluster.jobs(folder)["train"]
-    jobs.wait_for_ranks(job)
+    states = cluster.status(folder)
+    assert [stage["state"] for stage in states.values()] == ["RUNNING", "PENDING"]
     again = ["launch", "experiment=tiny_gsm8k", "cluster=slurm_sandbox", "run.world_size=4"]
     again += [f"data.train=[{folder.parent}/train.jsonl]", f"run.dir={folder}"]
     assert "belongs to jobs that wait or run" in cluster.asft(*again, code=2).stderr
     cluster.asft("cancel", str(folder))
     states = cluster.wait(folder)
-    assert {name: stage["state"] for name, stage in states.items()} == {
-        "train": "CANCELLED",
-        "export": "CANCELLED",
-    }
+    assert [stage["state"] for stage in states.values()] == ["CANCELLED", "CANCELLED"]
     assert "no job of this run waits or runs" in cluster.asft("cancel", str(folder)).stdout
-    assert jobs.states(job) == ["CANCELLED"], "its ranks left word, and it does not come back"
 
 
 def test_a_preempted_job_and_one_that_lost_a_node_come_back(jobs: Jobs) -> None:
-    preempted = jobs.submit("return")
+    preempted, no_ranks = jobs.submit("return"), jobs.submit("return", stage="prepare")
     jobs.wait_for_ranks(preempted)
+    jobs.wait("a stage without ranks", lambda: (jobs.runs / f"{no_ranks}-0-0").exists())
     urgent = jobs.cluster.run(
         *("sbatch", "--parsable", "--partition=urgent", "--account=asft", "--nodes=2", "--exclusive"),
         *("--output=/dev/null", "--wrap", "sleep 1"),
     ).stdout.strip()
     assert jobs.ended(urgent) == ["COMPLETED"]
-    assert "the job goes back to the queue" in jobs.said(preempted)
+    assert "stopped behind step 4; the job goes back to the queue" in jobs.said(preempted)
+    assert "preempted; the job goes back to the queue" in jobs.said(no_ranks)
 
     lost = jobs.submit("return")
     jobs.wait_for_ranks(lost)
     jobs.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
     jobs.wait("a job that Slurm requeues", lambda: jobs.states(lost)[0] != "RUNNING")
     jobs.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
-    assert [jobs.ended(job)[-1] for job in (preempted, lost)] == ["COMPLETED", "COMPLETED"]
-    assert len(jobs.states(lost)) == 2
+    for job in (preempted, no_ranks, lost):
+        assert jobs.ended(job)[-1] == "COMPLETED"
+        assert len(jobs.states(job)) == 2
