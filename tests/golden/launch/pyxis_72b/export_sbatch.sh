@@ -35,8 +35,24 @@ head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 set +vx
 log="/NEMO-RUN/experiments/asft/asft_0/export/log-medical_72b.export_${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}.out"
 trap : USR1 TERM  # meant for the ranks; this shell stays to see how they end
+asft_back() {
+  state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)
+  if [ "$state" != RUNNING ]; then
+    why="Slurm calls it ${state:-gone}"  # cancelled, or requeued by Slurm itself
+  elif [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then
+    why="it came back cluster.max_requeues=20 times"
+  else
+    echo "asft: $1; the job goes back to the queue"
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    why="scontrol requeue failed"
+  fi
+  echo "asft: $1, and the job is not put back into the queue: $why" >&2
+}
 asft_end() {
   code=$?
+  if [ "$code" -eq 143 ] && scontrol show job "$SLURM_JOB_ID" | grep -q "PreemptTime=[0-9]"; then
+    asft_back preempted
+  fi
   if [ "$code" -ne 0 ]; then
     echo "asft: stage export failed with exit code $code: see $log" >&2
   fi
