@@ -1,15 +1,20 @@
-"""Every script of a launch as it is kept in tests/golden/launch, and shellcheck's opinion of it.
+"""Every script of four launches as tests/golden/launch keeps them, and shellcheck's opinion of all.
 
-After a wanted change: ASFT_WRITE_GOLDEN=1 pytest tests/unit/launching, and read the difference.
+A golden file holds one launch. Batch scripts that are alike but for the stage's name are there once, with STAGE for it. A launch that is LIKE
+another shows, script by script, what differs from it wherever that is shorter: so a changed line shows where it is written, and nowhere twice.
+
+After a wanted change: ASFT_WRITE_GOLDEN=1 pytest tests/unit/launching/test_scripts.py, and read the difference.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,6 +49,8 @@ CASES = {
     ],
 }  # fmt: skip
 
+LIKE = {"slurm_72b": "sandbox", "pyxis_72b": "slurm_72b"}
+
 # What shellcheck says of NeMo-Run's own lines around ours: unquoted expansions and unused variables of its template.
 OF_NEMO_RUN = "SC2034,SC2046,SC2086,SC2128,SC2206,SC2207"
 
@@ -71,28 +78,80 @@ def drawn(words: Sequence[str], folder: Path, start: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_scripts_are_the_golden_ones(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, str]]:
+    """Draws those of a case."""
+    monkeypatch.setenv("NEMORUN_HOME", "")  # which NeMo-Run's callers set for good
     monkeypatch.chdir(tmp_path)
-    folder = GOLDEN / case
-    found = drawn(CASES[case], tmp_path / "home", tmp_path)
+    return lambda case: drawn(CASES[case], tmp_path / "home", tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scripts_are_the_golden_ones(case: str, scripts: Callable[[str], dict[str, str]]) -> None:
+    found = written(scripts(case), scripts(LIKE[case]) if case in LIKE else {}, LIKE.get(case, ""))
+    file = GOLDEN / f"{case}.txt"
     if os.environ.get("ASFT_WRITE_GOLDEN"):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for name, text in found.items():
-            (folder / name).write_text(text)
-    assert {path.name: path.read_text() for path in folder.iterdir()} == found
+        GOLDEN.mkdir(parents=True, exist_ok=True)
+        file.write_text(found)
+    assert file.read_text() == found
 
 
-@pytest.mark.parametrize(
-    "path", sorted(GOLDEN.rglob("*.sh")), ids=lambda path: f"{path.parent.name}/{path.name}"
-)
-def test_script_is_clean_for_shellcheck(path: Path) -> None:
+def written(found: dict[str, str], other: dict[str, str], name: str) -> str:
+    """A golden file: scripts of a launch, or what differs from another's of that name."""
+    first_of = {stage: text for stages, text in _kinds(other).items() for stage in stages}
+    parts: list[str] = []
+    for stages, text in _kinds(found).items():
+        whole, like = text.splitlines(), first_of.get(stages[0], "").splitlines()
+        changes = _changes(like, whole)
+        title = f"===== {', '.join(stages)}"
+        if like and len(changes) < len(whole):
+            parts += [f"{title}: as in {name}, but for", *(changes or ["nothing"])]
+        else:
+            parts += [title, *whole]
+    return "\n".join([*parts, ""])
+
+
+def _changes(before: Sequence[str], after: Sequence[str]) -> list[str]:
+    """A diff whose places are lines and not numbers, which would change with every line above them."""
+    found: list[str] = []
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    for kind, start, end, new_start, new_end in matcher.get_opcodes():
+        if kind != "equal":
+            found.append(f"@ behind: {before[start - 1] if start else 'the beginning'}")
+            found += [f"-{line}" for line in before[start:end]]
+            found += [f"+{line}" for line in after[new_start:new_end]]
+    return found
+
+
+def _kinds(scripts: dict[str, str]) -> dict[tuple[str, ...], str]:
+    """Scripts, those that are alike but for the stage's name together."""
+    names: dict[str, list[str]] = {}
+    for name, text in scripts.items():
+        stage = name.removesuffix(".sh").removesuffix("_sbatch")
+        if name.endswith("_sbatch.sh"):
+            text = re.sub(rf"(?<=[/.]){stage}(?=[/._:\n])|(?<=stage ){stage}(?= )", "STAGE", text)
+        names.setdefault(text, []).append(name)
+    return {tuple(alike): text for text, alike in names.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scripts_are_clean_for_shellcheck(
+    case: str, scripts: Callable[[str], dict[str, str]], tmp_path: Path
+) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
-    exclude = [f"--exclude={OF_NEMO_RUN}"] if path.name.endswith("_sbatch.sh") else []
-    done = subprocess.run(["shellcheck", *exclude, str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    found = scripts(case)
+    for name, text in found.items():
+        (tmp_path / name).write_text(text)
+    for exclude, names in (
+        ([f"--exclude={OF_NEMO_RUN}"], [name for name in found if name.endswith("_sbatch.sh")]),
+        ([], [name for name in found if not name.endswith("_sbatch.sh")]),
+    ):
+        if names:
+            done = subprocess.run(
+                ["shellcheck", *exclude, *names], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout
 
 
 def test_the_sandbox_is_clean_for_shellcheck() -> None:
