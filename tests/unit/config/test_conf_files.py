@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from asft_nemo.config.load import compose
 from asft_nemo.config.paths import project_dir
 from asft_nemo.config.schema import RunConfig, walk
 
@@ -38,3 +41,16 @@ def test_config_yaml_chooses_nothing_that_a_recipe_sets() -> None:
     assert OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml")) == {
         "defaults": [{"cluster": "local"}, "_self_"]
     }
+
+
+def test_what_the_cluster_file_offers_in_comments_composes(tmp_path: Path) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    offered = re.sub(
+        r"^# (?=[a-z_]+: )", "", (CONF / "cluster" / "slurm_pyxis.yaml").read_text(), flags=re.MULTILINE
+    )
+    (conf / "cluster" / "ours.yaml").write_text(offered)
+    words = ["experiment=medical_qwen25_72b", "model.path=nowhere", "cluster=ours"]
+    cluster = compose(words, conf_dir=conf, check_inputs=False, launched=True).cluster
+    assert (cluster.mem, cluster.gpus_per_node, cluster.request_gpus) == ("0", 4, False)
+    assert cluster.sbatch_args == ("wait-all-nodes=1", "mail-type=END")
