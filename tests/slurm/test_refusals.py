@@ -34,7 +34,7 @@ def test_refused_before_anything_is_submitted(
         f"run.dir={tmp_path}/run",
         *words,
     ]
-    before = sandbox.run("sacct", "-n", "-X").stdout
+    before = sandbox.run("sacct", "-n", "-X", "-o", "JobID").stdout
     assert sentence in sandbox.asft("launch", *given, "--stages=train", code=2).stderr
-    assert sandbox.run("sacct", "-n", "-X").stdout == before
+    assert sandbox.run("sacct", "-n", "-X", "-o", "JobID").stdout == before
     assert not (tmp_path / "run" / "launch.json").exists()

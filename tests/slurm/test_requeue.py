@@ -1,6 +1,6 @@
 """When a job comes back and when it does not: real jobs of `asft launch`, whose ranks are a shell script that does as it is told.
 
-What a rank of ours does when it hears a signal is tested in test_launch.py; here it is what Slurm and the batch script make of it.
+What a rank of ours does when it hears a signal is tested in test_whole_run.py; here it is what Slurm and the batch script make of it.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
-def jobs(sandbox: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    """A launch whose first stage does not end; eight jobs of its size fit the cluster at once."""
+def jobs(h100: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """A launch whose first stage does not end; many jobs of its size fit the cluster at once."""
     folder = tmp_path_factory.mktemp("requeue")
     (folder / "train.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     (folder / "rank.sh").write_text(RANK)
-    told = {**sandbox.environment, "DOES": "stop", "RUNS": str(folder)}
-    Cluster(told, sandbox.folder).asft(
+    told = {**h100.environment, "DOES": "stop", "RUNS": str(folder)}
+    Cluster(told, h100.folder).asft(
         *("launch", "experiment=tiny_gsm8k", f"data.train=[{folder}/train.jsonl]", "run.world_size=4"),
         *("parallel.tp_size=2", "cluster=slurm_sandbox", "cluster.request_gpus=false"),
         *(
@@ -95,8 +95,8 @@ def jobs(sandbox: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         ),
         "--stages=prepare,train",
     )
-    yield Jobs(sandbox, folder / "run", folder)
-    sandbox.run("scancel", "--user=root", code=None)
+    yield Jobs(h100, folder / "run", folder)
+    h100.run("scancel", "--user=root", code=None)
 
 
 def test_a_job_asked_to_stop_comes_back_as_often_as_it_may(jobs: Jobs) -> None:
@@ -144,7 +144,7 @@ def test_a_preempted_job_and_one_that_lost_a_node_come_back(jobs: Jobs) -> None:
     jobs.wait_for_ranks(preempted)
     jobs.wait("a stage without ranks", lambda: (jobs.runs / f"{no_ranks}-0-0").exists())
     urgent = jobs.cluster.run(
-        *("sbatch", "--parsable", "--partition=urgent", "--account=asft", "--nodes=2", "--exclusive"),
+        *("sbatch", "--parsable", "--partition=urgent", "--account=asft", "--nodes=4", "--exclusive"),
         *("--output=/dev/null", "--wrap", "sleep 1"),
     ).stdout.strip()
     assert jobs.ended(urgent) == ["COMPLETED"]
@@ -153,9 +153,10 @@ def test_a_preempted_job_and_one_that_lost_a_node_come_back(jobs: Jobs) -> None:
 
     lost = jobs.submit("return")
     jobs.wait_for_ranks(lost)
-    jobs.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+    node = jobs.cluster.run("squeue", "--noheader", "--job", lost, "--format=%B").stdout.strip()
+    jobs.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
     jobs.wait("a job that Slurm requeues", lambda: jobs.states(lost)[0] != "RUNNING")
-    jobs.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    jobs.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
     for job in (preempted, no_ranks, lost):
         assert jobs.ended(job)[-1] == "COMPLETED"
         assert len(jobs.states(job)) == 2

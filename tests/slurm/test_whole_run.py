@@ -13,37 +13,16 @@ import signal
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, metrics
+from cluster import STEPS, Cluster, metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.nemo, pytest.mark.slow, pytest.mark.timeout(480)]
 
-STEPS = 8
-
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The settings of all runs of this module but their folder: small data, two data-parallel and two tensor-parallel ranks."""
-    folder = tmp_path_factory.mktemp("data")
-    sums = [(i, j) for i in range(12) for j in range(8)]
-    rows = [{"question": f"What is {i} + {j}?", "answer": f"It is {i + j}. #### {i + j}"} for i, j in sums]
-    tests = [{"prompt": "What is 1 + 1?", "answer": "2"}, {"prompt": "What is 2 + 1?", "answer": "3"}]
-    for name, lines in (("train", rows), ("suite", tests)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    return [
-        *("experiment=tiny_gsm8k", "cluster=slurm_sandbox", "run.world_size=4", "parallel.tp_size=2"),
-        *(f"data.train=[{folder}/train.jsonl]", "data.sequence_length=256", f"trainer.max_steps={STEPS}"),
-        *("trainer.global_batch_size=4", "trainer.micro_batch_size=2", "reference=cached"),
-        *(f"eval.suites=[{folder}/suite.jsonl]", "eval.max_tokens=4"),
-    ]
-
-
-@pytest.fixture(scope="module")
-def straight(sandbox: Cluster, words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(sandbox: Cluster, whole_run: Path) -> Path:
     """All stages, submitted once; they have ended."""
-    folder = tmp_path_factory.mktemp("straight") / "run"
-    sandbox.asft("launch", *words, f"run.dir={folder}")
-    sandbox.wait(folder)
-    return folder
+    sandbox.wait(whole_run)
+    return whole_run
 
 
 def test_all_stages_end_in_a_comparison(sandbox: Cluster, straight: Path) -> None:
