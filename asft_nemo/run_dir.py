@@ -5,6 +5,7 @@ base/                 the base model in NeMo form, when model.path is a Hugging 
 adapter/              peft.adapter in NeMo form
 metrics.jsonl         one object a step
 checkpoints/step_N/   complete checkpoints; checkpoints/latest links to the newest
+alarms.jsonl          what went wrong, one object each; starts.jsonl: when the run began and was resumed
 tensorboard/          the same metrics as events
 """
 
@@ -20,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from asft_nemo.config.run_folder import has_trained
 from asft_nemo.config.schema import RunConfig, from_dict, to_dict
 from asft_nemo.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from asft_nemo.checkpoint.adapters import AdapterDescription
 
+ALARMS, STARTS = "alarms.jsonl", "starts.jsonl"
 ADAPTER_FOLDER = "adapter"  # what peft.adapter became
 CACHE_FOLDER = "reference_cache"  # of the reference, where reference.cache_dir names no other
 # What stages of a launched run leave before it trains.
@@ -218,15 +221,19 @@ def check_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.dir={folder} is a file: choose another run.dir")
     resume_from(run)
-    if record.exists():
+    if has_trained(folder):
         if run.trainer.resume == "never":
             raise ConfigError(
                 f"run.dir={folder} holds another run: choose another run.dir, or set trainer.resume=if_exists to continue it"
             )
-        # also without a checkpoint yet: base/ was made from that run's model.path
-        _same_run(run, json.loads(record.read_text()), data_fingerprint)
-    elif folder.exists() and any(
-        entry.name not in MADE_BEFORE and not entry.name.startswith(".") for entry in folder.iterdir()
+        if record.exists():  # also without a checkpoint yet
+            _same_run(run, json.loads(record.read_text()), data_fingerprint)
+    elif (
+        not record.exists()
+        and folder.exists()
+        and any(
+            entry.name not in MADE_BEFORE and not entry.name.startswith(".") for entry in folder.iterdir()
+        )
     ):
         raise ConfigError(f"run.dir={folder} is not empty and holds no run: choose another run.dir")
 
@@ -238,13 +245,19 @@ def open_run_dir(run: RunConfig, *, data_fingerprint: str) -> FileLock:
         The lock, held until it is released or the process ends.
 
     Raises:
-        ConfigError: the folder holds another run, or another process trains in it.
+        ConfigError: the folder holds another run, another process trains in it, or it cannot be written.
         CheckpointError: nothing to resume from.
     """
     check_run_dir(run, data_fingerprint=data_fingerprint)
-    Path(run.run.dir).mkdir(parents=True, exist_ok=True)
-    lock = _lock(run)
-    write_json(Path(run.run.dir) / "run.json", run_record(run, data_fingerprint=data_fingerprint))
+    folder = Path(run.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(run)
+        write_json(folder / "run.json", run_record(run, data_fingerprint=data_fingerprint))
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={folder} cannot be written ({error.strerror}): choose another run.dir"
+        ) from None
     return lock
 
 

@@ -63,6 +63,7 @@ def test_a_new_run_writes_its_record(run: RunConfig) -> None:
 
 def test_a_folder_of_another_run_is_refused(run: RunConfig) -> None:
     open_run_dir(run, data_fingerprint="f").release()
+    (Path(run.run.dir) / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=r"holds another run: choose another run\.dir"):
         open_run_dir(run, data_fingerprint="f")
 
@@ -92,9 +93,39 @@ def test_if_exists_starts_or_continues(run: RunConfig) -> None:
     open_run_dir(maybe, data_fingerprint="f").release()
 
 
+@pytest.mark.parametrize("resume", ["never", "if_exists"])
+def test_a_start_that_was_refused_leaves_the_folder_free(run: RunConfig, resume: str) -> None:
+    """run.json was there before the ranks found what is wrong: the mended command is not told that there is another run."""
+    open_run_dir(run, data_fingerprint="f").release()
+    mended = replace(run, {"trainer.resume": resume, "optim.lr": 1e-5})
+    open_run_dir(mended, data_fingerprint="g").release()
+    record = json.loads((Path(run.run.dir) / "run.json").read_text())
+    assert (record["config"]["optim"]["lr"], record["data_fingerprint"]) == (1e-5, "g")
+
+
+def test_the_base_of_a_start_that_was_refused_is_not_taken_for_another_model(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    open_run_dir(run, data_fingerprint="f").release()
+    base_checkpoint(run)
+    other = replace(run, {"model.path": str(tmp_path / "elsewhere")})
+    open_run_dir(other, data_fingerprint="f").release()
+    with pytest.raises(ConfigError, match=r"was made from .*tiny-base, and model\.path=.*elsewhere"):
+        base_checkpoint(other)
+
+
+@pytest.mark.parametrize("place", ["/proc/asft/run", "{tmp}/file/run"])
+def test_a_folder_that_cannot_be_written_is_one_sentence(run: RunConfig, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    there = replace(run, {"run.dir": place.replace("{tmp}", str(tmp_path))})
+    with pytest.raises(ConfigError, match=r"run\.dir=.* cannot be written \(.+\): choose another run\.dir"):
+        open_run_dir(there, data_fingerprint="f")
+
+
 def test_another_model_is_another_run_before_the_first_checkpoint_too(run: RunConfig, tmp_path: Path) -> None:
     """base/ was imported from the first model: going on with another would train and anchor to the wrong one."""
     open_run_dir(run, data_fingerprint="f").release()
+    (Path(run.run.dir) / "metrics.jsonl").write_text('{"step": 1}\n')
     other = replace(run, {"trainer.resume": "if_exists", "model.path": str(tmp_path / "elsewhere")})
     with pytest.raises(ConfigError, match=r"another run \(different: model\)"):
         open_run_dir(other, data_fingerprint="f")
