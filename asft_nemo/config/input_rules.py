@@ -13,6 +13,8 @@ from asft_nemo.config.facts import Facts, Rule
 from asft_nemo.config.hub_ids import hub_id
 from asft_nemo.config.kernel_rules import KERNELS_HERE
 from asft_nemo.config.machine import gpu_count
+from asft_nemo.config.observing_rules import wandb_here
+from asft_nemo.config.run_folder import has_trained, unwritable
 
 
 def _data_files(facts: Facts) -> Iterator[str]:
@@ -59,12 +61,14 @@ def _run_dir(facts: Facts) -> Iterator[str]:
     folder, resume = Path(facts.run.run.dir), facts.run.trainer.resume
     if folder.exists() and not folder.is_dir():
         yield f"run.dir={folder} is a file: give a directory"
+    elif (problem := unwritable(folder)) is not None and not _elsewhere(facts):
+        yield f"run.dir={folder} cannot be written ({problem}): choose another run.dir"
     elif resume == "must" and not (folder / "checkpoints" / "latest").exists():
         yield (
             f"trainer.resume=must but {folder} has no checkpoint: correct run.dir, or set "
             "trainer.resume=never"
         )
-    elif resume == "never" and (folder / "run.json").exists():
+    elif resume == "never" and has_trained(folder):
         yield (
             f"run.dir={folder} holds another run: choose another run.dir, "
             "or set trainer.resume=must to go on with it"
@@ -74,6 +78,11 @@ def _run_dir(facts: Facts) -> Iterator[str]:
 def _fp8_machine(facts: Facts) -> Iterator[str]:
     if not _elsewhere(facts):
         yield from fp8.machine_violations(facts.run)
+
+
+def _wandb(facts: Facts) -> Iterator[str]:
+    if not _elsewhere(facts):
+        yield from wandb_here(facts)
 
 
 def _kernels(facts: Facts) -> Iterator[str]:
@@ -86,6 +95,7 @@ INPUTS: tuple[Rule, ...] = (
     _machine,
     _fp8_machine,
     _kernels,
+    _wandb,
     _adapter_directory,
     _run_dir,
     *CLUSTER_INPUTS,

@@ -18,6 +18,7 @@ from asft_nemo.config.facts import Facts, Level, Rule
 from asft_nemo.config.input_rules import INPUTS
 from asft_nemo.config.kernel_rules import KERNELS
 from asft_nemo.config.model_shape import ModelShape, read_model_shape
+from asft_nemo.config.observing_rules import OBSERVING
 from asft_nemo.config.pipeline_rules import PIPELINE
 from asft_nemo.config.precision_rules import PRECISION, WHY_NOT
 from asft_nemo.config.profile_rules import PROFILE
@@ -372,6 +373,7 @@ SETTINGS: tuple[Rule, ...] = (
     _model_positions,
     _model_window,
     *PROFILE,
+    *OBSERVING,
     *DATA,
     *CLUSTER,
     _not_yet,

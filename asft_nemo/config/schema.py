@@ -194,6 +194,20 @@ class TrainerConfig(Section):
     profile: str | None = None
     # What `mfu` is a share of: 10^12 operations a second of one GPU in this precision; None = known by the GPU's name, else no `mfu`
     peak_tflops: float | None = None
+    wandb: str | None = None  # [ENTITY/]PROJECT: also logs to Weights & Biases; None = not
+
+
+@dataclass(unsafe_hash=True)
+class AlarmsConfig(Section):
+    """What a run warns of while it goes on; None = not looked for. Values that are not finite are `trainer.on_nonfinite`'s."""
+
+    straggler_factor: float | None = (
+        1.5  # a rank's work takes more than so many times the median of its peers
+    )
+    straggler_every: int = 20  # steps; the median of so many is a rank's, so that one slow step is none
+    nll_factor: float | None = 2.0  # a step's nll is more than so many times the median of the last steps
+    nll_window: int = 50  # steps
+    max_kl: float | None = 1.0  # nats per token to the reference, on training data
 
 
 @dataclass(unsafe_hash=True)
@@ -268,6 +282,7 @@ class RunConfig(Section):
     precision: str = "bf16"  # fp32 | bf16 | fp8_current | fp8_blockwise | fp8_delayed
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     run: RunSection = field(default_factory=RunSection)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -22,7 +22,8 @@ from asft_nemo.data import Prepared, domain_names, training_order
 from asft_nemo.data.ordering import padding_multiple
 from asft_nemo.model import ModelSpec, megatron_config_kwargs, padded_vocab_size
 from asft_nemo.nemo import switches
-from asft_nemo.nemo.callbacks import MetricsCallback
+from asft_nemo.nemo.alarms import Alarms, CurveAlarms
+from asft_nemo.nemo.callbacks import MetricsCallback, is_writer
 from asft_nemo.nemo.checkpoints import CheckpointCallback
 from asft_nemo.nemo.compat import AnchoredStrategy
 from asft_nemo.nemo.datamodule import AnchoredDataModule
@@ -38,7 +39,9 @@ from asft_nemo.nemo.profiling import RangesCallback, profiler_of
 from asft_nemo.nemo.references import Frozen, reference_builder, snapshot_builder
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.speed import SpeedMeter
+from asft_nemo.nemo.stragglers import straggler_callbacks
 from asft_nemo.nemo.summary import SummaryCallback
+from asft_nemo.nemo.wandb_run import WandbRun
 from asft_nemo.run_dir import adapter_description, initial_adapters
 
 logger = logging.getLogger(__name__)
@@ -218,7 +221,10 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         reference_micro_batch_size=run.reference.micro_batch_size,
         sample_ids_of_step=module.sample_ids_of_step if run.reference.form == "cached" else None,
     )
-    guard = NonfiniteGuard(on_nonfinite=run.trainer.on_nonfinite, max_skips=run.trainer.max_skips)
+    alarms = Alarms(run_dir, is_writer)
+    guard = NonfiniteGuard(
+        on_nonfinite=run.trainer.on_nonfinite, max_skips=run.trainer.max_skips, alarms=alarms
+    )
     # adapters that were trained before are away from the base from the start, by however much
     bounded = config.objective.needs_reference and run.peft.adapter is None
     metrics = MetricsCallback(
@@ -231,6 +237,8 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         speed=SpeedMeter(run, read_model_shape(base_dir)),
         profiler=profiler_of(run, max_steps),
         description=run.objective.name,
+        alarms=CurveAlarms(run.alarms, alarms),
+        wandb=WandbRun(run) if run.trainer.wandb is not None else None,
     )
     checkpoints = CheckpointCallback(
         run_dir,
@@ -259,6 +267,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
             prepass,
             guard,
             metrics,
+            *straggler_callbacks(run.alarms, alarms, prepass),
             checkpoints,
             SummaryCallback(run_dir, prepass),
             RangesCallback(),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,15 @@ from lightning.pytorch import Callback
 from megatron.core import parallel_state
 
 from asft_nemo.errors import UserError
+from asft_nemo.nemo.alarms import CurveAlarms
 from asft_nemo.nemo.nonfinite import NonfiniteGuard
 from asft_nemo.nemo.profiling import StepProfiler
 from asft_nemo.nemo.progress import Progress
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.speed import SpeedMeter
-from asft_nemo.run_dir import drop_steps_after
+from asft_nemo.nemo.wandb_run import WandbRun
+from asft_nemo.run_dir import STARTS, drop_steps_after
+from asft_nemo.stop_signal import Stopped
 
 METRIC_KEYS = (
     "loss",
@@ -75,7 +81,8 @@ class MetricsCallback(Callback):
     """Writes one JSON object a step to metrics.jsonl and the same values as TensorBoard events; shows progress.
 
     `tokens` counts valid (learned) tokens of the global batch; `seconds` is the whole step, `reference_seconds` its prepass. Where the
-    training data are several files, `domains` holds the metrics of each that had tokens in the step, under its name.
+    training data are several files, `domains` holds the metrics of each that had tokens in the step, under its name. `memory_bytes` is the
+    most that this rank's allocator has held since it began, null on a CPU.
 
     Args:
         run_dir: folder of the run.
@@ -87,6 +94,8 @@ class MetricsCallback(Callback):
         speed: counts a step's operations.
         profiler: of a few steps, None for none.
         description: shown in front of the progress.
+        alarms: looks at every step's values.
+        wandb: gets them, too; None for no.
 
     Attributes:
         validated: the last step after which there was a validation.
@@ -104,6 +113,8 @@ class MetricsCallback(Callback):
         speed: SpeedMeter,
         profiler: StepProfiler | None,
         description: str,
+        alarms: CurveAlarms,
+        wandb: WandbRun | None,
     ):
         self.path = run_dir / "metrics.jsonl"
         self.prepass = prepass
@@ -113,6 +124,7 @@ class MetricsCallback(Callback):
         self.validate_every = validate_every
         self.speed, self.profiler = speed, profiler
         self.description = description
+        self.alarms, self.wandb = alarms, wandb
         self._progress: Progress | None = None
         self._events: Any = None
         self._writes = False
@@ -134,6 +146,22 @@ class MetricsCallback(Callback):
             str(self.path.parent / "tensorboard"), purge_step=trainer.global_step + 1
         )
         self._progress = Progress(self.description, done=trainer.global_step, steps=self.max_steps)
+        self._record_start(trainer)
+        if self.wandb is not None:
+            self.wandb.start()
+
+    def _record_start(self, trainer: Any) -> None:
+        """Adds a line to starts.jsonl: a run that was resumed has several."""
+        line = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "step": trainer.global_step,
+            "max_steps": self.max_steps,
+            "world_size": trainer.world_size,
+            "host": socket.gethostname(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
+        with (self.path.parent / STARTS).open("a") as out:
+            out.write(json.dumps(line) + "\n")
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Remembers the learning rate this step uses and when it began; its profile starts before the clock."""
@@ -188,6 +216,7 @@ class MetricsCallback(Callback):
             "cache_hit_rate": self.prepass.hit_rate,
             "tokens_per_second": tokens / seconds,
             **self.speed.of_step(last, seconds=seconds, hit_rate=self.prepass.hit_rate),
+            "memory_bytes": torch.cuda.max_memory_allocated() or None,
             "skipped": self.guard.skipped,
             **({"domains": reduction.last_of_domains} if reduction.domains else {}),
             **{f"validation_{key}": validation.get(key) for key in METRIC_KEYS if validation},
@@ -196,10 +225,14 @@ class MetricsCallback(Callback):
         line = _strict(line)
         with self.path.open("a") as out:
             out.write(json.dumps(line, allow_nan=False) + "\n")
-        for name, value in _scalars(line):
+        scalars = dict(_scalars(line))
+        for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log({"step": step, **scalars})
         assert self._progress is not None
         self._progress.show(line, self.speed.peak)
+        self.alarms.look(line)
 
     def validation_value(self, name: str) -> float:
         """A value of the last validation by its name in metrics.jsonl; infinity where this rank does not know it."""
@@ -213,6 +246,15 @@ class MetricsCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Closes what was opened."""
+        self._close(failed=False)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same where the run ends early; one that stopped as asked has not failed."""
+        self._close(failed=not isinstance(exception, Stopped))
+
+    def _close(self, *, failed: bool) -> None:
+        if self.wandb is not None:
+            self.wandb.finish(failed=failed)
         if self._progress is not None:
             self._progress.close()
         if self._events is not None:

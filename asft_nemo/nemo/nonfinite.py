@@ -29,6 +29,7 @@ from torch import Tensor
 
 from asft_nemo.errors import UserError
 from asft_nemo.losses import LossOutput
+from asft_nemo.nemo.alarms import Alarms
 from asft_nemo.nemo.compat import before_grad_sync, grad_buffers, make_skippable
 from asft_nemo.nemo.gpt_model import AnchoredGPTModel, core_chunks
 
@@ -170,14 +171,15 @@ class NonfiniteGuard(Callback):
     Args:
         on_nonfinite: ``stop`` or ``skip``.
         max_skips: steps of the whole run that ``skip`` may skip.
+        alarms: where what was found goes, too.
 
     Attributes:
         skipped: the current step is not taken by the optimizer.
         skipped_steps: of the whole run so far.
     """
 
-    def __init__(self, *, on_nonfinite: str, max_skips: int):
-        self.on_nonfinite, self.max_skips = on_nonfinite, max_skips
+    def __init__(self, *, on_nonfinite: str, max_skips: int, alarms: Alarms):
+        self.on_nonfinite, self.max_skips, self.alarms = on_nonfinite, max_skips, alarms
         self.skipped = False
         self.skipped_steps = 0
         self._flags: list[tuple[Seen, Place, Tensor]] = []
@@ -283,10 +285,9 @@ class NonfiniteGuard(Callback):
         """Stops, or marks the step as skipped. The same on all ranks."""
         reports: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(reports, self._report())
-        what = (
-            f"step {step.step_i + 1}: {explain(reports, num_micro_batches=step.num_microbatches)}; "
-            "the optimizer step was not taken"
-        )
+        found = explain(reports, num_micro_batches=step.num_microbatches)
+        what = f"step {step.step_i + 1}: {found}; the optimizer step was not taken"
+        self.alarms.sound("nonfinite", step.step_i + 1, found, said=True)
         if self.on_nonfinite == "stop":
             raise UserError(
                 f"{what}: lower optim.lr or check the data, or set trainer.on_nonfinite=skip to go on without such steps"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 _SHOWN = ("loss", "nll", "kl", "kl_reverse")
+_RECENT = 20  # steps whose median is the pace: one with a validation or a checkpoint in it is not
 _LINES = 10  # of a run at least: a short one has no minute between them
 _SECONDS = 60.0  # between lines at most: a long run's log stays readable, and shows within a minute that the run lives
 
@@ -31,6 +34,7 @@ class Progress:
         logger.setLevel(logging.INFO)  # rank 0 alone has it, and does not know the loss
         self._description, self._steps = description, steps
         self._said = time.monotonic()
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
         hidden = not sys.stderr.isatty() and not os.environ.get("ASFT_PROGRESS")
         self._bar = tqdm(total=steps, initial=done, desc=description, unit="step", disable=hidden)
 
@@ -43,14 +47,16 @@ class Progress:
         """
         shown = {key: f"{line[key]:.4g}" for key in _SHOWN if line[key] is not None}
         name, speed = speed_in_short(line, peak)
-        self._bar.set_postfix({**shown, name: speed}, refresh=False)
+        shown |= {"tokens/s": f"{line['tokens_per_second']:,.0f}", name: speed}
+        self._seconds.append(line["seconds"])
+        left = duration(statistics.median(self._seconds) * (self._steps - line["step"]))
+        self._bar.set_postfix({**shown, "left": left}, refresh=False)
         self._bar.update(1)
         if self._bar.disable and self._due(line["step"]):
             self._said = time.monotonic()
-            text = " ".join(f"{key} {value}" for key, value in {**shown, name: speed}.items())
-            left = line["seconds"] * (self._steps - line["step"])
+            text = " ".join(f"{key} {value}" for key, value in shown.items())
             logger.info(
-                "%s: step %d/%d %s, about %.0f s left",
+                "%s: step %d/%d %s, about %s left",
                 self._description,
                 line["step"],
                 self._steps,
@@ -65,6 +71,18 @@ class Progress:
     def _due(self, step: int) -> bool:
         tenth = step % max(1, self._steps // _LINES) == 0 or step == self._steps
         return tenth or time.monotonic() - self._said >= _SECONDS
+
+
+def duration(seconds: float) -> str:
+    """A time that is left, in the two largest units it has."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def speed_in_short(line: Mapping[str, Any], peak: float | None) -> tuple[str, str]:

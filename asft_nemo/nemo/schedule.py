@@ -35,16 +35,17 @@ class AnchoredStep(MegatronStep):
 
     Attributes:
         prepass: what the micro batches get first; None when the objective reads nothing but the policy.
-        report: told the seconds the prepass took.
+        report: told the seconds that taking the micro batches took, and those of the prepass.
     """
 
     prepass: Prepass | None = None
-    report: Callable[[float], None] | None = None
+    report: Callable[[float, float], None] | None = None
 
     def __call__(self) -> list[Any]:
         assert self.num_microbatches is not None
         assert self.seq_length is not None
         assert self.micro_batch_size is not None
+        began = time.perf_counter()
         micro_batches = [data_step(self.data) for _ in range(self.num_microbatches)]  # type: ignore[arg-type]
         for index, batch in enumerate(micro_batches):
             batch["micro_batch_index"] = index
@@ -55,7 +56,7 @@ class AnchoredStep(MegatronStep):
             )
             torch.cuda.synchronize()
         if self.report is not None:
-            self.report(time.perf_counter() - started)
+            self.report(started - began, time.perf_counter() - started)
         self.data = iter(micro_batches)
         return super().__call__()
 
@@ -87,6 +88,7 @@ class PrepassCallback(Callback):
         self.reference: ReferenceSource | None = None
         self.snapshot: PolicySnapshot | None = None
         self.reference_seconds = 0.0
+        self.data_seconds = 0.0
         self.hit_rate: float | None = None
         self.prepass: Prepass | None = None
 
@@ -146,8 +148,8 @@ class PrepassCallback(Callback):
         if isinstance(self.reference, FillingReference):
             self.reference.finish()
 
-    def _record(self, step: int, seconds: float) -> None:
-        self.reference_seconds = seconds
+    def _record(self, step: int, data_seconds: float, reference_seconds: float) -> None:
+        self.data_seconds, self.reference_seconds = data_seconds, reference_seconds
         if self.reference is not None:
             self.hit_rate = self.reference.hit_rate
             if self._sample_ids_of_step is not None:

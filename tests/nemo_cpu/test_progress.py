@@ -15,7 +15,7 @@ pytestmark = pytest.mark.nemo
 def line(step: int, **more: Any) -> dict[str, Any]:
     return {
         "step": step, "seconds": 2.0, "loss": 1.5, "nll": 1.25, "kl": 0.5, "kl_reverse": None,
-        "tflops_per_gpu": 405.0, "reference_tflops_per_gpu": 79.1, **more,
+        "tokens_per_second": 51200.0, "tflops_per_gpu": 405.0, "reference_tflops_per_gpu": 79.1, **more,
     }  # fmt: skip
 
 
@@ -63,5 +63,25 @@ def test_a_log_has_a_line_a_tenth_and_a_minute(
     said = [record.getMessage() for record in caplog.records if record.name == progress.logger.name]
     assert [text.split("/")[0] for text in said] == [f"asft: step {step}" for step in shown]
     assert said[0].endswith(
-        f"loss 1.5 nll 1.25 kl 0.5 mfu 0.41 (reference 0.08), about {2 * (steps - shown[0])} s left"
+        "loss 1.5 nll 1.25 kl 0.5 tokens/s 51,200 mfu 0.41 (reference 0.08), about "
+        f"{progress.duration(2 * (steps - shown[0]))} left"
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min"), (90061, "1 d 1 h")],
+)
+def test_time_left_has_two_units(seconds: float, said: str) -> None:
+    assert progress.duration(seconds) == said
+
+
+def test_a_step_with_a_validation_does_not_change_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
+    one = progress.Progress("asft", done=0, steps=10)
+    for step in (1, 2, 3):
+        one.show(line(step, seconds=100.0 if step == 3 else 1.0), None)
+    one.close()
+    assert caplog.records[-1].getMessage().endswith("about 7 s left")

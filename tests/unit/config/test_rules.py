@@ -327,7 +327,7 @@ def test_validation_file_needs_a_step_count(violations: Violations, data_file: P
 
 def test_run_dir_of_another_run_is_refused(violations: Violations, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     [sentence] = violations("objective=asft")
     assert "holds another run: choose another run.dir" in sentence
     assert violations("objective=asft", "trainer.resume=if_exists") == ()
