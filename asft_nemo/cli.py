@@ -21,6 +21,7 @@ from asft_nemo.commands.evaluation import add_evaluation
 from asft_nemo.commands.launch import add_launch
 from asft_nemo.commands.output import BUG, DONE, INTERRUPTED, MENDABLE, Command, Parser
 from asft_nemo.commands.plan import add_plan
+from asft_nemo.commands.report import add_report
 from asft_nemo.commands.training import add_training
 from asft_nemo.errors import ConfigError, UserError
 from asft_nemo.logs import set_up_logging
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
 
     add_training(add)
     add_launch(add)
+    add_report(add)
     add_plan(add)
     add_data(commands, common)
     add_checkpoints(add)

@@ -1,0 +1,143 @@
+"""What a run's folder says of the run, also while it goes on: metrics, starts, alarms, settings."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asft_nemo.errors import UserError
+from asft_nemo.run_dir import ALARMS, STARTS
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """One run as its files tell it.
+
+    Attributes:
+        name: shown; different from the other runs' names.
+        folder: its folder.
+        record: run.json.
+        steps: lines of metrics.jsonl, by step, at least one.
+        starts: of starts.jsonl, the first of which began the run; empty for runs from before there was one.
+        alarms: of alarms.jsonl.
+        summary: summary.json, empty before the run's end.
+    """
+
+    name: str
+    folder: Path
+    record: Line
+    steps: tuple[Line, ...]
+    starts: tuple[Line, ...]
+    alarms: tuple[Line, ...]
+    summary: Line
+
+    @property
+    def resumed_after(self) -> list[int]:
+        """The steps behind which the run was resumed and that are still in it, ascending."""
+        last = self.steps[-1]["step"]
+        return sorted({start["step"] for start in self.starts if 0 < start["step"] <= last})
+
+    @property
+    def max_steps(self) -> int | None:
+        """Steps of the whole run, where they are known."""
+        if self.starts:
+            return int(self.starts[-1]["max_steps"])
+        return self.record["config"]["trainer"].get("max_steps")
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
+    """The runs in these folders, with names that tell them apart.
+
+    Raises:
+        UserError: a folder holds no run, or one without a step.
+    """
+    repeated = {
+        str(folder) for folder in folders if [f.resolve() for f in folders].count(folder.resolve()) > 1
+    }
+    if repeated:
+        raise UserError(f"{min(repeated)} is given twice: name each run once")
+    return [_read_run(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(len(one) for one in parts) + 1):
+        names = ["/".join(one[-count:]) for one in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _read_run(folder: Path, name: str) -> RunFiles:
+    record = folder / "run.json"
+    if not record.is_file():
+        raise UserError(_no_run(folder))
+    steps = read_lines(folder / "metrics.jsonl")
+    if not steps:
+        raise UserError(f"the run in {folder} has no step yet: call asft report again when it has")
+    summary = folder / "summary.json"
+    return RunFiles(
+        name=name,
+        folder=folder,
+        record=_json(record),
+        steps=tuple(sorted(steps, key=lambda line: line["step"])),
+        starts=tuple(read_lines(folder / STARTS)),
+        alarms=tuple(read_lines(folder / ALARMS)),
+        summary=_json(summary) if summary.is_file() else {},
+    )
+
+
+def _json(path: Path) -> Line:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): is this the folder of a run?") from None
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The objects of a file that a run may be writing: what follows a line that is not whole, itself included, is left out."""
+    lines: list[Line] = []
+    if not path.is_file():
+        return lines
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
+    return lines
+
+
+def _no_run(folder: Path) -> str:
+    """The sentence for a folder without a run, with the nearest there is."""
+    if folder.is_dir():
+        inside = _runs_in(folder)
+        if inside:
+            return f"{folder} is no run but holds {len(inside)}: give one of {_listed(inside)}"
+    around = _runs_in(folder.parent)
+    by_name = {place.name: place for place in around}
+    near = difflib.get_close_matches(folder.name, by_name, n=1)
+    what = f"{folder} {'holds no run.json, so it is no run' if folder.is_dir() else 'does not exist'}"
+    if near:
+        return f"{what}: did you mean {by_name[near[0]]}?"
+    if around:
+        return f"{what}: runs beside it are {_listed(around)}"
+    return f"{what}: give the run.dir of a training run"
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return sorted(place.parent for place in folder.glob("*/run.json")) if folder.is_dir() else []
+
+
+def _listed(folders: Sequence[Path], most: int = 5) -> str:
+    shown = ", ".join(str(folder) for folder in folders[:most])
+    return shown if len(folders) <= most else f"{shown} and {len(folders) - most} more"
