@@ -180,7 +180,7 @@ def test_only(script: Path) -> str:
         raise UserError(
             f"sbatch did not answer in {SECONDS:.0f} s: is the cluster's controller up (`scontrol ping`)?"
         ) from None
-    said = " ".join(line for line in done.stderr.splitlines() if "sbatch:" in line).replace("sbatch: ", "")
+    said = " ".join(done.stderr.replace("sbatch: ", "").split())
     if done.returncode:
         raise UserError(f"the cluster refuses {script.name}: {said}")
     return said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "slurm_sandbox"
 SECONDS = 300.0
 STEPS = 8  # of a whole run
+_TIMED = re.compile("second|tflops|mfu")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -97,7 +99,5 @@ class Cluster:
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The steps of a run, without what depends on the machine's speed."""
     path = run_dir / "metrics.jsonl"
-    timed = ("seconds", "reference_seconds", "tokens_per_second", "mfu")
-    timed += ("tflops_per_gpu", "reference_tflops_per_gpu")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+    steps = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{key: value for key, value in step.items() if not _TIMED.search(key)} for step in steps]

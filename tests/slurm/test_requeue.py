@@ -156,7 +156,7 @@ def test_a_preempted_job_and_one_that_lost_a_node_come_back(jobs: Jobs) -> None:
     node = jobs.cluster.run("squeue", "--noheader", "--job", lost, "--format=%B").stdout.strip()
     jobs.cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
     jobs.wait("a job that Slurm requeues", lambda: jobs.states(lost)[0] != "RUNNING")
-    jobs.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    jobs.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", code=None)  # it may be back
     for job in (preempted, no_ranks, lost):
         assert jobs.ended(job)[-1] == "COMPLETED"
         assert len(jobs.states(job)) == 2

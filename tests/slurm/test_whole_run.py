@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cluster import STEPS, Cluster, metrics
 
-pytestmark = [pytest.mark.slurm, pytest.mark.nemo, pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.slurm, pytest.mark.nemo, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
