@@ -16,19 +16,31 @@ from asft_nemo.errors import UserError
 def add_evaluation(add: Add) -> None:
     """Adds the commands."""
     defaults = EvalConfig()
-    evaluate = add("eval", _eval, "greedy accuracy of a Hugging Face model on suites")
+    evaluate = add("eval", _eval, "accuracy of a Hugging Face model on suites")
     evaluate.add_argument("model_dir", type=Path, metavar="MODEL_DIR")
     evaluate.add_argument(
-        "--suite", required=True, help="JSON Lines files of prompt and answer, separated by commas"
+        "--suite",
+        required=True,
+        help="separated by commas: suites (math500, medqa, ...), groups (math, medical, instruct), JSON Lines files of prompt and answer",
     )
     evaluate.add_argument("--backend", default=defaults.backend, help="default: %(default)s")
     evaluate.add_argument(
-        "--protocol", choices=("greedy",), default=defaults.protocol, help="default: %(default)s"
+        "--protocol",
+        default=defaults.protocol,
+        help="greedy, paper (16 completions at temperature 1), both, or pass@K; default: %(default)s",
     )
+    evaluate.add_argument(
+        "--prompt",
+        default=None,
+        help="prompt variant: alpaca, alpaca_newline, chat, qwen_boxed, raw; default: each suite's own",
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of what is drawn; default: %(default)s")
     evaluate.add_argument(
         "--limit", type=int, default=defaults.limit, help="only the first examples of each suite"
     )
-    evaluate.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="default: %(default)s")
+    evaluate.add_argument(
+        "--max-tokens", type=int, default=None, help="of one completion; default: the protocol's, 4096"
+    )
     evaluate.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default: %(default)s")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for results.json and samples.jsonl")
     compare = add("compare", _compare, "put results side by side")
@@ -62,6 +74,9 @@ def _eval(arguments: argparse.Namespace) -> int:
             max_tokens=arguments.max_tokens,
             batch_size=arguments.batch_size,
             limit=arguments.limit,
+            protocol=arguments.protocol,
+            prompt=arguments.prompt,
+            seed=arguments.seed,
         )
     lines = [
         f"{name}: {100 * suite.accuracy:.1f} % of {suite.n} right, 95 % interval "

@@ -12,7 +12,7 @@ from asft_eval.result import Result, SuiteResult, read_result, read_samples
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Examples of a suite that a model answers rightly and the first model does not (`gained`), and the reverse (`lost`)."""
+    """Examples of a suite that a model answers rightly, or more often so, than the first model (`gained`), and the reverse (`lost`)."""
 
     gained: int
     lost: int
@@ -70,7 +70,7 @@ def _differences(read: Mapping[str, Result], suites: Sequence[str]) -> list[str]
     (first_name, first), *others = read.items()
     differences: list[str] = []
     for name, result in others:
-        if result.protocol != first.protocol:
+        if any(result.suites[suite].protocol != first.suites[suite].protocol for suite in suites):
             differences.append(f"{name} and {first_name} were evaluated with different protocols")
         for suite in suites:
             if result.suites[suite].sha256 != first.suites[suite].sha256:
@@ -79,19 +79,24 @@ def _differences(read: Mapping[str, Result], suites: Sequence[str]) -> list[str]
 
 
 def _changes(results: Mapping[str, Path | str], suites: Sequence[str]) -> dict[tuple[str, str], Change]:
-    verdicts = {
-        name: {(x["suite"], x["id"]): bool(x["correct"]) for x in read_samples(directory)}
-        for name, directory in results.items()
-    }
+    verdicts = {name: _shares(directory) for name, directory in results.items()}
     first = next(iter(verdicts.values()))
     changes: dict[tuple[str, str], Change] = {}
     for name, own in verdicts.items():
         for suite in suites:
             shared = [key for key in own if key[0] == suite and key in first]
-            gained = sum(own[key] and not first[key] for key in shared)
-            lost = sum(first[key] and not own[key] for key in shared)
+            gained = sum(own[key] > first[key] for key in shared)
+            lost = sum(own[key] < first[key] for key in shared)
             changes[name, suite] = Change(gained, lost)
     return changes
+
+
+def _shares(directory: Path | str) -> dict[tuple[str, str], float]:
+    """(suite, example) -> share of its completions that are right."""
+    verdicts: dict[tuple[str, str], list[bool]] = {}
+    for sample in read_samples(directory):
+        verdicts.setdefault((sample["suite"], sample["id"]), []).append(bool(sample["correct"]))
+    return {key: sum(own) / len(own) for key, own in verdicts.items()}
 
 
 def _cell(figures: SuiteResult) -> str:

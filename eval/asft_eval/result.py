@@ -1,11 +1,15 @@
-"""`results.json`: what was measured, how, on what, with which versions. Schema version 1.
+"""`results.json`: what was measured, how, on what, with which versions. Schema version 2.
 
-    {schema_version, model: {path, fingerprint}, backend, protocol: {name, max_tokens}, seed, versions: {package: version},
-     suites: {name: {version, sha256, grader, n, right, accuracy, stderr, interval, tokens, cut, seconds}}}
+    {schema_version, model: {path, fingerprint}, backend, protocol, seed, versions: {package: version},
+     suites: {name: {version, sha256, grader, prompt, protocol: {name, max_tokens, n, temperature, top_p, seed, k},
+                     n, right, accuracy, stderr, interval, tokens, cut, seconds}}}
 
-`accuracy` = right / n; `stderr` its standard error; `interval` its 95 % Wilson interval; `tokens` generated in all; `cut`
-completions that `max_tokens` ended; `seed` null where nothing is drawn. Beside it `samples.jsonl` holds one line an example:
-suite, id, prompt, answer, completion, parsed, correct, reason.
+`protocol` is the name asked for; each suite has the one it was measured with, because `both` is two. Where completions are drawn, the
+suite's name is SUITE@PROTOCOL. `n` examples, `right` completions of `n * protocol.n`; `accuracy` the mean over examples of their share
+of right completions, or of pass@k; `stderr` its standard error over examples; `interval` 95 %, Wilson's; `tokens` generated in all;
+`cut` completions that `max_tokens` ended; `seconds` the model took; `seed` null where nothing is drawn. Beside it `samples.jsonl` holds one
+line a completion: suite, id, sample, prompt, answer, completion, num_tokens, finished, seconds, logprobs (multiple choice: of each choice),
+request (a hash of all that the completion depends on), parsed, correct, reason.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 from asft_eval.errors import EvaluationError
 from asft_eval.types import Protocol
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 
 _BLOCK = 1 << 16
@@ -35,6 +39,8 @@ class SuiteResult:
     version: str
     sha256: str
     grader: str
+    prompt: str
+    protocol: Protocol
     n: int
     right: int
     accuracy: float
@@ -51,7 +57,7 @@ class Result:
 
     model: Mapping[str, str]
     backend: str
-    protocol: Protocol
+    protocol: str
     seed: int | None
     versions: Mapping[str, str]
     suites: Mapping[str, SuiteResult]
@@ -117,7 +123,7 @@ def read_result(result_dir: Path | str) -> Result:
         rows: dict[str, dict[str, Any]] = content["suites"]
         for row in rows.values():
             row["interval"] = tuple(row["interval"])
-        content["protocol"] = Protocol(**content["protocol"])
+            row["protocol"] = Protocol(**row["protocol"])
         content["suites"] = {name: SuiteResult(**row) for name, row in rows.items()}
         return Result(**content)
     except (json.JSONDecodeError, KeyError, TypeError) as error:

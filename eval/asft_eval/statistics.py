@@ -14,12 +14,12 @@ def standard_error(right: int, n: int) -> float:
     return math.sqrt(share * (1 - share) / n)
 
 
-def wilson_interval(right: int, n: int, *, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(right: float, n: float, *, z: float = Z_95) -> tuple[float, float]:
     """Wilson's score interval of a share (Wilson 1927): sensible at 0 and 1 and for small n, unlike the normal one.
 
     Args:
         right: successes, 0 to n.
-        n: trials, at least 1.
+        n: trials, more than 0; both may be fractions where trials are not independent.
         z: normal quantile of the coverage.
 
     Returns:

@@ -14,32 +14,46 @@ class Example:
     Attributes:
         id: unique within the suite.
         prompt: the text the model is given, already rendered.
-        answer: what the grader compares with.
+        answer: what the grader compares with; a letter for multiple choice, a program that checks it for code.
+        question: the text without the prompt variant's words around it; empty where the prompt has none.
     """
 
     id: str
     prompt: str
     answer: str
+    question: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Versioned examples and the name of the grader that judges them."""
+    """Versioned examples and the name of the grader that judges them.
+
+    Attributes:
+        name: as `--suite` knows it.
+        version: changes with the examples' text or the way they are judged.
+        grader: a name of `asft_eval.graders`.
+        examples: the questions.
+        choices: continuations of every prompt whose log probabilities decide, e.g. (" A", " B"); empty = the model writes.
+        prompt: the prompt variant (`asft_eval.suites.prompts`) that made the prompts of the questions.
+    """
 
     name: str
     version: str
     grader: str
     examples: tuple[Example, ...]
+    choices: tuple[str, ...] = ()
+    prompt: str = "raw"
 
     @property
     def sha256(self) -> str:
-        """Hash of name, version, grader and every example: equal hashes mean the same questions, judged alike."""
-        rows = [self.name, self.version, self.grader, *(asdict(example) for example in self.examples)]
+        """Hash of every part: equal hashes mean the same questions, asked and judged alike."""
+        head = [self.name, self.version, self.grader, list(self.choices), self.prompt]
+        rows = [*head, *(asdict(example) for example in self.examples)]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
     def first(self, limit: int | None) -> Suite:
         """The same suite cut to its first `limit` examples; all of them for None."""
-        return Suite(self.name, self.version, self.grader, self.examples[:limit])
+        return Suite(self.name, self.version, self.grader, self.examples[:limit], self.choices, self.prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +61,22 @@ class Protocol:
     """How completions are drawn. Scores of different protocols are not comparable.
 
     Attributes:
-        name: e.g. "greedy".
+        name: a name of `asft_eval.protocols`, e.g. "greedy".
         max_tokens: completions are cut after this many tokens, the end token included.
+        n: completions of every prompt.
+        temperature: 0 = the most probable token.
+        top_p: tokens are drawn from the smallest set of this probability.
+        seed: of the drawing; None where nothing is drawn.
+        k: the score is pass@k; None = the share of right completions.
     """
 
     name: str = "greedy"
     max_tokens: int
+    n: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    k: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

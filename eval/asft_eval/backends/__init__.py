@@ -26,17 +26,28 @@ class LogLikelihood:
 
 
 class Backend(Protocol):
-    """What every backend offers."""
+    """What every backend offers. It may also have `requests_at_once: int`, the requests after which answers are written down."""
 
     name: str
     versions: Mapping[str, str]
 
-    def generate(self, prompts: Sequence[str], *, protocol: EvaluationProtocol) -> list[Completion]:
-        """One completion a prompt."""
+    def generate(
+        self, prompts: Sequence[str], *, protocol: EvaluationProtocol, seeds: Sequence[int] = ()
+    ) -> list[Completion]:
+        """One completion a prompt; a prompt of which several are wanted comes several times.
+
+        Args:
+            prompts: complete, but for the tokens that the tokenizer adds to every text.
+            protocol: its temperature, top_p and max_tokens; `n` and `k` are the caller's business.
+            seeds: one a prompt where the temperature is above 0, so that a completion depends on nothing beside it.
+        """
         ...
 
     def choice_logprobs(self, prompts: Sequence[str], choices: Sequence[str]) -> list[list[float]]:
-        """For every prompt the log probability of each choice as its continuation, in the order of `choices`."""
+        """For every prompt the log probability of each choice as its continuation, in the order of `choices`.
+
+        A choice's tokens are those that the whole text has more than the prompt alone.
+        """
         ...
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:

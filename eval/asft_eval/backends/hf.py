@@ -1,7 +1,8 @@
-"""transformers on a CPU or one GPU: batched greedy generation with left padding, and log probabilities of given text."""
+"""transformers on a CPU or one GPU: batched generation with left padding, greedy or drawn, and log probabilities of given text."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from asft_eval.backends import LogLikelihood
+from asft_eval.backends.drawing import SeededDraw
 from asft_eval.errors import EvaluationError
 from asft_eval.types import Completion, Protocol
 
@@ -107,6 +109,14 @@ def right_padded(
     return tokens.to(device), attention.to(device), labels.to(device), loss_mask.to(device)
 
 
+def _drawing(protocol: Protocol, seeds: Sequence[int]) -> list[SeededDraw]:
+    return (
+        [SeededDraw(seeds, temperature=protocol.temperature, top_p=protocol.top_p)]
+        if protocol.temperature > 0
+        else []
+    )
+
+
 class HfBackend:
     """A model directory run by transformers.
 
@@ -138,16 +148,22 @@ class HfBackend:
         self.tokenizer = load_tokenizer(model_dir)
         self.model = load_model(model_dir, dtype=dtype, device=device)
         self.batch_size = batch_size
+        self.requests_at_once = 8 * batch_size  # sorted by length among themselves, then written down
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[str], *, protocol: Protocol) -> list[Completion]:
-        """Greedy completions. Prompts of similar length share a batch, so that little is padding.
+    def generate(
+        self, prompts: Sequence[str], *, protocol: Protocol, seeds: Sequence[int] = ()
+    ) -> list[Completion]:
+        """Completions, greedy or drawn. Prompts of similar length share a batch, so that little is padding.
 
         Raises:
-            EvaluationError: the protocol is not "greedy".
+            EvaluationError: the temperature is above 0 and there is not one seed a prompt.
         """
-        if protocol.name != "greedy":
-            raise EvaluationError(f"the hf backend has no protocol {protocol.name!r}: use greedy")
+        if protocol.temperature > 0 and len(seeds) != len(prompts):
+            raise EvaluationError(
+                f"{len(prompts)} completions are to be drawn with {len(seeds)} seeds: give one a prompt"
+            )
         completions: dict[int, Completion] = {}
         for places in self._batches([len(prompt) for prompt in prompts]):
             batch = self.tokenizer(
@@ -166,6 +182,7 @@ class HfBackend:
                 top_k=None,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
+                logits_processor=_drawing(protocol, [seeds[i] for i in places] if seeds else []),
             )
             for place, row in zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 completions[place] = self._completion(row)
@@ -178,16 +195,58 @@ class HfBackend:
         text = self.tokenizer.decode(written, skip_special_tokens=True)
         return Completion(text, len(written) + int(finished), finished)
 
+    @torch.inference_mode()
     def choice_logprobs(self, prompts: Sequence[str], choices: Sequence[str]) -> list[list[float]]:
-        """For every prompt the log probability of each choice as its continuation (sum over the choice's tokens)."""
-        flat = self.loglikelihood([(prompt, choice) for prompt in prompts for choice in choices])
-        width = len(choices)
-        return [[x.logprob for x in flat[i * width : (i + 1) * width]] for i in range(len(prompts))]
+        """For every prompt the log probability of each choice as its continuation (sum over the choice's tokens).
+
+        Where every choice is one token, a prompt is run once and the distribution after it is read.
+        """
+        starts = [encode_pair(self.tokenizer, prompt, "", end=False)[0] for prompt in prompts]
+        tails = [
+            [self._tail(start, prompt, choice) for choice in choices]
+            for start, prompt in zip(starts, prompts, strict=True)
+        ]
+        found: dict[int, list[float]] = {}
+        short = [i for i, row in enumerate(tails) if all(len(tail) == 1 for tail in row)]
+        for places in self._batches([len(starts[i]) for i in short]):
+            batch = [short[i] for i in places]
+            logprobs_BV = self._after([starts[i] for i in batch])
+            for row, i in enumerate(batch):
+                found[i] = [float(logprobs_BV[row, tail[0]]) for tail in tails[i]]
+        longer = [i for i in range(len(prompts)) if i not in found]
+        flat = self._scores([(starts[i] + tail, len(starts[i])) for i in longer for tail in tails[i]])
+        for place, i in enumerate(longer):
+            found[i] = [x.logprob for x in flat[place * len(choices) : (place + 1) * len(choices)]]
+        return [found[i] for i in range(len(prompts))]
+
+    def _tail(self, start: list[int], prompt: str, choice: str) -> list[int]:
+        """The choice's tokens: what the whole text has more than the prompt; encoded apart where the two merge."""
+        whole: list[int] = self.tokenizer(prompt + choice)["input_ids"]
+        if whole[: len(start)] == start and len(whole) > len(start):
+            return whole[len(start) :]
+        return self.tokenizer(choice, add_special_tokens=False)["input_ids"]
+
+    def _after(self, encoded: Sequence[list[int]]) -> torch.Tensor:
+        """Log probabilities `[b, v]` of the token after each text, fp32."""
+        tokens_BS, attention_BS, _, _ = right_padded(
+            [(ids, len(ids)) for ids in encoded], pad_id=self.tokenizer.pad_token_id, device=self.model.device
+        )
+        last_B = [len(ids) - 1 for ids in encoded]
+        places = sorted(set(last_B))
+        # Only the last positions go through the head: [b, s, v] would be gigabytes.
+        keep = {"logits_to_keep": torch.tensor(places)} if self._keeps_logits else {}
+        logits_BKV = self.model(
+            input_ids=tokens_BS, attention_mask=attention_BS, use_cache=False, **keep
+        ).logits
+        columns = [places.index(last) for last in last_B] if keep else last_B
+        return logits_BKV[range(len(encoded)), columns].float().log_softmax(-1)
 
     @torch.inference_mode()
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
         """Log probability of each continuation after its prompt, from logits in fp32; the end token is not scored."""
-        encoded = [encode_pair(self.tokenizer, prompt, text, end=False) for prompt, text in pairs]
+        return self._scores([encode_pair(self.tokenizer, prompt, text, end=False) for prompt, text in pairs])
+
+    def _scores(self, encoded: Sequence[tuple[list[int], int]]) -> list[LogLikelihood]:
         answers: dict[int, LogLikelihood] = {}
         for places in self._batches([len(ids) for ids, _ in encoded]):
             tokens_BS, attention_BS, labels_BS, mask_BS = right_padded(
@@ -199,7 +258,7 @@ class HfBackend:
             sums_B, counts_B = (logprob_BS * mask_BS).sum(-1), mask_BS.sum(-1)
             for row, place in enumerate(places):
                 answers[place] = LogLikelihood(float(sums_B[row]), int(counts_B[row]))
-        return [answers[i] for i in range(len(pairs))]
+        return [answers[i] for i in range(len(encoded))]
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         places = sorted(range(len(lengths)), key=lengths.__getitem__)

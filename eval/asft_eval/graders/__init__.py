@@ -1,22 +1,39 @@
-"""Graders: a completion's text and the right answer in, a `Score` out. One row a grader."""
+"""Graders: what a model wrote and the example it answers in, a `Score` each out. One row a grader.
+
+A grader that judges one completion by itself is a row of `GRADERS`; one that judges many at once, because it starts
+processes, is a row of `BATCH_GRADERS`. Everything heavy is imported by the grader that needs it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from asft_eval.errors import EvaluationError
-from asft_eval.graders.exact import exact_match
-from asft_eval.types import Score
+from asft_eval.graders.exact import answered, choice, exact_match
+from asft_eval.types import Example, Score
 
 Grader = Callable[[str, str], Score]
 """`grader(completion_text, answer) -> Score`."""
 
-GRADERS: Mapping[str, Grader] = MappingProxyType({"exact_match": exact_match})
+BatchGrader = Callable[[Sequence[tuple[Example, str]]], list[Score]]
+"""`grader([(example, completion_text)]) -> [Score]`, in the order of the pairs."""
+
+
+def _math(pairs: Sequence[tuple[Example, str]]) -> list[Score]:
+    from asft_eval.graders.math_pool import grade_math
+
+    return grade_math([(example.answer, text) for example, text in pairs])
+
+
+GRADERS: Mapping[str, Grader] = MappingProxyType(
+    {"exact_match": exact_match, "choice": choice, "answered": answered}
+)
+BATCH_GRADERS: Mapping[str, BatchGrader] = MappingProxyType({"math": _math})
 
 
 def grader(name: str) -> Grader:
-    """The grader of that name.
+    """The grader of single completions of that name.
 
     Raises:
         EvaluationError: there is none; the message lists the known ones.
@@ -24,9 +41,20 @@ def grader(name: str) -> Grader:
     try:
         return GRADERS[name]
     except KeyError:
-        raise EvaluationError(
-            f"there is no grader {name!r}: choose one of {', '.join(sorted(GRADERS))}"
-        ) from None
+        known = ", ".join(sorted([*GRADERS, *BATCH_GRADERS]))
+        raise EvaluationError(f"there is no grader {name!r}: choose one of {known}") from None
 
 
-__all__ = ["GRADERS", "Grader", "grader"]
+def grade(name: str, pairs: Sequence[tuple[Example, str]]) -> list[Score]:
+    """The verdicts of the grader of that name on (example, completion) pairs, in their order.
+
+    Raises:
+        EvaluationError: there is no such grader, or what it needs is missing.
+    """
+    if name in BATCH_GRADERS:
+        return BATCH_GRADERS[name](pairs)
+    judge = grader(name)
+    return [judge(text, example.answer) for example, text in pairs]
+
+
+__all__ = ["BATCH_GRADERS", "GRADERS", "BatchGrader", "Grader", "grade", "grader"]

@@ -1,4 +1,4 @@
-"""Exact match: the completion is the answer, white space at both ends aside."""
+"""Graders that need no more than the text: exact match, the letter of a choice, and whether there is an answer at all."""
 
 from __future__ import annotations
 
@@ -12,3 +12,21 @@ def exact_match(completion: str, answer: str) -> Score:
         return Score(False, parsed, "empty completion")
     correct = parsed == answer.strip()
     return Score(correct, parsed, "equal" if correct else "different")
+
+
+def choice(completion: str, answer: str) -> Score:
+    """Correct where the most probable choice, which the run writes as the completion, is the answer's letter."""
+    parsed, right = completion.strip(), answer.strip()
+    words = f"{parsed or 'nothing'} is the most probable choice"
+    return Score(
+        parsed == right, parsed, f"{words} and right" if parsed == right else f"{words}, right is {right}"
+    )
+
+
+def answered(completion: str, answer: str) -> Score:
+    """Whether there is an answer at all; how good it is a judge must say, who is asked apart."""
+    del answer
+    parsed = completion.strip()
+    return Score(
+        bool(parsed), parsed[:80], "answered; a judge decides how well" if parsed else "empty completion"
+    )

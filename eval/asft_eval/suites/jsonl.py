@@ -40,7 +40,7 @@ def load_jsonl(
                     bad.append(f"line {number}: {error}")
     if bad:
         raise EvaluationError(f"{path} has {len(bad)} bad line(s), the first is {bad[0]}: correct the file")
-    return _checked(Suite(name or path.stem, version, grader, tuple(examples)))
+    return checked(Suite(name or path.stem, version, grader, tuple(examples)))
 
 
 def suite_from_pairs(
@@ -48,7 +48,7 @@ def suite_from_pairs(
 ) -> Suite:
     """A suite of (prompt, answer) pairs; ids count from 1."""
     examples = (Example(str(i), prompt, answer) for i, (prompt, answer) in enumerate(pairs, start=1))
-    return _checked(Suite(name, version, grader, tuple(examples)))
+    return checked(Suite(name, version, grader, tuple(examples)))
 
 
 def write_jsonl(path: Path, suite: Suite) -> None:
@@ -71,7 +71,8 @@ def _example(line: str, number: int, prompt_field: str, answer_field: str) -> Ex
     return Example(str(fields.get("id", number)), texts[0], texts[1])
 
 
-def _checked(suite: Suite) -> Suite:
+def checked(suite: Suite) -> Suite:
+    """The suite, if it has an example and no id twice."""
     if not suite.examples:
         raise EvaluationError(f"suite {suite.name} has no example: give it at least one")
     identifier, count = Counter(example.id for example in suite.examples).most_common(1)[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from asft_eval import EvaluationError, Protocol
+from asft_eval.backends.drawing import SeededDraw
 from asft_eval.backends.hf import HfBackend
 from asft_eval.kl import kl_sums, measure_drift
 from asft_eval.run import evaluate
@@ -66,9 +67,37 @@ def test_choices_of_one_token_are_a_distribution(backend: HfBackend):
     assert 0.5 < sum(torch.tensor(logprobs).exp().tolist()) <= 1 + 1e-5
 
 
-def test_other_protocols_are_refused(backend: HfBackend):
-    with pytest.raises(EvaluationError, match="use greedy"):
-        backend.generate(["a"], protocol=Protocol(name="paper", max_tokens=4))
+def test_a_draw_depends_on_its_seed_alone(backend: HfBackend):
+    drawn = Protocol(name="paper", max_tokens=6, temperature=1.0, seed=0)
+    seeds = [11, 12, 13, 14]
+    together = backend.generate(PROMPTS, protocol=drawn, seeds=seeds)
+    alone = [backend.generate([p], protocol=drawn, seeds=[x])[0] for p, x in zip(PROMPTS, seeds, strict=True)]
+    assert together == alone
+    several = backend.generate(PROMPTS[-1:] * 20, protocol=drawn, seeds=range(20))
+    assert len({completion.text for completion in several}) > 5
+    with pytest.raises(EvaluationError, match="one a prompt"):
+        backend.generate(["a"], protocol=drawn)
+
+
+def test_draws_follow_the_distribution():
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, 4)
+    expected = (scores[0] / 0.7).softmax(-1)
+    draw = SeededDraw(range(20_000), temperature=0.7, top_p=1.0)
+    counts = draw(torch.empty(0), scores).argmax(-1).bincount(minlength=4)
+    chi_square = ((counts - 20_000 * expected) ** 2 / (20_000 * expected)).sum()
+    assert chi_square < 16.27  # 99.9 % point, 3 degrees of freedom
+    nucleus = SeededDraw(range(200), temperature=1.0, top_p=0.8)(torch.empty(0), scores[:200])
+    assert set(nucleus.argmax(-1).tolist()) == {0, 1}  # 0.64 + 0.24 of the probability
+
+
+def test_choices_equal_the_scores_of_the_continuations(backend: HfBackend):
+    choices = ["A", "Z", "story"]
+    pairs = [(prompt, choice) for prompt in PROMPTS for choice in choices]
+    plain = [x.logprob for x in backend.loglikelihood(pairs)]
+    found = backend.choice_logprobs(PROMPTS, choices)
+    assert [x for row in found for x in row] == pytest.approx(plain, abs=1e-4)
+    short = backend.choice_logprobs(PROMPTS, choices[:2])  # all of one token: read off one distribution
+    assert [x for row in short for x in row] == pytest.approx([x for row in found for x in row[:2]], abs=1e-4)
 
 
 def test_evaluate_loads_and_scores(model_dir: Path, tmp_path: Path):

@@ -42,8 +42,9 @@ def test_figures_files_and_reading_back(model: Path, tmp_path: Path):
     assert result.suites["sums"].accuracy == 0
     assert read_result(tmp_path / "out") == result
     written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert written["schema_version"] == 1
-    assert written["protocol"] == {"name": "greedy", "max_tokens": 8}
+    assert written["schema_version"] == 2
+    assert written["protocol"] == "greedy"
+    assert written["suites"]["words"]["protocol"]["max_tokens"] == 8
     samples = read_samples(tmp_path / "out")
     assert [x["correct"] for x in samples] == [True, True, True, False, False, False]
     assert samples[5]["reason"] == "empty completion"
@@ -118,7 +119,7 @@ def test_damaged_or_missing_results(model: Path, tmp_path: Path):
     file.write_text(whole[:-40])
     with pytest.raises(EvaluationError, match="damaged"):
         read_result(tmp_path / "a")
-    file.write_text(whole.replace('"schema_version": 1', '"schema_version": 99'))
+    file.write_text(whole.replace('"schema_version": 2', '"schema_version": 99'))
     with pytest.raises(EvaluationError, match="schema version 99"):
         read_result(tmp_path / "a")
 

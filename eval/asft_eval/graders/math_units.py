@@ -1,0 +1,51 @@
+"""Units after a number: taken off, and told apart where both sides name one that is known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_SPELLINGS = (
+    ("mm", "mm millimeter millimeters millimetre millimetres"),
+    ("cm", "cm centimeter centimeters centimetre centimetres"),
+    ("m", "m meter meters metre metres"),
+    ("km", "km kilometer kilometers kilometre kilometres"),
+    ("in", "in inch inches"),
+    ("ft", "ft foot feet"),
+    ("mi", "mi mile miles"),
+    ("s", "s sec secs second seconds"),
+    ("min", "min mins minute minutes"),
+    ("h", "h hr hrs hour hours"),
+    ("day", "day days"),
+    ("week", "week weeks"),
+    ("month", "month months"),
+    ("year", "yr yrs year years"),
+    ("g", "g gram grams"),
+    ("kg", "kg kilogram kilograms"),
+    ("l", "l liter liters litre litres"),
+    ("ml", "ml milliliter milliliters"),
+    ("cent", "cent cents"),
+    ("$", "dollar dollars usd"),
+)
+UNITS: Mapping[str, str] = MappingProxyType(
+    {word: unit for unit, words in _SPELLINGS for word in words.split()}
+)
+"""Spelling -> unit."""
+
+_POWER = r"(?:\s*\^\s*\{?\s*[23]\s*\}?)?"
+_IN_TEXT = re.compile(rf"^(?P<value>.*[\d)}}\]])\s*\\text\s*\{{(?P<unit>[^{{}}]*)\}}{_POWER}\s*$", re.DOTALL)
+_PLAIN = re.compile(
+    rf"^(?P<value>[-+]?[\d.,/]+)\s*(?P<unit>(?:[A-Za-z]{{2,}}|[mshgl])(?:[ /][A-Za-z]+)*){_POWER}\s*$"
+)
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    r"""`5\text{ cm}^2` as `5` and `cm`, `12 dollars` as `12` and `$`; an unknown unit is empty, and so is none."""
+    match = _IN_TEXT.match(text) or _PLAIN.match(text)
+    if match is None:
+        return text, ""
+    spelled = match["unit"].strip().lower().rstrip(".")
+    if spelled in ("and", "or", "to"):
+        return text, ""
+    return match["value"].strip(), UNITS.get(spelled, "")

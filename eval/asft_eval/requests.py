@@ -1,0 +1,161 @@
+"""What a model is asked, one request a completion, and the journal that remembers every answer.
+
+The journal is `samples.jsonl` itself: while an evaluation runs, answers are appended to it chunk by chunk. A request is
+known by a hash of everything its answer depends on, so an evaluation that is started again asks only what is new,
+whatever cut the file off and wherever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from asft_eval.types import Completion, Example, Protocol, Suite
+
+log = logging.getLogger(__name__)
+
+CHOICES = Protocol(name="choices", max_tokens=1)
+"""How suites of multiple choice are asked whatever the protocol: log probabilities are not drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One suite under one protocol: a row of the results.
+
+    Attributes:
+        suite: what is asked.
+        protocol: how.
+    """
+
+    suite: Suite
+    protocol: Protocol
+
+    @property
+    def name(self) -> str:
+        """The suite's own name for what nothing is drawn of, else SUITE@PROTOCOL."""
+        drawn = self.protocol.temperature > 0
+        return f"{self.suite.name}@{self.protocol.name}" if drawn else self.suite.name
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion that is wanted.
+
+    Attributes:
+        part: where it belongs.
+        example: the question.
+        prompt: what the model is given; the example's own but for the variant `chat`.
+        sample: counts the completions of one prompt from 0.
+        key: hash of everything that the answer depends on.
+    """
+
+    part: Part
+    example: Example
+    prompt: str
+    sample: int
+    key: str
+
+    @property
+    def seed(self) -> int:
+        """Of this request alone, so that its answer does not depend on what is asked beside it."""
+        return int(self.key, 16) % 2**31
+
+    def row(self, completion: Completion, seconds: float, logprobs: Sequence[float] = ()) -> dict[str, Any]:
+        """The answered request as a line of the journal."""
+        return {
+            "suite": self.part.name,
+            "id": self.example.id,
+            "sample": self.sample,
+            "prompt": self.prompt,
+            "answer": self.example.answer,
+            "completion": completion.text,
+            "num_tokens": completion.num_tokens,
+            "finished": completion.finished,
+            "seconds": round(seconds, 6),
+            **({"logprobs": list(logprobs)} if logprobs else {}),
+            "request": self.key,
+        }
+
+
+def parts_of(suites: Sequence[Suite], protocols: Sequence[Protocol]) -> list[Part]:
+    """Every suite under every protocol; suites of multiple choice once."""
+    found: list[Part] = []
+    for suite in suites:
+        hows = (CHOICES,) if suite.choices else protocols
+        found += [Part(suite, how) for how in hows]
+    return found
+
+
+def requests_of(part: Part, prompts: Sequence[str], *, model: str, backend: str) -> list[Request]:
+    """All requests of a part, the completions of one prompt beside each other.
+
+    Args:
+        part: one suite under one protocol.
+        prompts: of its examples.
+        model: fingerprint of the model.
+        backend: name of what runs it.
+    """
+    how = asdict(part.protocol)
+    for name in ("n", "k", "name"):  # the answer to one request does not depend on how many there are
+        del how[name]
+    found: list[Request] = []
+    for example, prompt in zip(part.suite.examples, prompts, strict=True):
+        for sample in range(part.protocol.n):
+            parts = [model, backend, how, part.suite.name, part.suite.choices, example.id, prompt, sample]
+            key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+            found.append(Request(part, example, prompt, sample, key))
+    return found
+
+
+class Journal:
+    """The answers so far.
+
+    Args:
+        path: `samples.jsonl`; lines of it that are damaged or answer something else are dropped.
+        wanted: keys of the requests of this evaluation.
+    """
+
+    def __init__(self, path: Path, wanted: Iterable[str]):
+        self._path = path
+        self.rows: dict[str, dict[str, Any]] = _former(path, set(wanted))
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text(_lines(self.rows.values()), encoding="utf-8")
+        os.replace(unfinished, path)
+        if self.rows:
+            log.info("%d answers of a former start are kept", len(self.rows))
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write down answers; they survive what comes after."""
+        self.rows.update((row["request"], dict(row)) for row in rows)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_lines(rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _former(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    if not path.is_file():
+        return rows
+    damaged = 0
+    # Bytes, because a file that was cut off may end within a character.
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row: Any = json.loads(line) if line.strip() else {}
+            if isinstance(row, dict) and row.get("request") in wanted and isinstance(row["completion"], str):  # pyright: ignore[reportUnknownMemberType]
+                rows[row["request"]] = row
+        except (ValueError, KeyError):
+            damaged += 1
+    if damaged:
+        log.warning("%s has %d damaged line(s): what they answered is asked again", path, damaged)
+    return rows
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,121 @@
+"""The published suites: version, file, how a row is read, who grades it. A suite more = one row of `SUITES`.
+
+`eval/asft_eval/suites/README.md` says of each which published protocol it matches and where it differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from asft_eval.suites import records
+from asft_eval.suites.records import Asked, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """A file of a dataset repository of the Hugging Face hub; it is only looked for in the cache, never fetched."""
+
+    repo: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Definition:
+    """One suite.
+
+    Attributes:
+        file: below the folder that ASFT_DATA_DIR names (JSON Lines, gzipped or not, or a JSON array).
+        field: of the bare question, for finding it in training data.
+        read: a row's question and answer.
+        grader: a name of `asft_eval.graders`.
+        group: what `--suite GROUP` asks.
+        rows: of the published file; another number is an error.
+        version: changes with prompt, answer or grading.
+        prompt: the variant unless one is chosen.
+        wraps: whether another variant may be chosen.
+        choices: the continuations whose log probabilities decide; empty = the model writes.
+        download: the set of `asft data download` that has it; empty = none.
+        hub: where its file lies on the hub, for the cache.
+    """
+
+    file: str
+    field: str
+    read: Callable[[Record], Asked]
+    grader: str
+    group: str
+    rows: int
+    version: str = "1"
+    prompt: str = "alpaca"
+    wraps: bool = True
+    choices: tuple[str, ...] = ()
+    download: str = ""
+    hub: Hub | None = None
+
+
+_LETTERS = tuple(f" {letter}" for letter in records.LETTERS)
+
+
+def _math(file: str, read: Callable[[Record], Asked], rows: int, **more: object) -> Definition:
+    settings = {"field": "problem", **more}
+    return Definition(file=f"math/{file}", read=read, grader="math", group="math", rows=rows, **settings)  # type: ignore[arg-type]
+
+
+def _medical(file: str, read: Callable[[Record], Asked], rows: int, **more: object) -> Definition:
+    return Definition(
+        file=f"medical/{file}", field="question", read=read, grader="choice", group="medical", rows=rows,
+        prompt="raw", wraps=False, choices=_LETTERS, **more,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+SUITES: Mapping[str, Definition] = MappingProxyType(
+    {
+        "math500": _math(
+            "math500_test.jsonl",
+            records.math500,
+            500,
+            download="math500",
+            hub=Hub("HuggingFaceH4/MATH-500", "test.jsonl"),
+        ),
+        "gsm8k": _math("gsm8k_test.jsonl", records.gsm8k, 1319, field="question", download="gsm8k"),
+        "aime24": _math("aime24_test.jsonl", records.aime24, 30, download="aime24"),
+        "aime25": _math("aime25_test.jsonl", records.aime25, 30, hub=Hub("math-ai/aime25", "test.jsonl")),
+        "amc23": _math(
+            "amc23_test.jsonl",
+            records.amc23,
+            40,
+            field="question",
+            hub=Hub("math-ai/amc23", "test.jsonl"),
+        ),
+        "minerva": _math("minerva_test.jsonl", records.minerva, 272),
+        "olympiadbench": _math("olympiadbench_test.jsonl", records.olympiad, 675, field="question"),
+        "medqa": _medical(
+            "medqa_test.jsonl",
+            records.medqa,
+            1273,
+            download="medqa",
+            hub=Hub("GBaker/MedQA-USMLE-4-options", "phrases_no_exclude_test.jsonl"),
+        ),
+        "medmcqa": _medical("medmcqa_test.jsonl", records.medmcqa, 4183, download="medmcqa"),
+        "mmlu_medical": _medical("mmlu_medical_test.jsonl", records.mmlu, 2739, download="mmlu"),
+        "alpaca_eval": Definition(
+            file="instruct/alpaca_eval.json",
+            field="instruction",
+            read=records.alpaca_eval,
+            grader="answered",
+            group="instruct",
+            rows=805,
+            download="alpaca_eval",
+            hub=Hub("tatsu-lab/alpaca_eval", "alpaca_eval.json"),
+        ),
+    }
+)
+
+
+def groups() -> dict[str, list[str]]:
+    """Group -> its suites, in the order of the table."""
+    found: dict[str, list[str]] = {}
+    for name, definition in SUITES.items():
+        found.setdefault(definition.group, []).append(name)
+    return found
