@@ -17,11 +17,15 @@ def add_evaluation(add: Add) -> None:
     """Adds the commands."""
     defaults = EvalConfig()
     evaluate = add("eval", _eval, "accuracy of a Hugging Face model on suites")
-    evaluate.add_argument("model_dir", type=Path, metavar="MODEL_DIR")
+    evaluate.add_argument(
+        "what",
+        nargs="+",
+        metavar="MODEL_DIR | explain RESULT_DIR ID",
+        help="the model; or, of a finished evaluation, why example ID (or SUITE:ID) was judged as it was",
+    )
     evaluate.add_argument(
         "--suite",
-        required=True,
-        help="separated by commas: suites (math500, medqa, ...), groups (math, medical, instruct), JSON Lines files of prompt and answer",
+        help="separated by commas: suites (math500, medqa, ...), groups (math, medical, code, instruct), JSON Lines files of prompt and answer",
     )
     evaluate.add_argument("--backend", default=defaults.backend, help="default: %(default)s")
     evaluate.add_argument(
@@ -42,7 +46,12 @@ def add_evaluation(add: Add) -> None:
         "--max-tokens", type=int, default=None, help="of one completion; default: the protocol's, 4096"
     )
     evaluate.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default: %(default)s")
-    evaluate.add_argument("--out", type=Path, required=True, help="folder for results.json and samples.jsonl")
+    evaluate.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="code suites: run the programs that the model wrote, in a sandbox",
+    )
+    evaluate.add_argument("--out", type=Path, help="folder for results.json and samples.jsonl")
     compare = add("compare", _compare, "put results side by side")
     compare.add_argument("results", nargs="+", metavar="NAME=RESULT_DIR")
     compare.add_argument(
@@ -62,12 +71,28 @@ def _evaluation_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def _explain(arguments: argparse.Namespace) -> int:
+    _, folder, example = arguments.what
+    with _evaluation_errors():
+        from asft_eval.explain import explain
+
+        words = explain(folder, example)
+    answer(arguments, {"explanation": words}, words)
+    return DONE
+
+
 def _eval(arguments: argparse.Namespace) -> int:
+    if arguments.what[0] == "explain" and len(arguments.what) == 3:
+        return _explain(arguments)
+    if len(arguments.what) != 1 or not arguments.suite or not arguments.out:
+        raise UserError(
+            "asft eval needs MODEL_DIR --suite SUITES --out DIR, or explain RESULT_DIR ID: see asft eval --help"
+        )
     with _evaluation_errors():
         from asft_eval.run import evaluate
 
         result = evaluate(
-            arguments.model_dir,
+            arguments.what[0],
             arguments.suite.split(","),
             backend=arguments.backend,
             out_dir=arguments.out,
@@ -77,6 +102,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             protocol=arguments.protocol,
             prompt=arguments.prompt,
             seed=arguments.seed,
+            allow_code_execution=arguments.allow_code_execution,
         )
     lines = [
         f"{name}: {100 * suite.accuracy:.1f} % of {suite.n} right, 95 % interval "

@@ -12,7 +12,7 @@ from typing import Any
 import asft_eval
 from asft_eval.backends import Backend, open_backend
 from asft_eval.errors import EvaluationError
-from asft_eval.graders import grade
+from asft_eval.graders import grade, require_permission
 from asft_eval.protocols import protocols
 from asft_eval.requests import Journal, Part, Request, parts_of, requests_of
 from asft_eval.result import RESULTS, SAMPLES, Result, SuiteResult, fingerprint, write_result
@@ -38,6 +38,7 @@ def evaluate(
     protocol: str = "greedy",
     prompt: str | None = None,
     seed: int = 0,
+    allow_code_execution: bool = False,
 ) -> Result:
     """Completions of every suite, graded; writes `results.json` and `samples.jsonl` into `out_dir`.
 
@@ -54,6 +55,7 @@ def evaluate(
         protocol: a name of `asft_eval.protocols`.
         prompt: the prompt variant of the suites named; None = each suite's own.
         seed: of what is drawn.
+        allow_code_execution: whether graders may run programs that the model wrote, in a sandbox.
 
     Raises:
         EvaluationError: an unusable model, suite, protocol, backend or number.
@@ -64,6 +66,8 @@ def evaluate(
             raise EvaluationError(f"{name} is {value}: give at least 1")
     hows = protocols(protocol, max_tokens=max_tokens, seed=seed)
     parts = parts_of([suite.first(limit) for suite in _chosen(suites, prompt)], hows)
+    for part in parts:
+        require_permission(part.suite.name, part.suite.grader, allowed=allow_code_execution)
     engine = open_backend(backend, model_dir, batch_size=batch_size) if isinstance(backend, str) else backend
     model = fingerprint(model_dir)
     asked = [
@@ -147,7 +151,7 @@ def _most_probable(choices: Sequence[str], logprobs: Sequence[float]) -> str:
 def _graded(part: Part, requests: Sequence[Request], journal: Journal) -> list[dict[str, Any]]:
     rows = [journal.rows[request.key] for request in requests]
     pairs = [(request.example, str(row["completion"])) for request, row in zip(requests, rows, strict=True)]
-    scores = grade(part.suite.grader, pairs)
+    scores = grade(part.suite.grader, pairs, allow_code_execution=True)  # refused before anything was asked
     return [
         {**row, "parsed": score.parsed, "correct": score.correct, "reason": score.reason}
         for row, score in zip(rows, scores, strict=True)

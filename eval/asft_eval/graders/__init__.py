@@ -26,10 +26,30 @@ def _math(pairs: Sequence[tuple[Example, str]]) -> list[Score]:
     return grade_math([(example.answer, text) for example, text in pairs])
 
 
+def _code(pairs: Sequence[tuple[Example, str]]) -> list[Score]:
+    from asft_eval.graders.code import grade_code
+
+    return grade_code(pairs)
+
+
 GRADERS: Mapping[str, Grader] = MappingProxyType(
     {"exact_match": exact_match, "choice": choice, "answered": answered}
 )
-BATCH_GRADERS: Mapping[str, BatchGrader] = MappingProxyType({"math": _math})
+BATCH_GRADERS: Mapping[str, BatchGrader] = MappingProxyType({"math": _math, "code": _code})
+
+CODE_FLAG = "--allow-code-execution"
+
+
+def require_permission(suite: str, grader_name: str, *, allowed: bool) -> None:
+    """Refuse, before anything is asked, a suite whose grader runs what the model wrote, unless that was allowed.
+
+    Raises:
+        EvaluationError: it was not.
+    """
+    if grader_name == "code" and not allowed:
+        raise EvaluationError(
+            f"suite {suite} runs programs that the model wrote: add {CODE_FLAG} to run them in the sandbox"
+        )
 
 
 def grader(name: str) -> Grader:
@@ -45,16 +65,33 @@ def grader(name: str) -> Grader:
         raise EvaluationError(f"there is no grader {name!r}: choose one of {known}") from None
 
 
-def grade(name: str, pairs: Sequence[tuple[Example, str]]) -> list[Score]:
+def grade(
+    name: str, pairs: Sequence[tuple[Example, str]], *, allow_code_execution: bool = False
+) -> list[Score]:
     """The verdicts of the grader of that name on (example, completion) pairs, in their order.
 
+    Args:
+        name: of the grader.
+        pairs: examples and what the model wrote.
+        allow_code_execution: whether the grader may run programs that the model wrote, in a sandbox.
+
     Raises:
-        EvaluationError: there is no such grader, or what it needs is missing.
+        EvaluationError: there is no such grader, what it needs is missing, or it is not allowed.
     """
+    require_permission("with code", name, allowed=allow_code_execution)
     if name in BATCH_GRADERS:
         return BATCH_GRADERS[name](pairs)
     judge = grader(name)
     return [judge(text, example.answer) for example, text in pairs]
 
 
-__all__ = ["BATCH_GRADERS", "GRADERS", "BatchGrader", "Grader", "grade", "grader"]
+__all__ = [
+    "BATCH_GRADERS",
+    "CODE_FLAG",
+    "GRADERS",
+    "BatchGrader",
+    "Grader",
+    "grade",
+    "grader",
+    "require_permission",
+]

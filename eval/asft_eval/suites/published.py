@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from asft_eval.suites import records
+from asft_eval.suites import code, records
 from asft_eval.suites.records import Asked, Record
 
 
@@ -69,6 +69,15 @@ def _medical(file: str, read: Callable[[Record], Asked], rows: int, **more: obje
     )  # fmt: skip
 
 
+def _code(
+    file: str, read: Callable[[Record], Asked], rows: int, *, field: str = "prompt", download: str = ""
+) -> Definition:
+    return Definition(
+        file=f"code/{file}", field=field, read=read, grader="code", group="code", rows=rows, prompt="raw",
+        download=download,
+    )  # fmt: skip
+
+
 SUITES: Mapping[str, Definition] = MappingProxyType(
     {
         "math500": _math(
@@ -99,6 +108,10 @@ SUITES: Mapping[str, Definition] = MappingProxyType(
         ),
         "medmcqa": _medical("medmcqa_test.jsonl", records.medmcqa, 4183, download="medmcqa"),
         "mmlu_medical": _medical("mmlu_medical_test.jsonl", records.mmlu, 2739, download="mmlu"),
+        "humaneval": _code("HumanEval.jsonl.gz", code.humaneval, 164, download="humaneval"),
+        "humaneval_plus": _code("humaneval_plus_test.jsonl", code.humaneval, 164),
+        "mbpp": _code("mbpp_test.jsonl", code.mbpp, 500, field="text"),
+        "mbpp_plus": _code("mbpp_plus_test.jsonl", code.mbpp, 378),
         "alpaca_eval": Definition(
             file="instruct/alpaca_eval.json",
             field="instruction",
