@@ -23,7 +23,7 @@ def _data_files(facts: Facts) -> Iterator[str]:
         yield "data.train is empty: set data.train=[file.jsonl]"
     for name in (*files, *facts.run.data.validation):
         if not (Path(name).exists() or glob.glob(name, recursive=True) or hub_id(name)):
-            yield f"data file {name} does not exist (looked in {Path.cwd()}): correct data.train"
+            yield f"data file {name} does not exist (looked in {Path.cwd()}): correct data.train, or fetch it (asft data download --list)"
 
 
 def _elsewhere(facts: Facts) -> bool:
