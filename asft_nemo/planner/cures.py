@@ -50,7 +50,11 @@ def fits_with(plan: Plan, settings: dict[str, Any]) -> bool:
 
 
 def _words(settings: dict[str, Any]) -> str:
-    return " ".join(f"{key}={str(value).lower()}" for key, value in settings.items())
+    return " ".join(f"{key}={_plain(value)}" for key, value in settings.items())
+
+
+def _plain(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value).lower()
 
 
 def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -60,6 +64,8 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"reference.form": "cached"}
     if not run.optim.distributed:
         yield {"optim.distributed": True}
+    if run.recompute.granularity == "none":
+        yield {"recompute.granularity": "selective", "recompute.modules": ("mlp",)}
     if run.recompute.granularity != "full":
         yield {"recompute.granularity": "full"}
     if layout.tp_size > 1 and not layout.sequence_parallel:
