@@ -23,6 +23,10 @@ _GRACE_SECONDS = (
     10.0  # after the wall time: the supervisor ends a run by itself, this is for a machine that swaps
 )
 _INSIDE = ("kernel", "jail", "wire", "programs", "keeper")
+_CURE = (
+    "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; a container: "
+    "--cap-add SYS_ADMIN with seccomp and AppArmor profiles that let it), or grade on another machine"
+)
 _PACKAGE = "asft_eval.sandbox"
 _START = """
 import json, os, sys, types
@@ -88,7 +92,7 @@ class Run:
             line += part
         word: dict[str, Any] = json.loads(line)
         if "error" in word:
-            raise EvaluationError(f"this machine cannot contain a program: {word['error']}")
+            raise EvaluationError(f"this machine cannot contain a program: {word['error']}: {_CURE}")
         return Outcome(word["kind"], word["number"])
 
     def close(self) -> None:
@@ -216,7 +220,7 @@ def open_sandbox(read_only: Sequence[Path] = ()) -> Sandbox:
     try:
         outcome = sandbox.run("", limits=Limits())
         if outcome != Outcome("exit", 0):
-            raise EvaluationError(f"the sandbox does not start here: {outcome.reason}")
+            raise EvaluationError(f"the sandbox does not start here ({outcome.reason}): {_CURE}")
     except EvaluationError:
         sandbox.close()
         raise

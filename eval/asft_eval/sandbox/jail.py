@@ -28,6 +28,7 @@ _NEW_ROOT = "/tmp"  # any directory serves: the new root is mounted over it in a
 _FIRST_USER = (
     200_000  # runs of root become users of their own, so that one run's processes are not counted to another
 )
+_NOBODY = 65_534
 _WATCH_SECONDS = 0.05
 _DEVICES = ("null", "zero", "random", "urandom")
 
@@ -47,24 +48,41 @@ def run(order: Order, *, control: int, status: int, program: Callable[[], None])
     try:
         if order["contained"]:
             _supervise(order, control, status, program)
-        user = _FIRST_USER + os.getpid()
-        _leave_namespaces()
+        user = _spare_user()
+        _leave_namespaces(user)
         child = os.fork()
         if child == 0:
             kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
             _build_root(order)
-            _become_nobody(user)
+            _give_up_root(user)
             _supervise(order, control, status, program)
         for descriptor in order["keep"]:
             os.close(descriptor)
         os.waitpid(child, 0)
     except BaseException as error:
-        os.write(status, json.dumps({"error": str(error) or repr(error)}).encode() + b"\n")
+        os.write(
+            status, json.dumps({"error": getattr(error, "strerror", None) or repr(error)}).encode() + b"\n"
+        )
     os._exit(0)
 
 
-def _leave_namespaces() -> None:
-    """Root keeps its rights until the root directory stands; everybody else gets them from a user namespace."""
+def _spare_user() -> int | None:
+    """Whom root becomes; None for other users, and for a root whose user namespace knows nobody else."""
+    if os.geteuid() != 0:
+        return None
+    with open("/proc/self/uid_map") as file:
+        ranges = [(int(first), int(first) + int(count)) for first, _, count in map(str.split, file)]
+    for user in (_FIRST_USER + os.getpid(), _NOBODY):
+        if any(first <= user < end for first, end in ranges):
+            return user
+    return None
+
+
+def _leave_namespaces(user: int | None) -> None:
+    """Root keeps its rights until the root directory stands; everybody else gets them from a user namespace.
+
+    So does a root that may not make namespaces, as in a container, after it has become `user`.
+    """
     flags = (
         kernel.CLONE_NEWNS
         | kernel.CLONE_NEWPID
@@ -72,12 +90,21 @@ def _leave_namespaces() -> None:
         | kernel.CLONE_NEWIPC
         | kernel.CLONE_NEWUTS
     )
-    if os.geteuid() == 0:
-        kernel.unshare(flags)
-    else:
-        user, group = os.geteuid(), os.getegid()
-        kernel.unshare(flags | kernel.CLONE_NEWUSER)
-        _map_user(user, group)
+    if user is not None:
+        try:
+            return kernel.unshare(flags)
+        except PermissionError:
+            _become(user)
+    own_user, own_group = os.geteuid(), os.getegid()
+    kernel.unshare(flags | kernel.CLONE_NEWUSER)
+    _map_user(own_user, own_group)
+
+
+def _become(user: int) -> None:
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root
 
 
 def _map_user(user: int, group: int) -> None:
@@ -86,8 +113,13 @@ def _map_user(user: int, group: int) -> None:
         ("uid_map", f"{user} {user} 1"),
         ("gid_map", f"{group} {group} 1"),
     ):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(line)
+        try:
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot enter a user namespace: {os.strerror(error.errno or 0)}"
+            ) from error
 
 
 def _build_root(order: Order) -> None:
@@ -123,13 +155,10 @@ def _show(path: str) -> None:
     kernel.bind_read_only(path, target)
 
 
-def _become_nobody(user: int) -> None:
+def _give_up_root(user: int | None) -> None:
     """Root becomes a user without rights; then no further user namespace can be made below this one."""
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
-        kernel.prctl(kernel.PR_SET_DUMPABLE, 1)  # else /proc/self belongs to root
+    if user is not None and os.geteuid() == 0:
+        _become(user)
         kernel.unshare(kernel.CLONE_NEWUSER)
         _map_user(user, user)
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)  # forgotten at every change of user

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -279,6 +280,40 @@ def test_code_runs_only_where_it_is_allowed():
     (score,) = grade("code", [pair], allow_code_execution=True)
     assert score.correct
     assert score.parsed == RIGHT + "\n"
+
+
+REFUSING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from asft_eval.errors import EvaluationError
+from asft_eval.sandbox import Limits, open_sandbox
+try:
+    with open_sandbox() as box:
+        print(box.run("import sys; sys.exit(9)", limits=Limits()).number)
+except EvaluationError as error:
+    print(error)
+"""
+
+
+def in_user_namespace(script: str) -> str:
+    """What REFUSING prints as the root of a user namespace in which `script` has run before."""
+    unshare = ["unshare", "--user", "--map-root-user", "sh", "-c", f'{script}; exec "$@"', "sh"]
+    source = Path(open_sandbox.__code__.co_filename).parents[2]
+    run = [*unshare, sys.executable, "-c", REFUSING, str(source)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=50, check=False)
+    if done.returncode and "unshare" in done.stderr:
+        pytest.skip(done.stderr)
+    return done.stdout.strip() or done.stderr
+
+
+def test_without_root_it_works_alike(sandbox: Sandbox):
+    assert in_user_namespace("true") == "9"
+
+
+def test_a_machine_that_refuses_a_guard_is_refused(sandbox: Sandbox):
+    said = in_user_namespace("echo 0 > /proc/sys/user/max_user_namespaces")
+    assert said.startswith("this machine cannot contain a program: cannot create namespaces")
+    assert "user.max_user_namespaces" in said
 
 
 def test_a_machine_without_linux_is_refused(monkeypatch: pytest.MonkeyPatch):
