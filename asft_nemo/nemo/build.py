@@ -41,8 +41,8 @@ from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.speed import SpeedMeter
 from asft_nemo.nemo.stragglers import straggler_callbacks
 from asft_nemo.nemo.summary import SummaryCallback
-from asft_nemo.nemo.wandb_run import WandbRun
 from asft_nemo.run_dir import adapter_description, initial_adapters
+from asft_nemo.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from asft_nemo.nemo.profiling import StepProfiler
 from asft_nemo.nemo.progress import Progress
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.speed import SpeedMeter
-from asft_nemo.nemo.wandb_run import WandbRun
 from asft_nemo.run_dir import STARTS, drop_steps_after
 from asft_nemo.stop_signal import Stopped
+from asft_nemo.wandb_run import WandbRun
 
 METRIC_KEYS = (
     "loss",

@@ -39,6 +39,12 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def alarms_of(folder: Path) -> list[dict[str, Any]]:
+    """What a run warned of."""
+    file = folder / "alarms.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What two equal runs log alike."""
     return [{key: value for key, value in line.items() if key not in NOT_TIMES} for line in lines]

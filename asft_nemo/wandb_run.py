@@ -81,7 +81,12 @@ class WandbRun:
         folder = Path(self._run.run.dir).resolve()
         *entity, project = str(self._run.trainer.wandb).split("/")
         settings = wandb.Settings(
-            console="off", disable_git=True, disable_code=True, silent=True, root_dir=str(folder)
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,  # would send the command line
+            silent=True,
+            root_dir=str(folder),
         )
         opened = wandb.init(
             project=project,
