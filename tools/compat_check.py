@@ -47,9 +47,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with tempfile.TemporaryDirectory(prefix="asft_compat_") as scratch:
-        rows = check(arguments.only or names, Path(scratch))
-    if arguments.out is not None:
-        write(rows, arguments.out)
+        rows = check(arguments.only or names, Path(scratch), out=arguments.out)
     failed = [row for row in rows if row["failed"]]
     for row in failed:
         log.error("%s: %s", row["name"], row["failed"])
@@ -57,8 +55,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def check(names: list[str], scratch: Path) -> list[dict[str, Any]]:
-    """One row for each environment, the pinned one first."""
+def check(names: list[str], scratch: Path, *, out: Path | None) -> list[dict[str, Any]]:
+    """One row for each environment, the pinned one first; written after each."""
     data = scratch / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in sums()), encoding="utf-8")
     rows: list[dict[str, Any]] = []
@@ -73,6 +71,8 @@ def check(names: list[str], scratch: Path) -> list[dict[str, Any]]:
             row["failed"] = str(error)
         row["seconds"] = round(time.monotonic() - started)
         rows.append(row)
+        if out is not None:
+            write(rows, out)
         if name == PINNED and row["failed"]:
             break
     return rows
