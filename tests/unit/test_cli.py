@@ -93,7 +93,7 @@ def test_every_command_of_the_design_answers_help() -> None:
         (["verify", "nowhere", "out"], "is not a directory"),
         (
             ["eval", "nowhere", "--suite", "nowhere.jsonl", "--out", "x"],
-            "there is no suite or file nowhere.jsonl",
+            "there is no suite file nowhere.jsonl",
         ),
         (["compare", "a", "--out", "x"], "cannot use 'a': write NAME=RESULT_DIR"),
         (["compare", "a=nowhere", "--out", "x"], "nowhere"),
