@@ -243,6 +243,7 @@ def test_run_folder_and_record(ranks4: RankGroup, model: Path, tmp_path: Path) -
         "skipped",
         "cache_hit_rate",
         "mfu",
+        "memory_bytes",
     }
     assert set(metrics(folder)[0]) == expected | set(NOT_TIMES)
     assert 0.0 <= metrics(folder)[0]["high_weight_share"] <= 1.0
