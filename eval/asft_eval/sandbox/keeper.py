@@ -6,6 +6,7 @@ those that the program keeps; the order itself comes over control.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ _MOST_DESCRIPTORS = 8
 def serve(connection: int) -> None:
     """Fork a run for every request until the other end closes."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gc.freeze()  # else the first collection of every run copies the pages that it shares with this process
     requests = socket.socket(fileno=connection)
     while True:
         word, descriptors, _, _ = socket.recv_fds(requests, 1, _MOST_DESCRIPTORS)

@@ -224,6 +224,7 @@ def test_evaluation_asks_first_and_goes_on_after_hostile_programs(tmp_path: Path
     )
 
 
+@pytest.mark.slow
 def test_humaneval_against_itself(data_dir: Path, monkeypatch: pytest.MonkeyPatch, contained: None):
     """Canonical solutions pass, all 164; with their bodies removed none does."""
     monkeypatch.setenv("ASFT_DATA_DIR", str(data_dir))

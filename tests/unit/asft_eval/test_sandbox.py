@@ -16,7 +16,7 @@ import pytest
 from asft_eval import EvaluationError
 from asft_eval.graders import grade
 from asft_eval.graders.code import LIMITS, Problem, judge_program
-from asft_eval.sandbox import Limits, Outcome, Sandbox, open_sandbox
+from asft_eval.sandbox import Outcome, Sandbox, open_sandbox
 from asft_eval.types import Example
 
 pytestmark = pytest.mark.timeout(60)
@@ -25,7 +25,7 @@ TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0\n"
 PROBLEM = Problem(prompt="", helpers="", tests=TESTS, functions=("add",))
 RIGHT = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return a - b\n"
-QUICK = replace(LIMITS, wall_seconds=3.0, cpu_seconds=1, memory_bytes=512 << 20)
+QUICK = replace(LIMITS, wall_seconds=2.0, cpu_seconds=1, memory_bytes=512 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,17 @@ def sandbox() -> Iterator[Sandbox]:
         pytest.skip(str(error))
     with opened:
         yield opened
+        assert judge_program(opened, PROBLEM, RIGHT) == (
+            True,
+            "all tests passed (2 calls)",
+        )  # after everything
 
 
-def judged(sandbox: Sandbox, code: str, limits: Limits = QUICK) -> tuple[bool, str]:
-    """The verdict, after which the next program must be judged as ever."""
-    verdict = judge_program(sandbox, PROBLEM, code, limits=limits)
-    assert judge_program(sandbox, PROBLEM, RIGHT) == (True, "all tests passed (2 calls)")
+def judged(sandbox: Sandbox, code: str, *, go_on: bool = True) -> tuple[bool, str]:
+    """The verdict; with `go_on` the next program must be judged as ever."""
+    verdict = judge_program(sandbox, PROBLEM, code, limits=QUICK)
+    if go_on:
+        assert judge_program(sandbox, PROBLEM, RIGHT) == (True, "all tests passed (2 calls)")
     return verdict
 
 
@@ -130,7 +135,7 @@ HOSTILE = {
 def test_hostile_programs_fail_with_a_reason(sandbox: Sandbox, name: str):
     code, reason = HOSTILE[name]
     started = time.monotonic()
-    passed, said = judged(sandbox, code)
+    passed, said = judged(sandbox, code, go_on=False)  # the next one shows it
     assert not passed
     assert re.search(reason, said), said
     assert time.monotonic() - started < 30
