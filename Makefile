@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help demo test test-slurm test-compat test-container check format venv clean
+.PHONY: help demo test simulate test-slurm test-compat test-container check format venv clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -21,6 +21,9 @@ test: $(STAMP)  ## the whole suite
 
 test-slurm: $(STAMP)  ## the tests on a real Slurm, at most 8 minutes; installs Debian's packages of it where it may
 	tools/test_slurm $(BIN)/python $(ARGS)
+
+simulate: $(STAMP)  ## every recipe at full size without data against the planner; written into benchmarks/results
+	OMP_NUM_THREADS=1 $(BIN)/python tools/simulate_recipes.py --out benchmarks/results $(ARGS)
 
 test-compat: $(STAMP)  ## trains at TP2 x PP2 on the other pairs of NeMo and Megatron-core that are promised (10 minutes)
 	$(BIN)/python tools/compat_check.py $(ARGS)

@@ -1,8 +1,13 @@
-"""Recipes at their full size, built without data by the code of a run, against the planner's arithmetic. One process for all of them."""
+"""Recipes at their full size, built without data by the code of a run, against the planner's arithmetic. One process for all of them.
+
+Every recipe is built stage by stage and counted; micro batches are traced through some, and through models of a few layers for what layers
+have alike. `make simulate` traces all recipes.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,6 +15,7 @@ import pytest
 from asft_nemo.commands.simulation import Job, simulated
 from asft_nemo.config.load import compose
 from asft_nemo.config.recipes import known_recipes, recipe_model
+from asft_nemo.config.schema import RunConfig, to_dict
 from asft_nemo.config.schema import replace as replace_settings
 from asft_nemo.errors import ConfigError, LayoutError
 from asft_nemo.planner.memory import StageMemory, memory_of
@@ -18,8 +24,10 @@ from asft_nemo.planner.published import spec_of_recipe
 
 LONG = "qwen25_72b_32k_64gpu_h100"
 RECIPES = [name for name in known_recipes() if recipe_model(name) is not None]
+TRACED = ("qwen25_1p5b", "qwen25_72b", LONG, "qwen25_32b_lora_4gpu_h100")
 EXACT = ("weights", "gradients", "optimizer", "reference", "reference_hidden")
 LORA = ("peft=lora", "reference=adapter_disabled")
+MLP_AGAIN = ("recompute.granularity=selective", "recompute.modules=[mlp]")
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,24 @@ class Case:
         return Job(compose(words, check_inputs=False), spec, self.kernels, self.traced)
 
     def plan(self, job: Job) -> tuple[StageMemory, ...]:
-        return memory_of(job.run, job.spec, replace(widths_of(job.run), kernels=self.kernels))
+        """Of what is built: an FP8 run's bf16 twin."""
+        run = bf16_twin(job.run)
+        return memory_of(run, job.spec, replace(widths_of(run), kernels=self.kernels))
+
+
+def bf16_twin(run: RunConfig) -> RunConfig:
+    return replace_settings(run, {"precision": "bf16"}) if run.precision.startswith("fp8") else run
+
+
+def built(name: str) -> str:
+    """What a simulation of a recipe builds: the same for recipes that differ in their names or in FP8."""
+    job = Case(name).job()
+    twin = replace_settings(bf16_twin(job.run), {"recipe": "any", "run.dir": "any"})
+    return json.dumps([to_dict(twin), asdict(job.spec)])
 
 
 CASES = {
-    **{name: Case(name, traced=name in ("qwen25_1p5b", "qwen25_72b", LONG)) for name in RECIPES},
-    **{f"{name}-lora": Case(name, LORA) for name in RECIPES if name != LONG},
+    **{name: Case(name, traced=name in TRACED) for name in {built(n): n for n in reversed(RECIPES)}.values()},
     "lora-resident": Case("qwen25_7b", ("peft=lora", "reference=resident", "run.world_size=8")),
     "offloaded": Case("qwen25_32b", ("reference=offloaded",)),
     "cached": Case("qwen25_7b", ("reference=cached", "run.world_size=8")),
@@ -63,6 +83,9 @@ CASES = {
     "lora-without-dropout": Case("qwen25_7b", (*LORA, "peft.dropout=0"), traced=True, layers=4),
     "lora-of-some": Case("qwen25_7b", (*LORA, "peft.targets=[linear_qkv,linear_fc2]"), traced=True, layers=4),
     "lora-local": Case("qwen25_7b", LORA, traced=True, layers=4, kernels="local"),
+    "mlp-again": Case("qwen25_7b", MLP_AGAIN, traced=True, layers=4),
+    "lora-mlp-again": Case("qwen25_72b", (*LORA, *MLP_AGAIN), traced=True, layers=20),
+    "lora-local-mlp-again": Case("qwen25_7b", (*LORA, *MLP_AGAIN), traced=True, layers=4, kernels="local"),
     "local": Case("qwen25_7b", traced=True, layers=4, kernels="local"),
     "iw_sft": Case("qwen25_1p5b", ("objective=iw_sft",), traced=True, layers=4),
 }
@@ -71,6 +94,7 @@ CASES = {
 # what the planner has by another rule than to the byte
 BESIDE = {
     "psft": Case("qwen25_1p5b", ("objective=psft",), traced=True, layers=4),
+    "fp8": Case("qwen25_7b_full_8gpu_h100_fp8"),
     "state-offloaded": Case("qwen25_1p5b", ("optim.cpu_offload=0.5",), traced=True, layers=8),
 }
 
@@ -120,6 +144,23 @@ def test_counts_of_72b_are_those_of_nemos_own_model(stages: dict[str, Any]) -> N
         16: 2_194_498_560,
         24: 2_350_220_288 + more,
     }
+
+
+def test_every_recipe_is_simulated_itself_or_as_another_that_builds_the_same() -> None:
+    simulated_ones = {built(name) for name in CASES if name in RECIPES}
+    assert {name for name in RECIPES if built(name) not in simulated_ones} == set()
+
+
+def test_fp8_is_simulated_as_bf16_and_says_so(
+    results: dict[str, tuple[Job, dict[str, Any]]], stages: dict[str, Any]
+) -> None:
+    job, result = results["fp8"]
+    assert (job.run.precision, result["precision"]) == ("fp8_current", "bf16")
+    assert "precision=fp8_current is simulated as bf16" in result["notes"][0]
+    [(counted, planned)] = stages["fp8"]
+    [own] = memory_of(job.run, job.spec, widths_of(job.run))
+    assert counted["parameters"] == planned.parameters.total == own.parameters.total
+    assert counted["weights"] == planned.weights < own.weights
 
 
 def test_an_offloaded_reference_waits_on_the_host(stages: dict[str, Any]) -> None:

@@ -41,18 +41,11 @@ class Span:
         return self.peak - self.start
 
 
-class WithoutData(TorchDispatchMode):
-    """Computes shapes alone: every tensor is made on torch's meta device, and counted until its storage is freed.
-
-    What depends on numbers is answered as for a micro batch all of whose tokens count and whose labels are all in the vocabulary: the
-    place of every True of a mask is every place, a truth value is False (no label is outside), a number is 1 (the loss is multiplied
-    with nothing before backward), and no two numbers are the same (a micro batch has at most as many sequences as tokens).
-
-    Products of low-precision operands into fp32 (`out_dtype`) exist for CUDA alone: `out` is returned as it is. So are a collective's
-    outputs.
+class LiveBytes(TorchDispatchMode):
+    """Counts every tensor that an operation gives, until its storage is freed.
 
     Attributes:
-        live: bytes of all storages that are alive.
+        live: bytes of all storages that are alive and that it has seen.
     """
 
     def __init__(self) -> None:
@@ -81,15 +74,16 @@ class WithoutData(TorchDispatchMode):
             self.end(span)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = _on_meta(args, kwargs or {})
-        # The modes over this one have seen the call; what shapes are made of need not pass through them.
+        result = func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
-            instead = _without_meta_kernel(func)
-            result = func(*args, **kwargs) if instead is None else instead(func, *args, **kwargs)
-            for leaf in tree_leaves(result):
-                if isinstance(leaf, Tensor) and leaf.is_meta:
-                    self._count(leaf)
+            self.count(result)
         return result
+
+    def count(self, result: Any) -> None:
+        """Begins to count the tensors in what an operation gave."""
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -105,6 +99,27 @@ class WithoutData(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         size, _ = self._sizes.pop(key)
         self.live -= size
+
+
+class WithoutData(LiveBytes):
+    """Computes shapes alone: every tensor is made on torch's meta device, and counted until its storage is freed.
+
+    What depends on numbers is answered as for a micro batch all of whose tokens count and whose labels are all in the vocabulary: the
+    place of every True of a mask is every place, a truth value is False (no label is outside), a number is 1 (the loss is multiplied
+    with nothing before backward), and no two numbers are the same (a micro batch has at most as many sequences as tokens).
+
+    Products of low-precision operands into fp32 (`out_dtype`) exist for CUDA alone: `out` is returned as it is. So are a collective's
+    outputs.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = _on_meta(args, kwargs or {})
+        # The modes over this one have seen the call; what shapes are made of need not pass through them.
+        with torch._C.DisableTorchFunction():
+            instead = _without_meta_kernel(func)
+            result = func(*args, **kwargs) if instead is None else instead(func, *args, **kwargs)
+            self.count([leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_meta])
+        return result
 
 
 def _on_meta(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
