@@ -5,6 +5,8 @@ Every verdict says which step decided. Nothing here limits time: `math_pool` run
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -22,9 +24,9 @@ _NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?")
 _RATIO = re.compile(r"([-+]?)\s*(?:\\frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+))")
 _MIXED = re.compile(r"([-+]?)\s*(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s(\d+)\s*/\s*(\d+))")
 _SCIENTIFIC = re.compile(
-    r"([-+]?\d+(?:\.\d+)?)\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?"
+    r"([-+]?\d+(?:\.\d+)?)\s*(?:(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?|[eE]([-+]?\d{1,3}))"
 )
-_PAIR = {"(": ")", "[": "]", r"\{": r"\}"}
+_BASE = re.compile(r"(\w+)_\{?(\d+)\}?")
 _CLOSE_ENOUGH = Fraction(1, 10**6)
 
 Verdict = tuple[bool, str]
@@ -57,12 +59,14 @@ def quick(gold: str, answer: str) -> Verdict | None:
     gold, answer, gold_unit, unit = _bare(gold, answer)
     if gold_unit and unit and gold_unit != unit:
         return False, f"in {unit} instead of {gold_unit}"
-    return _text(gold, answer) or _numbers(gold, answer) or _letter(gold, answer)
+    return _text(gold, answer) or _numbers(gold, answer) or _letter(gold, answer) or _base(gold, answer)
 
 
 def _bare(gold: str, answer: str) -> tuple[str, str, str, str]:
     """Both without names and units, and their units."""
-    gold, answer = without_assignment(tidy(gold)), without_assignment(tidy(answer))
+    gold, answer = without_assignment(tidy(gold)), tidy(answer)
+    if "=" not in gold:  # an equation is compared with an equation
+        answer = without_assignment(answer)
     (gold, gold_unit), (answer, unit) = split_unit(gold), split_unit(answer)
     return gold, answer, gold_unit, unit
 
@@ -89,7 +93,7 @@ def number(text: str) -> tuple[Fraction, bool] | None:
             return None
         return (int(match[2]) + Fraction(top, bottom)) * (-1 if match[1] == "-" else 1), percent
     if (match := _SCIENTIFIC.fullmatch(text)) is not None:
-        return Fraction(match[1]) * Fraction(10) ** int(match[2]), percent
+        return Fraction(match[1]) * Fraction(10) ** int(match[2] or match[3]), percent
     return None
 
 
@@ -118,6 +122,17 @@ def _letter(gold: str, answer: str) -> Verdict | None:
     if given is None:
         return None
     return (True, "the same letter") if given[1] == right[1] else (False, "another letter")
+
+
+def _base(gold: str, answer: str) -> Verdict | None:
+    """A gold number written in a base, as `4210_{5}`; the base may be left out, as the question names it."""
+    right = _BASE.fullmatch(gold)
+    if right is None or not right[1][0].isdigit():
+        return None
+    given = _BASE.fullmatch(answer)
+    if (given[1] if given else answer.strip()) != right[1]:
+        return False, "other digits"
+    return (False, "another base") if given and given[2] != right[2] else (True, "the same digits")
 
 
 # --- lists, tuples, intervals, sets --------------------------------------------------------------------------
@@ -200,10 +215,25 @@ def _algebra(gold: str, answer: str) -> Verdict | None:
     right, given = parse(gold), parse(answer)
     if not right or not given:
         return None
-    equal = verify(right, given)
-    return (True, "equal by math-verify") if equal else (False, "not equal by math-verify")
+    if verify(right, given):
+        return True, "equal by math-verify"
+    if _same_equation(right[0], given[0]):
+        return True, "equations whose sides differ by a factor"
+    return False, "not equal by math-verify"
 
 
+def _same_equation(right: Any, given: Any) -> bool:
+    """Whether two equations say the same: (left - right) of one is a constant multiple of the other's."""
+    sympy: Any = importlib.import_module("sympy")
+    kind = sympy.Eq
+    if not (isinstance(right, kind) and isinstance(given, kind)):
+        return False
+    a, b = right.lhs - right.rhs, given.lhs - given.rhs
+    ratio = sympy.simplify(a / b) if b != 0 else sympy.Integer(0)
+    return bool(ratio.is_number and ratio.is_finite and ratio != 0)
+
+
+@functools.cache
 def _math_verify() -> tuple[Callable[[str], list[Any]], Callable[[list[Any], list[Any]], bool]]:
     """math-verify's two functions without their alarms, which work in the main thread of a process alone."""
     import math_verify  # pyright: ignore[reportMissingTypeStubs]
@@ -220,6 +250,7 @@ def _math_verify() -> tuple[Callable[[str], list[Any]], Callable[[list[Any], lis
         return library.parse(f"${without_thousands(text)}$", kinds, parsing_timeout=None)
 
     def verify(right: list[Any], given: list[Any]) -> bool:
-        return bool(library.verify(right, given, timeout_seconds=None))
+        # 1 < x < 3 answers (1, 3)
+        return bool(library.verify(right, given, allow_set_relation_comp=True, timeout_seconds=None))
 
     return parse, verify

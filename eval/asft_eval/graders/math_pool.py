@@ -137,6 +137,8 @@ class _Process:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
         )
+        assert self._child.stdout is not None
+        self._child.stdout.readline()  # "ready", or nothing where it ended
         return self._child
 
     def close(self) -> int:

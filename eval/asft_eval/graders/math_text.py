@@ -16,7 +16,9 @@ _BOXES = 50
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BETWEEN_BOXES = re.compile(r"[\s$,;.]*(?:and|or|und)?[\s$,;\\(\[]*", re.IGNORECASE)
-_STATED = re.compile(r"(?:final\s+)?answer\s*(?:\*\*)?\s*(?:is|:|=)\s*(?:\*\*)?\s*:?\s*(.+)", re.IGNORECASE)
+_STATED = re.compile(
+    r"(?:final\s+)?answer\s*(?:\*\*)?\s*(?:is|:|=)\s*(?:\*\*)?\s*:?\s*(?=(.+))", re.IGNORECASE
+)
 _LATEX = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.])[-−]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?%?")
 _SENTENCE_END = re.compile(r"(?<=[^\d\s])\.(?:\s|$)|\.(?:\s+[A-Z]|\s*$)|\n")
@@ -112,16 +114,20 @@ def _content(match: re.Match[str]) -> str:
 # --- one spelling --------------------------------------------------------------------------------------------
 
 _PLAIN = (
-    ("−", "-"), ("–", "-"), ("×", r"\times "), ("·", r"\cdot "), ("π", r"\pi "), ("∞", r"\infty "), ("√", r"\sqrt "),
+    ("−", "-"), ("–", "-"), ("×", r"\times "), ("·", r"\cdot "), ("π", r"\pi "), ("∞", r"\infty "), (r"\varnothing", r"\emptyset"), ("√", r"\sqrt "),
     ("≤", r"\le "), ("≥", r"\ge "), ("∪", r"\cup "), ("°", r"^\circ "), ("\u00a0", " "), ("\u202f", " "),
     (r"\dfrac", r"\frac"), (r"\tfrac", r"\frac"), (r"\cfrac", r"\frac"), (r"\leq", r"\le"), (r"\geq", r"\ge"),
-    (r"\left", ""), (r"\right", ""), (r"\!", ""), (r"\,", " "), (r"\;", " "), (r"\:", " "), (r"\ ", " "), ("~", " "),
+    (r"\left", ""), (r"\right", ""), ("~", " "),
     (r"\qquad", " "), (r"\quad", " "), (r"\displaystyle", ""), (r"\$", ""), ("$", ""), (r"\%", "%"), ("{,}", ","),
     ("€", ""), ("£", ""), (r"\lbrace", r"\{"), (r"\rbrace", r"\}"), (r"\degree", r"^\circ "), (r"\operatorname", r"\text"),
     (r"\textbf", r"\text"), (r"\textit", r"\text"), (r"\mathrm", r"\text"), (r"\mathbf", r"\text"), (r"\mbox", r"\text"),
     (r"\mathit", r"\text"), (r"\textrm", r"\text"), (r"\rm", ""), (r"\bigl", ""), (r"\bigr", ""), (r"\big", ""), (r"\Big", ""),
     ("**", "\x00"), ("\x00", "^") ,
 )  # fmt: skip
+_SPACE = re.compile(r"(?<!\\)\\[,;: ]")  # not the end of a matrix' row
+_NARROW = re.compile(r"(?<!\\)\\!")
+_MATRIX = re.compile(r"\\(begin|end)\s*\{[bB]matrix\}")
+_BARE_MATRIX = re.compile(r"[\[(]\s*\\begin\{matrix\}(.*?)\\end\{matrix\}\s*[\])]", re.DOTALL)
 _DEGREES = re.compile(r"\s*\^\s*\{?\s*\\circ\s*\}?\s*")
 _FRAC_DIGITS = re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)")
 _FRAC_MIXED = re.compile(r"\\frac\s*(\d)\s*\{|\\frac\s*(\{[^{}]*\})\s*(\d)")
@@ -137,8 +143,11 @@ _TRAILING = re.compile(r"[\s.,;:]+$")
 def tidy(text: str) -> str:
     """An answer in one spelling that is still LaTeX: what `same_text` compares and math-verify parses."""
     text = text.strip().strip("*").strip()
+    text = _NARROW.sub("", _SPACE.sub(" ", text))
     for old, new in _PLAIN:
         text = text.replace(old, new)
+    text = _MATRIX.sub(r"\\\1{pmatrix}", text)
+    text = _BARE_MATRIX.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
     text = _DEGREES.sub(" ", text)
     text = _FRAC_DIGITS.sub(r"\\frac{\1}{\2}", text)
     text = _FRAC_MIXED.sub(_braced, text)

@@ -120,7 +120,8 @@ def _in_hub_cache(definition: Definition) -> Path | None:
 
 
 def _own_file(name: str, variant: str) -> Suite:
-    if not Path(name).is_file():
+    path = Path(name)
+    if not path.is_file() and not path.suffix and len(path.parts) == 1:
         known = ", ".join([*groups(), *SUITES])
         raise EvaluationError(f"there is no suite or file {name}: give a JSON Lines file or some of {known}")
     suite = load_jsonl(name)

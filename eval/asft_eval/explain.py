@@ -1,0 +1,62 @@
+"""Why an example was judged as it was, for a reader: question, right answer, what was read out of each completion, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from asft_eval.errors import EvaluationError
+from asft_eval.result import read_samples
+
+_SHOWN = 1500
+"""Characters of a prompt's and a completion's end that are shown: the answer stands there."""
+
+
+def explain(result_dir: Path | str, example: str) -> str:
+    """What `samples.jsonl` knows of one example, in words.
+
+    Args:
+        result_dir: folder of an evaluation.
+        example: an example's id, or SUITE:ID where several suites have it and one is meant.
+
+    Raises:
+        EvaluationError: there is no such result or example.
+    """
+    samples = read_samples(result_dir)
+    found = [x for x in samples if example in (str(x["id"]), f"{x['suite']}:{x['id']}")]
+    if not found:
+        some = ", ".join(dict.fromkeys(f"{x['suite']}:{x['id']}" for x in samples[:3]))
+        raise EvaluationError(f"{result_dir} has no example {example}: its ids look like {some}")
+    if "correct" not in found[0]:
+        raise EvaluationError(f"{result_dir} is not finished: evaluate with this directory as --out again")
+    return "\n".join(
+        _words(found[i], first=i == 0 or found[i - 1]["suite"] != found[i]["suite"])
+        for i in range(len(found))
+    )
+
+
+def _words(sample: Mapping[str, Any], *, first: bool) -> str:
+    head = [
+        f"# {sample['suite']}, example {sample['id']}",
+        "",
+        _end(sample["prompt"]),
+        "",
+        f"right answer: {sample['answer']}",
+    ]
+    verdict = "right" if sample["correct"] else "wrong"
+    cut = "" if sample["finished"] else f", cut after {sample['num_tokens']} tokens"
+    lines = [
+        "",
+        f"## completion {sample['sample'] + 1}: {verdict}{cut}",
+        _end(sample["completion"]),
+        f"read as the answer: {sample['parsed'] or 'nothing'}",
+        f"why: {sample['reason']}",
+    ]
+    if "logprobs" in sample:
+        lines.append("log probabilities of the choices: " + " ".join(f"{x:.3f}" for x in sample["logprobs"]))
+    return "\n".join([*(head if first else []), *lines])
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"[... {len(text) - _SHOWN} characters]{text[-_SHOWN:]}"
