@@ -80,7 +80,7 @@ def rows() -> dict[str, Row]:
         found[f"medical_{model}_lora"] = Row(
             MEDICAL_LORA, model, ROWS_OF["medical"].format("10k"), lora=(8, 16)
         )
-    found["full"] = Row(MEDICAL_LORA, "qwen25_1p5b", ROWS_OF["math"].format("10k"), lora=(8, 16))
+    found["full"] = Row(MEDICAL_LORA, "qwen25_1p5b", ROWS_OF["medical"].format("10k"), lora=(8, 16))
     found["quick"] = found["full"]._replace(max_steps=200)
     found["paper"] = Row(MATH, "qwen25_7b", ROWS_OF["math"].format("100k"), lora=(32, 64))
     anchored = {name: row for name, row in found.items() if row.method in ("asft", "sft_kl")}
