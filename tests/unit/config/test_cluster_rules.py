@@ -111,6 +111,37 @@ def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int) -> No
     assert time_seconds(text) == seconds
 
 
+@pytest.mark.parametrize(
+    ("word", "cure"),
+    [
+        (
+            "signal=B:TERM@60",
+            "--signal is what asft launch itself relies on: leave it out (set cluster.signal_seconds)",
+        ),
+        ("time=1:00", "--time is what asft launch itself relies on: leave it out (set cluster.time)"),
+        ("tim=1:00", "--time is what asft launch itself relies on: leave it out (set cluster.time)"),
+        (
+            "requeue=0",
+            "--requeue is what asft launch itself relies on: leave it out (set cluster.max_requeues)",
+        ),
+        ("output=x", "--output is what asft launch itself relies on: leave it out"),
+        ("gpus=4", "--gpus is what asft launch itself relies on: leave it out (set cluster.gpus_per_node)"),
+    ],
+)
+def test_what_the_launcher_relies_on_is_not_taken_from_it(
+    launched: Callable[..., tuple[str, ...]], word: str, cure: str
+) -> None:
+    (only,) = launched("cluster=slurm", *FINE, f'cluster.sbatch_args=["{word}"]')
+    assert f"cluster.sbatch_args has '{word}', but {cure}" == only
+
+
+@pytest.mark.parametrize(
+    "word", ["mail-type=END", "time-min=10", "gres=gpu:8", "mem-per-cpu=4G", "wait-all-nodes=1"]
+)
+def test_sbatch_may_be_told_the_rest(launched: Callable[..., tuple[str, ...]], word: str) -> None:
+    assert launched("cluster=slurm", *FINE, f'cluster.sbatch_args=["{word}"]') == ()
+
+
 @pytest.mark.parametrize("text", ["", "4h", "1:2:3:4", "1-", "-5", "00:99", "4:00:00 ", "INFINITE"])
 def test_what_is_no_time_limit(text: str) -> None:
     with pytest.raises(ValueError):
