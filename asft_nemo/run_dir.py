@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from asft_nemo.config.run_folder import has_trained
+from asft_nemo.config.run_folder import BASE_FOLDER, has_trained, other_base
 from asft_nemo.config.schema import RunConfig, from_dict, to_dict
 from asft_nemo.errors import CheckpointError, ConfigError
 
@@ -32,7 +32,7 @@ ALARMS, STARTS = "alarms.jsonl", "starts.jsonl"
 ADAPTER_FOLDER = "adapter"  # what peft.adapter became
 CACHE_FOLDER = "reference_cache"  # of the reference, where reference.cache_dir names no other
 # What stages of a launched run leave before it trains.
-MADE_BEFORE = ("base", ADAPTER_FOLDER, CACHE_FOLDER, "data", "launch", "launch.json", "eval")
+MADE_BEFORE = (BASE_FOLDER, ADAPTER_FOLDER, CACHE_FOLDER, "data", "launch", "launch.json", "eval")
 VERSIONED = (
     "asft_nemo",
     "torch",
@@ -136,6 +136,7 @@ def base_checkpoint(run: RunConfig) -> Path:
 
     Raises:
         CheckpointError: model.path is neither a Hugging Face directory nor a NeMo checkpoint, or its tensors are not the model's.
+        ConfigError: `run.dir/base` was made from another model.
     """
     source = Path(run.model.path)
     if (source / "weights").is_dir():
@@ -147,17 +148,13 @@ def base_checkpoint(run: RunConfig) -> Path:
         return source
     from asft_nemo.checkpoint.convert import import_hf
 
-    target = Path(run.run.dir) / "base"
+    target = Path(run.run.dir) / BASE_FOLDER
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target.parent / ".base.lock")):
-        origin = target.parent / ".base.origin"
         if not target.is_dir():
-            origin.write_text(str(source.resolve()))
             import_hf(source, target)
-        elif origin.exists() and origin.read_text() != str(source.resolve()):
-            raise ConfigError(
-                f"{target} was made from {origin.read_text()}, and model.path={source}: choose another run.dir, or remove {target}"
-            )
+        elif (problem := other_base(target, source)) is not None:
+            raise ConfigError(problem)
     return target
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +42,7 @@ from asft_nemo.checkpoint.safetensors_io import (
 )
 from asft_nemo.checkpoint.shards import OutRows, ProduceRows, write_shards
 from asft_nemo.checkpoint.staging import resumable_directory, write_synced
+from asft_nemo.config.run_folder import model_source
 from asft_nemo.model import ModelSpec, model_spec, read_hf_config, read_model_spec
 
 logger = logging.getLogger(__name__)
@@ -134,7 +136,7 @@ def import_hf(
         ]
         nbytes = sum(tensor.nbytes for tensor in tensors)
         counter = ProgressCounter(progress, nbytes)
-        origin = _origin(spec, dtypes, reader)
+        origin = _origin(spec, dtypes, reader, model_source(hf_dir))
         job = {
             **conversion_identity(spec),
             "import": files_identity({entry.path for entry in reader.tensors.values()}),
@@ -291,7 +293,12 @@ def conversion_identity(spec: ModelSpec) -> dict[str, object]:
     return {"spec": asdict(spec), "version": hf_files.FORMAT_VERSION}
 
 
-def _origin(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], reader: SafetensorsReader) -> hf_files.Origin:
+def _origin(
+    spec: ModelSpec,
+    dtypes: Mapping[str, torch.dtype],
+    reader: SafetensorsReader,
+    source: dict[str, Any],
+) -> hf_files.Origin:
     numbers: Counter[torch.dtype] = Counter()
     for entry in reader.tensors.values():
         numbers[entry.dtype] += torch.Size(entry.shape).numel()
@@ -304,6 +311,7 @@ def _origin(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], reader: Safetens
         source_dtype_exceptions={
             megatron: hf_files.dtype_name(dtype) for megatron, dtype in dtypes.items() if dtype != main
         },
+        source=source,
     )
 
 

@@ -57,6 +57,7 @@ class Origin:
         vocab_size: rows of the vocabulary without padding.
         source_dtype: the dtype most numbers had in the Hugging Face checkpoint.
         source_dtype_exceptions: Megatron tensor -> dtype, where it was another.
+        source: the Hugging Face directory, as `asft_nemo.config.run_folder.model_source` tells it; None where an older import wrote this.
     """
 
     format_version: int
@@ -64,6 +65,7 @@ class Origin:
     vocab_size: int
     source_dtype: str
     source_dtype_exceptions: dict[str, str]
+    source: dict[str, Any] | None = None
 
     def dtype_of(self, megatron: str) -> torch.dtype:
         """Returns the dtype a tensor had in the Hugging Face checkpoint."""

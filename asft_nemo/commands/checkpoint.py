@@ -19,6 +19,11 @@ def add_checkpoints(add: Add) -> None:
     importer.add_argument(
         "--dtype", choices=dtypes, help="of the written weights; without it they keep theirs"
     )
+    importer.add_argument(
+        "--once",
+        action="store_true",
+        help="OUT may be there already, if it was made from what HF_DIR holds: then nothing is done",
+    )
     exporter = add("export", _export, "NeMo checkpoint to Hugging Face directory")
     exporter.add_argument("ckpt_dir", type=Path, metavar="CKPT")
     exporter.add_argument("out_dir", type=Path, metavar="OUT_HF_DIR")
@@ -78,6 +83,8 @@ def add_checkpoints(add: Add) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    if arguments.once and arguments.out_dir.is_dir():
+        return _imported_before(arguments)
     from asft_nemo.checkpoint.convert import import_hf
 
     with progress_of("import") as progress:
@@ -87,6 +94,20 @@ def _import(arguments: argparse.Namespace) -> int:
         _conversion(report),
         f"imported {report.num_tensors} tensors ({report.nbytes} bytes) to {report.path}",
     )
+    return DONE
+
+
+def _imported_before(arguments: argparse.Namespace) -> int:
+    from asft_nemo.config.run_folder import other_base
+
+    if arguments.dtype is not None:
+        raise UserError(
+            f"--dtype does nothing with --once where {arguments.out_dir} is there already: leave one out"
+        )
+    problem = other_base(arguments.out_dir, arguments.hf_dir)
+    if problem is not None:
+        raise UserError(problem)
+    answer(arguments, {"path": str(arguments.out_dir)}, f"{arguments.out_dir} is there already")
     return DONE
 
 

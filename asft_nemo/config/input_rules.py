@@ -14,7 +14,7 @@ from asft_nemo.config.hub_ids import hub_id
 from asft_nemo.config.kernel_rules import KERNELS_HERE
 from asft_nemo.config.machine import gpu_count
 from asft_nemo.config.observing_rules import wandb_here
-from asft_nemo.config.run_folder import has_trained, unwritable
+from asft_nemo.config.run_folder import BASE_FOLDER, has_trained, other_base, unwritable
 
 
 def _data_files(facts: Facts) -> Iterator[str]:
@@ -75,6 +75,12 @@ def _run_dir(facts: Facts) -> Iterator[str]:
         )
 
 
+def _base(facts: Facts) -> Iterator[str]:
+    base, model = Path(facts.run.run.dir) / BASE_FOLDER, Path(facts.run.model.path)
+    if base.is_dir() and not (model / "weights").is_dir() and (problem := other_base(base, model)):
+        yield problem
+
+
 def _fp8_machine(facts: Facts) -> Iterator[str]:
     if not _elsewhere(facts):
         yield from fp8.machine_violations(facts.run)
@@ -98,5 +104,6 @@ INPUTS: tuple[Rule, ...] = (
     _wandb,
     _adapter_directory,
     _run_dir,
+    _base,
     *CLUSTER_INPUTS,
 )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from asft_nemo.config.cluster_rules import on_slurm, ranks_per_node
 from asft_nemo.config.hub_ids import hub_id
 from asft_nemo.config.recipes import suggest
+from asft_nemo.config.run_folder import BASE_FOLDER
 from asft_nemo.config.schema import DataConfig, RunConfig, walk
 from asft_nemo.errors import UserError
 from asft_nemo.launching.words import setting, shell_line, without
@@ -134,8 +135,7 @@ def _prepare(launch: Launch) -> list[str]:
 
 
 def _import(launch: Launch) -> list[str]:
-    base = launch.folder / "base"
-    return [_unless(base, launch.command("import", launch.run.model.path, base))]
+    return [launch.command("import", launch.run.model.path, launch.folder / BASE_FOLDER, "--once")]
 
 
 def _training_words(launch: Launch) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from asft_nemo import cli
 from asft_nemo.checkpoint.convert import import_hf
 from asft_nemo.config.paths import project_dir
 from asft_nemo.config.schema import RunConfig, from_dict, replace
@@ -227,6 +228,40 @@ def test_the_base_is_imported_once(run: RunConfig) -> None:
     stamp = (folder / "weights" / ".metadata").stat().st_mtime_ns
     assert base_checkpoint(run) == folder
     assert (folder / "weights" / ".metadata").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.usefixtures("keep_logging_and_warnings")
+def test_a_base_of_another_model_is_refused_whoever_imported_it(run: RunConfig, tmp_path: Path) -> None:
+    """The stages of a launched run import by themselves: training must not go on with what lies there."""
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    base = Path(run.run.dir) / "base"
+    assert cli.main(["import", str(model), str(base)]) == 0
+    with pytest.raises(
+        ConfigError, match=r"base was made from .*/model, and model\.path=.*tiny-base: choose"
+    ):
+        base_checkpoint(run)
+    mine = replace(run, {"model.path": str(model)})
+    assert base_checkpoint(mine) == base
+    os.utime(model / "model.safetensors", (1, 1))
+    with pytest.raises(ConfigError, match=r"base was made from .*/model before its weights changed"):
+        base_checkpoint(mine)
+    (base / "context" / "asft.json").unlink()
+    with pytest.raises(ConfigError, match="does not say which model it was made from"):
+        base_checkpoint(mine)
+
+
+@pytest.mark.usefixtures("keep_logging_and_warnings")
+def test_an_import_that_is_there_already_is_held_against_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "base")
+    assert [cli.main(["import", str(TINY), out, "--once"]) for _ in range(2)] == [0, 0]
+    assert "is there already" in capsys.readouterr().out
+    shutil.copytree(TINY, tmp_path / "other")
+    assert cli.main(["import", str(tmp_path / "other"), out, "--once"]) == 2
+    assert "was made from" in capsys.readouterr().err
+    assert cli.main(["import", str(TINY), out, "--once", "--dtype", "bf16"]) == 2
 
 
 def test_latest_moves_and_steps_are_read(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from asft_nemo.config import tables
 from asft_nemo.config.model_shape import ModelShape, read_model_shape
 from asft_nemo.config.rules import check
+from asft_nemo.config.run_folder import model_source
 from asft_nemo.config.schema import RunConfig, replace, walk
 from asft_nemo.errors import ConfigError
 from asft_nemo.objectives.table import OBJECTIVES
@@ -333,6 +334,21 @@ def test_run_dir_of_another_run_is_refused(violations: Violations, tmp_path: Pat
     assert violations("objective=asft", "trainer.resume=if_exists") == ()
     (tmp_path / "run" / "checkpoints" / "latest").mkdir(parents=True)
     assert violations("objective=asft", "trainer.resume=must") == ()
+
+
+def test_a_base_of_another_model_is_refused_before_anything_starts(
+    violations: Violations, tmp_path: Path, model_dir: Path
+) -> None:
+    context = tmp_path / "run" / "base" / "context"
+    context.mkdir(parents=True)
+    (context / "asft.json").write_text('{"source": {"path": "/models/other", "weights": []}}')
+    (sentence,) = violations("objective=sft")
+    assert (
+        f"was made from /models/other, and model.path={model_dir}: choose another run.dir, or remove"
+        in sentence
+    )
+    (context / "asft.json").write_text(json.dumps({"source": model_source(model_dir)}))
+    assert violations("objective=sft") == ()
 
 
 def test_run_dir_that_is_a_file_is_refused(violations: Violations, tmp_path: Path) -> None:
