@@ -238,7 +238,7 @@ class ClusterConfig(Section):
     mem: str | None = None  # of a node, as sbatch takes it; "0" = all of it
     cpu_partition: str | None = None  # for stages that need no GPU; None = partition
     pyxis: bool = False  # this cluster's srun has the --container-* options
-    container_image: str | None = None  # a registry's image as pyxis writes it, or a .sqsh file
+    container_image: str | None = None  # a registry's image as Docker or pyxis writes it, or a .sqsh file
     # SOURCE:TARGET[:FLAGS]; the folders that the run's own settings name are mounted without being listed
     container_mounts: tuple[str, ...] = ()
     srun_args: tuple[str, ...] = ()  # further words for srun

@@ -169,7 +169,7 @@ def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
         mem=cluster.mem,
         exclusive=True if cluster.exclusive and stage.ranks else None,
         signal=f"USR1@{cluster.signal_seconds}" if stage.ranks else None,
-        container_image=_image(cluster.container_image),
+        container_image=_image(cluster.container_image, place.start),
         container_mounts=_mounts(run, place),
         srun_args=[*cores, *cluster.srun_args],
         additional_parameters=_parameters(cluster.sbatch_args),
@@ -188,10 +188,23 @@ def _parameters(words: Sequence[str]) -> dict[str, Any]:
     return {"kill_on_invalid_dep": "yes", **{name.replace("-", "_"): value for name, _, value in pairs}}
 
 
-def _image(name: str | None) -> str | None:
-    """An image as pyxis writes it: the registry's host ends with #, for a / would be part of a name on Docker Hub."""
-    host, slash, rest = (name or "").partition("/")
-    return f"{host}#{rest}" if slash and "." in host and "#" not in host else name
+def _image(name: str | None, start: Path) -> str | None:
+    """An image as pyxis takes it.
+
+    Args:
+        name: a file, which starts with . or / or ends with .sqsh, or a registry's name as Docker or pyxis writes it.
+        start: the directory that a file's name is relative to.
+
+    Returns:
+        A file's absolute path; otherwise the name with # behind the registry's host, for a / would be part of a name on Docker Hub. The
+        first part is a host where it has a . or a : or is localhost, which is Docker's own rule.
+    """
+    if name is None or "#" in name or "://" in name:
+        return name
+    if name.startswith((".", "/")) or name.endswith(".sqsh"):
+        return os.path.normpath(start / name)
+    host, slash, rest = name.partition("/")
+    return f"{host}#{rest}" if slash and (host == "localhost" or set(host) & set(".:")) else name
 
 
 def _mounts(run: RunConfig, place: Place) -> list[str]:
