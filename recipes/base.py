@@ -1,8 +1,8 @@
 """What all recipes share, and how a recipe becomes a NeMo-Run task.
 
 A recipe takes the fastest layout that `asft plan --search` finds for its GPUs with 4 layers a virtual stage and without context parallelism,
-among those that leave a tenth of the memory at 4,096 tokens (docs/planner.md says which recipes cannot). Speeds and GiB beside the values are
-the planner's; none was measured on a GPU.
+among those that leave a tenth of the memory at 4,096 tokens. Three recipes cannot leave it there, and one of them has 2 layers a virtual stage: each says
+so, and docs/planner.md has their numbers. Speeds and GiB beside the values are the planner's; none was measured on a GPU.
 
 What recipes leave as the schema has it:
 

@@ -11,7 +11,7 @@ MODEL = llama3_70b_lora_8gpu_h100.MODEL
 
 def fragment() -> dict[str, Any]:
     """The layout of `llama3_70b_lora_8gpu_h100`."""
-    # 58 of 80 GiB; 4,096 tokens ask for recompute.granularity=selective recompute.modules=[mlp].
+    # 58 of 80 GiB; 4,096 tokens leave 1 GiB without recompute.granularity=selective recompute.modules=[mlp].
     return base.combine(llama3_70b_lora_8gpu_h100.fragment(), base.fp8("current"))
 
 

@@ -11,7 +11,7 @@ MODEL = qwen25_72b_lora_8gpu_h100.MODEL
 
 def fragment() -> dict[str, Any]:
     """The layout of `qwen25_72b_lora_8gpu_h100`."""
-    # 59 of 80 GiB; 4,096 tokens ask for recompute.granularity=selective recompute.modules=[mlp].
+    # 59 of 80 GiB; 4,096 tokens do not fit without recompute.granularity=selective recompute.modules=[mlp].
     return base.combine(qwen25_72b_lora_8gpu_h100.fragment(), base.fp8("current"))
 
 

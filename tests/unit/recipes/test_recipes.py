@@ -14,6 +14,7 @@ import pytest
 
 from asft_nemo.config.load import compose
 from asft_nemo.config.model_shape import read_model_shape
+from asft_nemo.config.paths import project_dir
 from asft_nemo.config.recipes import known_recipes, recipe_fragment, recipe_gpu, recipe_model
 from asft_nemo.config.rules import check
 from asft_nemo.config.schema import RunConfig, data_parallel_size, replace, walk
@@ -134,6 +135,23 @@ def test_it_fits_the_gpus_of_its_name_with_a_margin(name: str) -> None:
         fits[tokens] = plan.needed <= (1 - MARGIN) * device.memory
     expected = dict.fromkeys(fits, True)
     assert fits == (expected | {4096: False} if name in SHORT else expected)
+
+
+PAGE = project_dir() / "docs" / "planner.md"
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="no docs here: not a clone")
+@pytest.mark.parametrize("name", sorted(SHORT))
+def test_the_page_has_the_numbers_of_those_without_a_margin(name: str) -> None:
+    (line,) = (line for line in PAGE.read_text().splitlines() if line.startswith(f"| `{name}` |"))
+    run, spec, device = run_of(name), spec_of_recipe(name), gpu(Told.by(name).gpu)
+    assert spec is not None
+    again = {"recompute.granularity": "selective", "recompute.modules": ("mlp",)}
+    cells = [f"{device.memory / 2**30:.1f}"]
+    for tokens, changes in ((512, {}), (2048, {}), (4096, {}), (4096, again)):
+        plan = plan_of(replace(run, {"data.sequence_length": tokens, **changes}), spec, device)
+        cells.append(f"{plan.needed / 2**30:.1f}{'' if plan.fits else ': does not fit'}")
+    assert line == f"| `{name}` | {' | '.join(cells)} |"
 
 
 def test_tiny_cpu_is_the_shipped_model() -> None:
