@@ -63,7 +63,8 @@ def _launch(arguments: argparse.Namespace) -> int:
 def _stages(
     run: RunConfig, arguments: argparse.Namespace, place: Place
 ) -> tuple[list[Stage], dict[str, str]]:
-    from asft_nemo.launching.stages import Launch, build, choose, is_prepared
+    from asft_nemo.launching.prepared import is_prepared
+    from asft_nemo.launching.stages import Launch, build, choose
 
     asked = None if arguments.stages is None else [name for name in arguments.stages.split(",") if name]
     names, idle = choose(run, asked)

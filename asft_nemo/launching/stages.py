@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from asft_nemo.config.cluster_rules import on_slurm, ranks_per_node
-from asft_nemo.config.hub_ids import hub_id
 from asft_nemo.config.recipes import suggest
 from asft_nemo.config.run_folder import BASE_FOLDER
 from asft_nemo.config.schema import DataConfig, RunConfig, walk
 from asft_nemo.errors import UserError
+from asft_nemo.launching.prepared import entries, prepared_dir, prepared_names
 from asft_nemo.launching.words import setting, shell_line, without
 
 
@@ -85,38 +85,6 @@ _OF_THE_RUN = (
 )
 
 
-def _entries(run: RunConfig) -> list[tuple[str, str]]:
-    """Data entries that can be prepared, with the template each is read by."""
-    data, found = run.data, []
-    for files, templates in ((data.train, data.templates), (data.validation, data.validation_templates)):
-        for index, entry in enumerate(files):
-            ready = (Path(entry) / "manifest.json").is_file() or (hub_id(entry) and not Path(entry).exists())
-            if not ready and entry not in (name for name, _ in found):
-                found.append((entry, templates[index] if templates else data.template))
-    return found
-
-
-def _prepared_names(run: RunConfig) -> dict[str, str]:
-    """Entry -> the name of its prepared directory: what the file is called, numbered where two are called alike."""
-    names: dict[str, str] = {}
-    for entry, _ in _entries(run):
-        stem = Path(entry).name.split(".")[0].replace("*", "all") or "data"
-        taken = [name for name in names.values() if name.split("~")[0] == stem]
-        names[entry] = f"{stem}~{len(taken) + 1}" if taken else stem
-    return names
-
-
-def prepared_dir(folder: Path, name: str) -> Path:
-    """Where the stage `prepare` leaves an entry."""
-    return folder / "data" / name
-
-
-def is_prepared(run: RunConfig, folder: Path) -> bool:
-    """Whether an earlier launch has prepared all data of this run."""
-    names = _prepared_names(run).values()
-    return bool(names) and all((prepared_dir(folder, name) / "manifest.json").is_file() for name in names)
-
-
 def _prepare(launch: Launch) -> list[str]:
     data, default = launch.run.data, dict(walk(DataConfig(), "data."))
     fixed = [
@@ -124,13 +92,13 @@ def _prepare(launch: Launch) -> list[str]:
         for key, value in walk(data, "data.")
         if value != default[key] and key.removeprefix("data.") not in _OF_THE_RUN
     ]
-    names = _prepared_names(launch.run)
+    names = prepared_names(launch.run)
     return [
         launch.command(
             *("data", "prepare", entry, "--out", prepared_dir(launch.folder, names[entry])),
             *(setting("model.path", launch.run.model.path), setting("data.template", template), *fixed),
         )
-        for entry, template in _entries(launch.run)
+        for entry, template in entries(launch.run)
     ]
 
 
@@ -143,7 +111,7 @@ def _training_words(launch: Launch) -> list[str]:
     words = without(launch.words, "cluster.", "eval.", "run.dir", "run.world_size", "trainer.resume")
     words += [setting("run.dir", str(launch.folder)), setting("run.world_size", launch.run.run.world_size)]
     if launch.prepared:
-        names, data = _prepared_names(launch.run), launch.run.data
+        names, data = prepared_names(launch.run), launch.run.data
         for key, files in (("train", data.train), ("validation", data.validation)):
             ready = [
                 str(prepared_dir(launch.folder, names[name])) if name in names else name for name in files
@@ -245,7 +213,7 @@ def _always(run: RunConfig) -> None:
 
 
 STAGES: dict[str, _Row] = {
-    "prepare": _Row(lambda run: None if _entries(run) else "all data are prepared", _prepare),
+    "prepare": _Row(lambda run: None if entries(run) else "all data are prepared", _prepare),
     "import": _Row(lambda run: "model.path is a NeMo checkpoint" if _nemo_base(run) else None, _import),
     "cache-reference": _Row(
         lambda run: (

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from asft_nemo.config.load import compose
+from asft_nemo.config.paths import project_dir
+from asft_nemo.config.schema import DataConfig
+from asft_nemo.data.preparation import prepare_files
 from asft_nemo.errors import UserError
+from asft_nemo.launching.prepared import is_prepared
 from asft_nemo.launching.stages import STAGES, Launch, Stage, build, choose
 from asft_nemo.launching.words import setting, without
 
@@ -114,6 +118,46 @@ def test_prepared_data_are_told_apart_and_read_by_their_own_template(tmp_path: P
     assert all("data.on_bad_row=skip" in line and "data.fields.prompt=question" in line for line in lines)
     trained = compose(last_command(found["train"])[3:], check_inputs=False).data.train
     assert trained == ("/run/data/train", "/run/data/train~2", str(ready), "/run/data/all")
+
+
+def test_data_that_an_earlier_launch_prepared_are_this_run_s_or_refused(tmp_path: Path) -> None:
+    mine, other, folder = tmp_path / "a" / "train.jsonl", tmp_path / "b" / "train.jsonl", tmp_path / "run"
+    for file in (mine, other):
+        file.parent.mkdir()
+        file.write_text('{"instruction": "2 + 2", "response": "4"}\n')
+
+    def prepared(file: Path, *words: str) -> bool:
+        given = ["recipe=tiny_cpu", "objective=sft", f"data.train=[{file}]", *words]
+        return is_prepared(compose(given, check_inputs=False), folder)
+
+    def refused(file: Path, *words: str) -> str:
+        with pytest.raises(UserError) as caught:
+            prepared(file, *words)
+        return str(caught.value)
+
+    assert not prepared(mine)
+    data = DataConfig(train=(str(mine),))
+    model = project_dir() / "assets" / "tiny-base"
+    prepare_files(
+        [mine],
+        data,
+        tokenizer_dir=model,
+        out=folder / "data" / "train",
+        workers=1,
+        suites=None,
+        progress=lambda *_: None,
+    )
+    assert prepared(mine)
+    assert f"data/train was prepared from {mine}, and the run reads {other}: add prepare" in refused(other)
+    assert "prepared with data.template=alpaca, and the run has data.template=raw" in refused(
+        mine, "data.template=raw"
+    )
+    assert "data.fields.prompt=null, and the run has data.fields.prompt=instruction" in refused(
+        mine, "data.fields.prompt=instruction", "data.fields.response=response"
+    )
+    with mine.open("a") as text:
+        text.write('{"instruction": "2 + 3", "response": "5"}\n')
+    assert f"was prepared from {mine} before it changed: add prepare to --stages" in refused(mine)
 
 
 @pytest.mark.parametrize(
