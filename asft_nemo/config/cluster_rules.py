@@ -11,7 +11,7 @@ from asft_nemo.config.facts import Facts, Rule
 from asft_nemo.config.schema import ClusterConfig, RunConfig
 
 _TIME = re.compile(r"\d+|\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+(:[0-5]?\d){0,2}")
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*=[^\n]*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\n]*")
 _FOLDER = re.compile(r"[A-Za-z0-9_./,+@-]+")
 _FLAG = re.compile(r"[a-z][a-z-]*=[^\n]*")
 
@@ -154,7 +154,7 @@ def _time_limit(facts: Facts) -> Iterator[str]:
 def _lists(facts: Facts) -> Iterator[str]:
     cluster = facts.run.cluster
     for key, pattern, example in (
-        ("env", _VARIABLE, "NCCL_DEBUG=INFO, names in capitals"),
+        ("env", _VARIABLE, "NCCL_DEBUG=INFO"),
         ("sbatch_args", _FLAG, "mail-type=END"),
     ):
         for word in getattr(cluster, key):
