@@ -35,7 +35,7 @@ def add_evaluation(add: Add) -> None:
     )
     evaluate.add_argument(
         "--prompt",
-        default=None,
+        default=defaults.prompt,
         help="prompt variant: alpaca, alpaca_newline, chat, qwen_boxed, raw; default: each suite's own",
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of what is drawn; default: %(default)s")
@@ -43,7 +43,10 @@ def add_evaluation(add: Add) -> None:
         "--limit", type=int, default=defaults.limit, help="only the first examples of each suite"
     )
     evaluate.add_argument(
-        "--max-tokens", type=int, default=None, help="of one completion; default: the protocol's, 4096"
+        "--max-tokens",
+        type=int,
+        default=defaults.max_tokens,
+        help="of one completion; default: the protocol's, 4096",
     )
     evaluate.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default: %(default)s")
     evaluate.add_argument(

@@ -259,8 +259,10 @@ class EvalConfig(Section):
     suites: tuple[str, ...] = ()
     backend: str = "hf"
     protocol: str = "greedy"
-    max_tokens: int = 256
+    prompt: str | None = None  # prompt variant; None = each suite's own
+    max_tokens: int | None = None  # of one completion; None = the protocol's own number
     batch_size: int = 16
+    allow_code_execution: bool = False  # code suites run the programs that the model wrote, in a sandbox
     limit: int | None = None  # examples per suite; None = all
 
 

@@ -170,8 +170,10 @@ def _eval(launch: Launch) -> list[str]:
         "--protocol",
         settings.protocol,
     ]
-    words += ["--max-tokens", str(settings.max_tokens), "--batch-size", str(settings.batch_size)]
-    words += [] if settings.limit is None else ["--limit", str(settings.limit)]
+    words += ["--batch-size", str(settings.batch_size)]
+    given = {"--prompt": settings.prompt, "--max-tokens": settings.max_tokens, "--limit": settings.limit}
+    words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    words += ["--allow-code-execution"] if settings.allow_code_execution else []
     how, done = shell_line(words), "results.json"
     base, tuned = launch.folder / "eval" / "base", _of_step(launch.folder / "eval")
     evaluate = launch.command("eval")
