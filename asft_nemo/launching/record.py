@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
@@ -12,6 +13,7 @@ from asft_nemo.errors import ConfigError, UserError
 from asft_nemo.run_dir import this_process, write_json
 
 RECORD = "launch.json"
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Writes launch.json into run.dir."""
-        write_json(folder / RECORD, {"format": 1, **asdict(self)})
+        write_json(folder / RECORD, {"format": _FORMAT, **asdict(self)})
 
     def job(self, stage: str) -> Job:
         """The job of a stage.
@@ -72,17 +74,51 @@ def read(folder: Path) -> Record:
     """The record of the latest launch of a run.
 
     Raises:
-        UserError: nothing was launched there.
+        UserError: nothing was launched there, or its record cannot be read.
     """
+    file = folder / RECORD
     try:
-        values = json.loads((folder / RECORD).read_text())
+        values = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no {RECORD}: give the run.dir of a run that `asft launch` started"
         ) from None
-    values.pop("format")
-    jobs = tuple(Job(**{**job, "after": tuple(job["after"])}) for job in values.pop("jobs"))
-    return Record(**values, jobs=jobs)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): make it readable for you") from None
+    except ValueError:  # no JSON, or no text at all
+        raise _damaged(file) from None
+    try:
+        written = int(values["format"])
+        found = _record(values) if written == _FORMAT else None
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(file) from None
+    if found is None:
+        raise UserError(
+            f"{file} is of format {written}, and this asft reads format {_FORMAT}: use the asft that launched the run"
+        )
+    return found
+
+
+def _damaged(file: Path) -> UserError:
+    return UserError(
+        f"{file} is damaged: once `squeue --me` shows no job of this run, move the file away and launch the run again"
+    )
+
+
+def _record(values: Any) -> Record:
+    """What was written, from what JSON gives.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is something else.
+    """
+    jobs = tuple(Job(**{**job, "after": tuple(job["after"])}) for job in values["jobs"])
+    found = Record(values["experiment"], values["executor"], values["cluster"], jobs)
+    words = [getattr(found, name) for name in ("experiment", "executor", "cluster")]
+    for job in jobs:
+        words += [job.stage, job.job_id, *job.after, job.script, job.batch_script or "", job.logs]
+    if not jobs or not all(isinstance(word, str) for word in words):
+        raise ValueError("a record holds words")
+    return found
 
 
 def claim(folder: Path) -> AcquireReturnProxy:
