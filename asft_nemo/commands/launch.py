@@ -51,8 +51,10 @@ def add_launch(add: Add) -> None:
 def _launch(arguments: argparse.Namespace) -> int:
     from asft_nemo.config.load import compose
     from asft_nemo.launching.jobs import Place
+    from asft_nemo.launching.words import for_nodes
 
     run = compose(arguments.overrides, check_inputs=not arguments.dry_run, launched=True)
+    run, arguments.overrides = for_nodes(run, arguments.overrides)
     place = Place.of(Path(run.run.dir).absolute())
     stages, idle = _stages(run, arguments, place)
     if arguments.dry_run:
@@ -82,7 +84,8 @@ def _stages(
 
 def _asft(run: RunConfig) -> tuple[str, ...]:
     if run.cluster.asft is not None:
-        return tuple(shlex.split(run.cluster.asft))
+        program, *rest = shlex.split(run.cluster.asft)
+        return (str(Path(program).absolute()) if "/" in program else program, *rest)
     return ("asft",) if run.cluster.container_image else (sys.executable, "-m", "asft_nemo")
 
 

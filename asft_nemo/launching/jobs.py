@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_nemo.config.cluster_rules import nodes, on_slurm, ranks_per_node
+from asft_nemo.config.named_paths import FOLDERS, named_paths
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.launching.record import Job, Record
 from asft_nemo.launching.scripts import batch_setup, stage_script
@@ -110,7 +111,7 @@ def _experiment(run: RunConfig, stages: Sequence[Stage], place: Place, name: str
     )
     with _left_alone(silent=on_slurm(run)), exp:
         for stage in stages:
-            script = stage_script(stage, run.cluster, folder=place.folder, start=place.start)
+            script = stage_script(stage, run.cluster, folder=place.folder)
             executor = _slurm(run, stage, place, name) if on_slurm(run) else nemo_run.LocalExecutor()
             exp.add(
                 nemo_run.Script(inline=script),
@@ -213,10 +214,8 @@ def _mounts(run: RunConfig, place: Place) -> list[str]:
         return []
     listed = list(run.cluster.container_mounts)
     inside = [Path(mount.split(":")[1]) for mount in listed]
-    files = [*run.data.train, *run.data.validation, *run.eval.suites]
-    named = [place.start, place.folder, Path(run.model.path), *(Path(file).parent for file in files)]
-    named += [Path(path) for path in (run.reference.cache_dir, run.peft.adapter) if path is not None]
-    for path in sorted({(place.start / path) for path in named}, key=lambda path: len(path.parts)):
+    named = {place.folder, *(path if key in FOLDERS else path.parent for key, path in named_paths(run))}
+    for path in sorted(named, key=lambda path: (len(path.parts), path)):
         if not any(path.is_relative_to(target) for target in inside):
             inside.append(path)
             listed.append(f"{path}:{path}")

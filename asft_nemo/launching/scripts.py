@@ -20,14 +20,13 @@ def stop_file(folder: Path) -> str:
     return f"{shlex.quote(str(folder / 'launch'))}/stopped-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
 
 
-def stage_script(stage: Stage, cluster: ClusterConfig, *, folder: Path, start: Path) -> str:
+def stage_script(stage: Stage, cluster: ClusterConfig, *, folder: Path) -> str:
     """What a node runs for a stage, once or once for each rank.
 
     Args:
         stage: the stage.
         cluster: where.
-        folder: run.dir, absolute.
-        start: the directory `asft launch` was called in; relative names mean what they meant there.
+        folder: run.dir, absolute: the one directory that every node is known to have.
     """
     lines = [f"# Stage {stage.name} of {folder}, made by asft launch.", "set -euo pipefail"]
     if cluster.executor == "slurm" and stage.ranks:
@@ -38,7 +37,7 @@ def stage_script(stage: Stage, cluster: ClusterConfig, *, folder: Path, start: P
             "export ASFT_SLURM_RANKS=1",
             f"export ASFT_STOP_FILE={stop_file(folder)}",
         ]
-    lines += [f"cd {shlex.quote(str(start))}", *_exports(cluster), *cluster.setup]
+    lines += [f"cd {shlex.quote(str(folder))}", *_exports(cluster), *cluster.setup]
     if cluster.executor == "local":
         return "\n".join([*lines, *_local(stage, folder)]) + "\n"
     return "\n".join([*lines, *stage.lines]) + "\n"

@@ -7,6 +7,9 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from asft_nemo.config.named_paths import made_absolute
+from asft_nemo.config.schema import RunConfig, replace
+
 _PLAIN = re.compile(r"[A-Za-z0-9_./-]+")
 _LOOKS_OTHERWISE = re.compile(r"[-+]?[0-9._]+(e[-+]?[0-9]+)?|true|false|null|nan|[-+]?inf", re.IGNORECASE)
 
@@ -47,3 +50,15 @@ def shell_line(words: Sequence[str]) -> str:
     if len(" ".join(quoted)) <= 100 or start == len(words):
         return " ".join(quoted)
     return " \\\n  ".join([" ".join(quoted[:start]), *quoted[start:]])
+
+
+def for_nodes(run: RunConfig, words: Sequence[str]) -> tuple[RunConfig, list[str]]:
+    """The settings and the words that gave them, with every file and folder under its absolute name: nodes need not have this directory.
+
+    Args:
+        run: the settings.
+        words: the command line's.
+    """
+    changed = made_absolute(run)
+    absolute = [setting(key, value) for key, value in changed.items()]
+    return replace(run, changed), [*without(words, *changed), *absolute]

@@ -75,8 +75,7 @@ def _once(render: Render) -> Render:
 def _scripts(run: RunConfig, stages: Sequence[Stage], place: jobs.Place) -> dict[str, str]:
     """What nodes run, with the line that NeMo-Run puts first."""
     return {
-        stage.name: "#!/usr/bin/bash\n"
-        + stage_script(stage, run.cluster, folder=place.folder, start=place.start)
+        stage.name: "#!/usr/bin/bash\n" + stage_script(stage, run.cluster, folder=place.folder)
         for stage in stages
     }
 

@@ -23,6 +23,7 @@ from asft_nemo.config.load import compose
 from asft_nemo.config.paths import project_dir
 from asft_nemo.launching.jobs import Place, render
 from asft_nemo.launching.stages import Launch, build, choose
+from asft_nemo.launching.words import for_nodes
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "launch"
 
@@ -57,7 +58,7 @@ OF_NEMO_RUN = "SC2034,SC2046,SC2086,SC2128,SC2206,SC2207"
 
 def drawn(words: Sequence[str], folder: Path, start: Path) -> dict[str, str]:
     """File name -> text of every script, without what differs between machines."""
-    run = compose(words, check_inputs=False, launched=True)
+    run, words = for_nodes(compose(words, check_inputs=False, launched=True), words)
     names, _ = choose(run, None)
     target = (start / run.run.dir) if run.run.dir == "run" else Path(run.run.dir)
     asft = ("asft",) if run.cluster.container_image else (sys.executable, "-m", "asft_nemo")

@@ -1,0 +1,50 @@
+"""Names of files mean on a node what they mean where the launch is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from asft_nemo.config.load import compose
+from asft_nemo.config.schema import ClusterConfig
+from asft_nemo.launching.scripts import stage_script
+from asft_nemo.launching.stages import Stage
+from asft_nemo.launching.words import for_nodes
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "medqa.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_relative_names_become_absolute_and_names_stay(start: Path) -> None:
+    words = [
+        *("experiment=tiny_gsm8k", "model.path=base", "data.train=[a.jsonl,owner/set:train,/b.jsonl,x/*.parquet]"),
+        *("eval.suites=[medqa,math,mine.jsonl,../suites/theirs]", "data.validation=[./v.jsonl]", "trainer.validate_every=2"),
+    ]  # fmt: skip
+    run, told = for_nodes(compose(words, check_inputs=False, launched=True), words)
+    assert run.model.path == str(start / "base")
+    assert run.data.train == (
+        str(start / "a.jsonl"),
+        "owner/set:train",
+        "/b.jsonl",
+        str(start / "x/*.parquet"),
+    )
+    assert run.data.validation == (str(start / "v.jsonl"),)
+    suites = ("medqa", "math", str(start / "mine.jsonl"), str(start.parent / "suites/theirs"))
+    assert run.eval.suites == suites
+    assert compose(told, check_inputs=False, launched=True) == run, "the words of a rank give the same run"
+
+
+def test_nothing_is_added_to_absolute_names(start: Path) -> None:
+    words = ["experiment=tiny_gsm8k", "data.train=[/a.jsonl]"]
+    assert for_nodes(compose(words, check_inputs=False, launched=True), words)[1] == words
+
+
+def test_a_stage_runs_in_the_folder_that_nodes_share(start: Path) -> None:
+    script = stage_script(Stage("export", ("true",)), ClusterConfig(name="x"), folder=Path("/shared/run"))
+    assert "\ncd /shared/run\n" in script
+    assert str(start) not in script
