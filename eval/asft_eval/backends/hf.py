@@ -1,4 +1,4 @@
-"""transformers on a CPU or one GPU: batched generation with left padding, greedy or drawn, and log probabilities of given text."""
+"""transformers on a CPU, one GPU, or several that share a model's layers: batched generation with left padding, greedy or drawn, and log probabilities of given text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from asft_eval.backends import LogLikelihood
 from asft_eval.backends.drawing import SeededDraw
+from asft_eval.backends.placement import spread, weight_bytes
 from asft_eval.errors import EvaluationError
 from asft_eval.types import Completion, Protocol
 
@@ -24,25 +25,41 @@ def load_model(model_dir: Path | str, *, dtype: torch.dtype | None = None, devic
     Args:
         model_dir: a Hugging Face model directory.
         dtype: of weights and arithmetic; None means fp32 on a CPU and the checkpoint's own on a GPU.
-        device: a torch device; None means the GPU where there is one.
+        device: a torch device; None means the GPU where there is one, and all visible ones, each with a share of the layers, where the
+            first cannot hold the model.
 
     Raises:
-        EvaluationError: no such directory, no config or weights in it, or transformers cannot read them.
+        EvaluationError: no such directory, no config or weights in it, transformers cannot read them, or the GPUs are too small.
     """
     from transformers import AutoModelForCausalLM
 
     model_dir = Path(model_dir)
     _require(model_dir, "config.json", "a model configuration")
     _require(model_dir, "*.safetensors", "weights (*.safetensors)")
+    room = None if device or not torch.cuda.is_available() else _room(model_dir, dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else None
+    where: dict[str, Any] = {} if room is None else {"device_map": "auto", "max_memory": room}
     try:
         opener: Any = AutoModelForCausalLM
-        model = opener.from_pretrained(model_dir, dtype=dtype or "auto", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        model = opener.from_pretrained(model_dir, dtype=dtype or "auto", local_files_only=True, **where)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise EvaluationError(f"transformers cannot load {model_dir}: {error}") from error
-    return model.to(device).eval()
+    if room is None:
+        return model.to(device).eval()
+    places = set(model.hf_device_map.values())
+    if not places <= set(room):  # layers are not divided, so a little more may be needed than the sum says
+        raise EvaluationError(
+            f"the layers of {model_dir} do not all fit the {len(room)} visible GPUs: run where more are visible (CUDA_VISIBLE_DEVICES)"
+        )
+    log.info("%s lies on %d GPUs", model_dir, len(places))
+    return model.eval()
+
+
+def _room(model_dir: Path, dtype: torch.dtype | None) -> dict[int, int] | None:
+    free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
+    return spread(model_dir, weight_bytes(model_dir, dtype and dtype.itemsize), free)
 
 
 def load_tokenizer(model_dir: Path | str) -> Any:

@@ -1,0 +1,84 @@
+"""Where a model's weights go: on one GPU where they fit beside what a pass needs, else over all that are visible."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from asft_eval.errors import EvaluationError
+
+#: Share of a GPU's free memory for weights: the rest is for keys and values, logits and the allocator.
+FOR_WEIGHTS = 0.75
+_GIB = 2**30
+
+
+def gpus_for(weights: int, memory: int) -> int:
+    """GPUs that a model of so many bytes asks for: a power of two.
+
+    Args:
+        weights: bytes of the model's weights.
+        memory: bytes of one GPU.
+    """
+    number = 1
+    while weights > FOR_WEIGHTS * memory * number:
+        number *= 2
+    return number
+
+
+def spread(model_dir: Path, weights: int, free: Sequence[int]) -> dict[int, int] | None:
+    """Bytes of weights that each visible GPU may get; None where the first one takes the model whole.
+
+    Nothing is put into host memory or onto the disk instead: a model that is run from there takes days where this takes hours.
+
+    Args:
+        model_dir: named in the error.
+        weights: bytes of the model's weights.
+        free: bytes free on each visible GPU.
+
+    Raises:
+        EvaluationError: all of them together are too small.
+    """
+    if weights <= FOR_WEIGHTS * free[0] or (len(free) == 1 and weights <= free[0]):
+        return None
+    room = {number: int(FOR_WEIGHTS * bytes_) for number, bytes_ in enumerate(free)}
+    if len(free) == 1 or weights > sum(room.values()):
+        raise EvaluationError(
+            f"the weights of {model_dir} take {weights / _GIB:.1f} GiB, and {len(free)} visible GPU{'s have' if len(free) > 1 else ' has'} "
+            f"{sum(free) / _GIB:.1f} GiB free: run where more GPUs are visible (CUDA_VISIBLE_DEVICES)"
+        )
+    return room
+
+
+def weight_bytes(model_dir: Path, itemsize: int | None) -> int:
+    """Bytes of the weights in a directory's safetensors files.
+
+    Args:
+        model_dir: a Hugging Face model directory.
+        itemsize: bytes of a number once loaded; None: as stored.
+
+    Raises:
+        EvaluationError: a file is no safetensors file.
+    """
+    return sum(_of_file(file, itemsize) for file in sorted(model_dir.glob("*.safetensors")))
+
+
+def _of_file(file: Path, itemsize: int | None) -> int:
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: Mapping[str, Mapping[str, list[int]]] = json.loads(stream.read(length))
+        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+        if itemsize is None:
+            return sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors)
+        return itemsize * sum(_numbers(tensor["shape"]) for tensor in tensors)
+    except (OSError, ValueError, struct.error, KeyError, MemoryError, OverflowError) as error:
+        raise EvaluationError(f"{file} cannot be read as safetensors ({error}): copy it again") from None
+
+
+def _numbers(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
