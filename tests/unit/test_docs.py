@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if (ROOT / name).is_file()
 ] + sorted((ROOT / "docs").glob("*.md"))
+READMES = [
+    page for folder in ("assets", "benchmarks", "eval") for page in sorted((ROOT / folder).rglob("README.md"))
+]
 HERE = "the link must lead to a file of the repository"
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="no README here: not a clone")
@@ -67,7 +70,7 @@ def shell_commands(page: Path) -> list[list[str]]:
     return [words[words.index("asft") :] if words[0] == "srun" else words for words in commands]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *READMES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_resolve(page: Path) -> None:
     for target in links(page):
         name, _, anchor = target.partition("#")
@@ -108,7 +111,7 @@ def test_commands_parse(words: list[str]) -> None:
 
 
 def test_there_are_commands_to_check() -> None:
-    assert sum(parameter.values[0][0] == "asft" for parameter in COMMANDS) >= 10
+    assert sum(words[0] == "asft" for page in PAGES for words in shell_commands(page)) >= 10
 
 
 def quoted_errors() -> list[tuple[list[str], list[str]]]:
