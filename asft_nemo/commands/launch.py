@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from asft_nemo.launching.record import Job, Record
     from asft_nemo.launching.slurm import JobState
     from asft_nemo.launching.stages import Stage
+    from asft_nemo.planner.plan import Plan
 
 _FOLLOW_SECONDS = 2.0
 
@@ -36,6 +37,9 @@ def add_launch(add: Add) -> None:
         action="store_true",
         help="print the plan and every script; nothing is submitted or looked for",
     )
+    launch.add_argument(
+        "--force", action="store_true", help="launch although training does not fit the GPUs, by asft plan"
+    )
     status = add("status", _status, "what became of the jobs of a launched run")
     logs = add("logs", _logs, "what a stage of a launched run wrote")
     cancel = add("cancel", _cancel, "cancel the jobs of a launched run that wait or run")
@@ -50,16 +54,37 @@ def add_launch(add: Add) -> None:
 
 def _launch(arguments: argparse.Namespace) -> int:
     from asft_nemo.config.load import compose
+    from asft_nemo.launching.fit import published_shape
     from asft_nemo.launching.jobs import Place
     from asft_nemo.launching.words import for_nodes
 
-    run = compose(arguments.overrides, check_inputs=not arguments.dry_run, launched=True)
+    run = compose(
+        arguments.overrides,
+        check_inputs=not arguments.dry_run,
+        launched=True,
+        shape_of=published_shape if arguments.dry_run else None,
+    )
     run, arguments.overrides = for_nodes(run, arguments.overrides)
     place = Place.of(Path(run.run.dir).absolute())
     stages, idle = _stages(run, arguments, place)
+    plan = _training_plan(run, stages, force=arguments.force)
     if arguments.dry_run:
-        return _dry_run(arguments, run, stages, idle, place)
-    return _submit(arguments, run, stages, idle, place)
+        return _dry_run(arguments, run, stages, idle, place, plan)
+    return _submit(arguments, run, stages, place, words="\n".join(_plan(run, stages, idle, plan)))
+
+
+def _training_plan(run: RunConfig, stages: Sequence[Stage], *, force: bool) -> Plan | None:
+    """The plan of the training, where it is among the stages and has GPUs to be planned for.
+
+    Raises:
+        ConfigError: it does not fit them.
+    """
+    from asft_nemo.launching.fit import refuse_too_large, training_plan
+
+    plan = training_plan(run) if any(stage.name == "train" for stage in stages) else None
+    if plan is not None and not force:
+        refuse_too_large(plan)
+    return plan
 
 
 def _stages(
@@ -90,8 +115,14 @@ def _asft(run: RunConfig) -> tuple[str, ...]:
 
 
 def _dry_run(
-    arguments: argparse.Namespace, run: RunConfig, stages: Sequence[Stage], idle: dict[str, str], place: Place
+    arguments: argparse.Namespace,
+    run: RunConfig,
+    stages: Sequence[Stage],
+    idle: dict[str, str],
+    place: Place,
+    plan: Plan | None,
 ) -> int:
+    from asft_nemo.launching.fit import as_json, warnings
     from asft_nemo.launching.jobs import Place, render
 
     with tempfile.TemporaryDirectory(prefix="asft-") as scratch:
@@ -103,8 +134,10 @@ def _dry_run(
             {"name": stage.name, "after": list(stage.after), **scripts[stage.name]} for stage in stages
         ],
         "left_out": idle,
+        "training": None if plan is None else as_json(plan),
+        "warnings": warnings(run, plan),
     }
-    lines = [*_plan(run, stages, idle), ""]
+    lines = [*_plan(run, stages, idle, plan), ""]
     for stage in stages:
         for kind, text in scripts[stage.name].items():
             if text is not None:
@@ -119,8 +152,9 @@ def _named(drawn: Rendered, scratch: str, home: str) -> dict[str, str | None]:
     return {kind: None if text is None else text.replace(scratch, home) for kind, text in texts.items()}
 
 
-def _plan(run: RunConfig, stages: Sequence[Stage], idle: dict[str, str]) -> list[str]:
+def _plan(run: RunConfig, stages: Sequence[Stage], idle: dict[str, str], plan: Plan | None) -> list[str]:
     from asft_nemo.config.cluster_rules import nodes, on_slurm, ranks_per_node
+    from asft_nemo.launching.fit import in_words, warnings
 
     where = f"cluster={run.cluster.name}" if on_slurm(run) else "this machine"
     lines = [f"{len(stages)} stages on {where}; everything is written to {run.run.dir}"]
@@ -135,11 +169,12 @@ def _plan(run: RunConfig, stages: Sequence[Stage], idle: dict[str, str]) -> list
         after = f", after {' and '.join(stage.after)}" if stage.after else ""
         lines.append(f"  {stage.name:<16}{size}{after}")
     lines += [f"  {name:<16}left out: {why}" for name, why in idle.items()]
-    return lines
+    lines += [] if plan is None else [in_words(plan)]
+    return lines + [f"warning: {text}" for text in warnings(run, plan)]
 
 
 def _submit(
-    arguments: argparse.Namespace, run: RunConfig, stages: Sequence[Stage], idle: dict[str, str], place: Place
+    arguments: argparse.Namespace, run: RunConfig, stages: Sequence[Stage], place: Place, *, words: str
 ) -> int:
     from asft_nemo.config.cluster_rules import on_slurm
     from asft_nemo.launching import record, scripts, slurm
@@ -154,7 +189,7 @@ def _submit(
             scripts.done_file(place.folder, stage.name).unlink(missing_ok=True)
         if on_slurm(run):
             _ask_slurm(run, stages, place, name)
-        print("\n".join(_plan(run, stages, idle)), file=sys.stderr)
+        print(words, file=sys.stderr)
         launched = submit(run, stages, place, experiment=name)
         launched.write(place.folder)
     if not on_slurm(run):

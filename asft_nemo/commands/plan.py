@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from asft_nemo.commands.output import DONE, MENDABLE, Add, answer
-from asft_nemo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from asft_nemo.config.schema import RunConfig
-    from asft_nemo.model.spec import ModelSpec
 
 
 def add_plan(add: Add) -> None:
@@ -19,7 +13,8 @@ def add_plan(add: Add) -> None:
     plan = add("plan", _plan, "memory and seconds on GPUs, by arithmetic alone; layouts that fit")
     plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings, as for asft train")
     plan.add_argument(
-        "--gpu", help="h100-80gb, h200, a100-80gb or a100-40gb (default: what the recipe is made for)"
+        "--gpu",
+        help="h100-80gb, h200, a100-80gb or a100-40gb (default: cluster.gpu, else what the recipe is made for)",
     )
     plan.add_argument(
         "--search", action="store_true", help="try other layouts: those that fit, and why the others do not"
@@ -37,6 +32,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from asft_nemo.planner import search as layouts
     from asft_nemo.planner.gpus import gpu
     from asft_nemo.planner.plan import as_json, plan_of
+    from asft_nemo.planner.published import spec_of_run
     from asft_nemo.planner.time import shape_of
     from asft_nemo.planner.totals import totals_of
     from asft_nemo.planner.words import in_words
@@ -46,10 +42,10 @@ def _plan(arguments: argparse.Namespace) -> int:
         arguments.words,
         check_inputs=False,
         assumed={"model.path": _NO_PATH},
-        shape_of=lambda run: shape_of(_spec(run)),
+        shape_of=lambda run: shape_of(spec_of_run(run)),
     )
-    spec = _spec(run)
-    plan = plan_of(run, spec, asked or gpu(recipe_gpu(run.recipe)))
+    spec = spec_of_run(run)
+    plan = plan_of(run, spec, asked or gpu(run.cluster.gpu or recipe_gpu(run.recipe)))
     values, words = {**as_json(plan), "total": asdict(totals_of(plan))}, [in_words(plan)]
     if arguments.search:
         found = layouts.search(plan)
@@ -68,21 +64,3 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 _NO_PATH = "as published"
 _LAYOUTS_SHOWN = 10
-
-
-def _spec(run: RunConfig) -> ModelSpec:
-    """The architecture: of the directory at model.path where there is one, else of the model the recipe is made for."""
-    from pathlib import Path
-
-    from asft_nemo.model import read_model_spec
-    from asft_nemo.planner.published import spec_of_recipe
-
-    if Path(run.model.path).is_dir():
-        return read_model_spec(run.model.path)
-    spec = spec_of_recipe(run.recipe)
-    if spec is None:
-        raise ConfigError(
-            f"model.path={run.model.path} is not a directory, and recipe={run.recipe} names no published model: give a directory with a "
-            "config.json"
-        )
-    return spec

@@ -62,6 +62,12 @@ def ranks_per_node(run: RunConfig) -> int:
     )
 
 
+def spread_tensor_groups(run: RunConfig) -> bool:
+    """Whether tensor-parallel groups, which are consecutive ranks, reach beyond one node."""
+    a_node, tp_size = run.cluster.gpus_per_node, run.parallel.tp_size
+    return tp_size > a_node or (run.run.world_size > a_node and a_node % tp_size != 0)
+
+
 def time_seconds(text: str) -> int:
     """Seconds of a time limit in Slurm's notation.
 

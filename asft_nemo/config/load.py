@@ -55,7 +55,7 @@ def compose(
     check_inputs: bool = True,
     launched: bool = False,
     assumed: Mapping[str, Any] | None = None,
-    shape_of: Callable[[RunConfig], ModelShape] | None = None,
+    shape_of: Callable[[RunConfig], ModelShape | None] | None = None,
 ) -> RunConfig:
     """The run that a list of overrides describes, checked by every rule.
 
@@ -65,7 +65,7 @@ def compose(
         check_inputs: also check what lies outside the settings: files, run.dir, what the machine can run.
         launched: for `asft launch`: also check the cluster.
         assumed: dotted keys that count as given below every level, for a command that can do without their values.
-        shape_of: where such a command has the model's sizes from; None = from model.path.
+        shape_of: where such a command has the model's sizes from; None, or an answer of None = from model.path.
 
     Raises:
         ConfigError: unknown names and keys, wrong types, broken rules; all of one kind reported together.

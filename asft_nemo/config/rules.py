@@ -69,7 +69,7 @@ def check(
 def _choices(facts: Facts) -> Iterator[str]:
     for key, value in walk(facts.run):
         allowed = tables.CHOICES.get(key)
-        if allowed is not None and value not in allowed:
+        if allowed is not None and value is not None and value not in allowed:
             yield WHY_NOT.get((key, value)) or f"{key}={value} is unknown: set one of {', '.join(allowed)}"
 
 

@@ -232,6 +232,7 @@ class ClusterConfig(Section):
     time: str = "04:00:00"  # limit of every job: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS
     nodes: int | None = None  # of jobs with ranks; None = run.world_size / gpus_per_node
     gpus_per_node: int = 8  # ranks on a node, one for each GPU
+    gpu: str | None = None  # which, for the planner; None = what the recipe is made for
     request_gpus: bool = True  # false where the cluster hands out whole nodes and knows no GPUs
     exclusive: bool = False  # whole nodes for jobs with ranks
     cpus_per_task: int | None = None

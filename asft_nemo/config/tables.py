@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.resume": ("never", "if_exists", "must"),
     "trainer.on_nonfinite": ("stop", "skip"),
     "cluster.executor": ("local", "slurm"),
+    "cluster.gpu": ("h100-80gb", "h200", "a100-80gb", "a100-40gb"),  # the planner's
 }
 
 # key -> (smallest, largest, smallest is allowed itself); largest None = no limit; None itself passes

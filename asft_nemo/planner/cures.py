@@ -33,11 +33,16 @@ def largest_part(plan: Plan) -> tuple[str, int]:
     return name, sizes[name]
 
 
-def cures(plan: Plan) -> list[str]:
-    """Changes that fit, as words for the command line, what changes least first."""
+def cures(plan: Plan, *, gpu_word: str = "--gpu ") -> list[str]:
+    """Changes that fit, as words for the command line, what changes least first.
+
+    Args:
+        plan: what does not fit.
+        gpu_word: how the command line names another GPU.
+    """
     found = [_words(settings) for settings in _changes(plan) if fits_with(plan, settings)]
     larger = [gpu.name for gpu in GPUS.values() if gpu.memory > plan.gpu.memory]
-    return found + [f"--gpu {name}" for name in larger if plan_of(plan.run, plan.spec, GPUS[name]).fits]
+    return found + [f"{gpu_word}{name}" for name in larger if plan_of(plan.run, plan.spec, GPUS[name]).fits]
 
 
 def fits_with(plan: Plan, settings: dict[str, Any]) -> bool:

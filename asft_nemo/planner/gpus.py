@@ -10,7 +10,7 @@ from asft_nemo.errors import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind, in a node of eight.
+    """One kind.
 
     Attributes:
         name: of the option `--gpu`.
@@ -47,7 +47,6 @@ GPUS: dict[str, Gpu] = {
         Gpu("a100-40gb", "A100", 40960 * 2**20, 19.5, 1.56e12, 300e9, 25e9),
     )
 }
-GPUS_A_NODE = 8
 
 
 def gpu(name: str) -> Gpu:

@@ -7,9 +7,13 @@ what transformers' classes take then.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from asft_nemo.config.recipes import recipe_model
+from asft_nemo.config.schema import RunConfig
+from asft_nemo.errors import ConfigError
+from asft_nemo.model import read_model_spec
 from asft_nemo.model.families import model_spec
 from asft_nemo.model.spec import ModelSpec
 
@@ -69,3 +73,21 @@ def spec_of_recipe(recipe: str) -> ModelSpec | None:
     """
     hub_id = recipe_model(recipe)
     return None if hub_id is None else published_spec(hub_id)
+
+
+def spec_of_run(run: RunConfig) -> ModelSpec:
+    """The architecture: of the directory at model.path where there is one, else of the model the recipe is made for.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    folder = Path(run.model.path)
+    if folder.is_dir():
+        return read_model_spec(folder / "context" / "hf" if (folder / "weights").is_dir() else folder)
+    spec = spec_of_recipe(run.recipe)
+    if spec is None:
+        raise ConfigError(
+            f"model.path={run.model.path} is not a directory, and recipe={run.recipe} names no published model: give a directory with a "
+            "config.json"
+        )
+    return spec

@@ -11,7 +11,6 @@ from asft_nemo.config import rules
 from asft_nemo.config.schema import RunConfig, replace
 from asft_nemo.errors import ConfigError
 from asft_nemo.planner.cures import largest_part
-from asft_nemo.planner.gpus import GPUS_A_NODE
 from asft_nemo.planner.plan import Plan, plan_of
 from asft_nemo.planner.time import shape_of
 
@@ -53,7 +52,7 @@ def search(plan: Plan) -> tuple[Found, ...]:
 
 def _layouts(plan: Plan) -> Iterator[dict[str, Any]]:
     world, layers = plan.run.run.world_size, plan.spec.num_layers
-    for tp_size in _powers(min(GPUS_A_NODE, world)):
+    for tp_size in _powers(min(plan.run.cluster.gpus_per_node, world)):
         for cp_size in _powers(world // tp_size):
             for pp_size in _divisors(world // (tp_size * cp_size)):
                 if world % (tp_size * cp_size * pp_size):

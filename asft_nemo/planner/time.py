@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from asft_nemo.config.cluster_rules import spread_tensor_groups
 from asft_nemo.config.fp8 import FP8
 from asft_nemo.config.model_shape import ModelShape
 from asft_nemo.config.schema import RunConfig, data_parallel_size, num_microbatches
@@ -17,7 +18,7 @@ from asft_nemo.errors import UserError
 from asft_nemo.model.spec import ModelSpec
 from asft_nemo.planner.activations import layer_activations
 from asft_nemo.planner.flops import Flops, adapter_flops, causal_pairs, forward_flops, training_flops
-from asft_nemo.planner.gpus import GPUS_A_NODE, Gpu
+from asft_nemo.planner.gpus import Gpu
 from asft_nemo.planner.memory import StageMemory, anchored, reads_reference, vocabulary_rows
 from asft_nemo.planner.precision import ByteWidths
 from asft_nemo.planner.stages import Chunk
@@ -238,7 +239,7 @@ def _exchange_seconds(run: RunConfig, spec: ModelSpec, widths: ByteWidths, gpu: 
     if layout.tp_size == 1 or layout.tp_comm_overlap:
         return 0.0
     moved = Tokens.of(run).whole * spec.hidden_size * widths.compute * (layout.tp_size - 1) / layout.tp_size
-    bandwidth = gpu.node_bandwidth if layout.tp_size <= GPUS_A_NODE else gpu.network_bandwidth
+    bandwidth = gpu.network_bandwidth if spread_tensor_groups(run) else gpu.node_bandwidth
     return moved / (bandwidth * BANDWIDTH_EFFICIENCY)
 
 
@@ -281,7 +282,7 @@ def _stage(
 def _update(run: RunConfig, gpu: Gpu, memory: StageMemory) -> float:
     """Reducing gradients, gathering parameters and the optimizer's own pass; exchanges that overlap cost nothing."""
     ranks = data_parallel_size(run) * run.parallel.cp_size
-    one_node = run.run.world_size <= GPUS_A_NODE
+    one_node = run.run.world_size <= run.cluster.gpus_per_node
     bandwidth = (gpu.node_bandwidth if one_node else gpu.network_bandwidth) * BANDWIDTH_EFFICIENCY
     share = (ranks - 1) / ranks
     trained = memory.gradients // 4

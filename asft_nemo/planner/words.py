@@ -113,13 +113,13 @@ def _forms(plan: Plan) -> list[str]:
     return lines
 
 
-def verdict(plan: Plan) -> str:
-    """Whether it fits; if not, what is too large and what would fit."""
+def verdict(plan: Plan, *, gpu_word: str = "--gpu ") -> str:
+    """Whether it fits; if not, what is too large and what would fit, a GPU being named as `gpu_word` says."""
     stage: StageMemory = plan.fullest
     if plan.fits:
         return f"fits: {(plan.gpu.memory - plan.needed) / GIB:.1f} GiB of {plan.gpu.memory / GIB:.1f} are left on stage {stage.rank}"
     part, size = largest_part(plan)
-    found = cures(plan)
+    found = cures(plan, gpu_word=gpu_word)
     fitting = "; ".join(found) if found else "nothing that was tried: take more GPUs, or a smaller model"
     return (
         f"does not fit: stage {stage.rank} needs {plan.needed / GIB:.1f} of {plan.gpu.memory / GIB:.1f} GiB, the largest part is {part} with "

@@ -224,3 +224,11 @@ def test_it_imports_no_torch_and_answers_in_a_second() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
     spent = after.children_user + after.children_system - before.children_user - before.children_system
     assert spent < 5, "a second on an idle machine"
+
+
+def test_layouts_are_searched_for_the_cluster_s_nodes() -> None:
+    small = values_of(
+        "recipe=qwen25_7b", "objective=sft", "--search", "cluster.gpus_per_node=2", "run.world_size=8"
+    )
+    sizes = {one["settings"].split()[0] for one in small["layouts"] if not one["own"]}
+    assert sizes == {"parallel.tp_size=1", "parallel.tp_size=2"}
