@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from asft_nemo.config.facts import Facts, Rule
+from asft_nemo.config.mounts import unmountable
 from asft_nemo.config.schema import ClusterConfig, RunConfig
 
 _TIME = re.compile(r"\d+|\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+(:[0-5]?\d){0,2}")
@@ -200,7 +201,7 @@ def _cluster(facts: Facts) -> Iterator[str]:
     if not facts.launched:
         return
     rows = (
-        (_required, _container, _layout, _time_limit, _flags_of_ours, _folder_name)
+        (_required, _container, _layout, _time_limit, _flags_of_ours, _folder_name, unmountable)
         if on_slurm(facts.run)
         else (_only_slurm,)
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_nemo.config.hub_ids import hub_id
-from asft_nemo.config.schema import RunConfig, walk
+from asft_nemo.config.schema import REQUIRED, RunConfig, walk
 
 FOLDERS = ("model.path", "reference.cache_dir", "peft.adapter")
 FILES = ("data.train", "data.validation", "eval.suites")
@@ -28,7 +28,7 @@ def named_paths(run: RunConfig) -> Iterator[tuple[str, Path]]:
     for key in (*FOLDERS, *FILES):
         value = settings[key]
         for entry in (value,) if isinstance(value, str) else value or ():
-            if is_path(key, entry):
+            if entry != REQUIRED and is_path(key, entry):
                 yield key, Path(os.path.abspath(entry))
 
 

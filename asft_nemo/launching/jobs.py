@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from asft_nemo.config.cluster_rules import nodes, on_slurm, ranks_per_node
-from asft_nemo.config.named_paths import FOLDERS, named_paths
+from asft_nemo.config.mounts import image, mounts, variables
 from asft_nemo.config.schema import RunConfig
+from asft_nemo.errors import ConfigError
 from asft_nemo.launching.record import Job, Record
 from asft_nemo.launching.scripts import batch_setup, stage_script
 from asft_nemo.launching.stages import Stage
@@ -74,6 +75,7 @@ def render(run: RunConfig, stages: Sequence[Stage], place: Place, *, experiment:
 def submit(run: RunConfig, stages: Sequence[Stage], place: Place, *, experiment: str) -> Record:
     """Hands every stage over: on Slurm they are all in the queue when it returns, on this machine they have ended."""
     (place.home / "experiments").mkdir(parents=True, exist_ok=True)
+    make_cache(run)
     with _experiment(run, stages, place, experiment) as exp:
         exp.run(detach=on_slurm(run), tail_logs=not on_slurm(run))
         if not on_slurm(run) and len(stages) == 1:
@@ -83,6 +85,22 @@ def submit(run: RunConfig, stages: Sequence[Stage], place: Place, *, experiment:
         folder = Path(exp._exp_dir)
         jobs = [_job(stage, job.handle, folder) for stage, job in zip(stages, exp.jobs, strict=True)]
         return Record(experiment, run.cluster.executor, run.cluster.name, tuple(jobs))
+
+
+def make_cache(run: RunConfig) -> None:
+    """Makes the folder of the reference's cache: a container cannot mount one that is not there.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    folder = run.reference.cache_dir
+    try:
+        if folder is not None and on_slurm(run):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"reference.cache_dir={folder} cannot be made ({error.strerror}): set it to a folder on a file system that all nodes share"
+        ) from None
 
 
 def experiment_name() -> str:
@@ -111,7 +129,7 @@ def _experiment(run: RunConfig, stages: Sequence[Stage], place: Place, name: str
     )
     with _left_alone(silent=on_slurm(run)), exp:
         for stage in stages:
-            script = stage_script(stage, run.cluster, folder=place.folder)
+            script = stage_script(stage, run.cluster, folder=place.folder, variables=variables(run))
             executor = _slurm(run, stage, place, name) if on_slurm(run) else nemo_run.LocalExecutor()
             exp.add(
                 nemo_run.Script(inline=script),
@@ -170,8 +188,8 @@ def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
         mem=cluster.mem,
         exclusive=True if cluster.exclusive and stage.ranks else None,
         signal=f"USR1@{cluster.signal_seconds}" if stage.ranks else None,
-        container_image=_image(cluster.container_image, place.start),
-        container_mounts=_mounts(run, place),
+        container_image=image(cluster.container_image, place.start),
+        container_mounts=mounts(run) if cluster.container_image else [],
         srun_args=[*cores, *cluster.srun_args],
         additional_parameters=_parameters(cluster.sbatch_args),
         job_name_prefix=prefix,
@@ -187,39 +205,6 @@ def _parameters(words: Sequence[str]) -> dict[str, Any]:
     """Further flags of sbatch. A job whose stage before it failed must not wait for ever."""
     pairs = [word.partition("=") for word in words]
     return {"kill_on_invalid_dep": "yes", **{name.replace("-", "_"): value for name, _, value in pairs}}
-
-
-def _image(name: str | None, start: Path) -> str | None:
-    """An image as pyxis takes it.
-
-    Args:
-        name: a file, which starts with . or / or ends with .sqsh, or a registry's name as Docker or pyxis writes it.
-        start: the directory that a file's name is relative to.
-
-    Returns:
-        A file's absolute path; otherwise the name with # behind the registry's host, for a / would be part of a name on Docker Hub. The
-        first part is a host where it has a . or a : or is localhost, which is Docker's own rule.
-    """
-    if name is None or "#" in name or "://" in name:
-        return name
-    if name.startswith((".", "/")) or name.endswith(".sqsh"):
-        return os.path.normpath(start / name)
-    host, slash, rest = name.partition("/")
-    return f"{host}#{rest}" if slash and (host == "localhost" or set(host) & set(".:")) else name
-
-
-def _mounts(run: RunConfig, place: Place) -> list[str]:
-    """Mounts of a container: what the settings list, and every folder they name, under its own name."""
-    if run.cluster.container_image is None:
-        return []
-    listed = list(run.cluster.container_mounts)
-    inside = [Path(mount.split(":")[1]) for mount in listed]
-    named = {place.folder, *(path if key in FOLDERS else path.parent for key, path in named_paths(run))}
-    for path in sorted(named, key=lambda path: (len(path.parts), path)):
-        if not any(path.is_relative_to(target) for target in inside):
-            inside.append(path)
-            listed.append(f"{path}:{path}")
-    return listed
 
 
 def _rendered(folder: Path, stage: Stage) -> Rendered:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from asft_nemo.config.schema import ClusterConfig
@@ -20,13 +20,16 @@ def stop_file(folder: Path) -> str:
     return f"{shlex.quote(str(folder / 'launch'))}/stopped-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
 
 
-def stage_script(stage: Stage, cluster: ClusterConfig, *, folder: Path) -> str:
+def stage_script(
+    stage: Stage, cluster: ClusterConfig, *, folder: Path, variables: Mapping[str, Path] | None = None
+) -> str:
     """What a node runs for a stage, once or once for each rank.
 
     Args:
         stage: the stage.
         cluster: where.
         folder: run.dir, absolute: the one directory that every node is known to have.
+        variables: folders to export by these names.
     """
     lines = [f"# Stage {stage.name} of {folder}, made by asft launch.", "set -euo pipefail"]
     if cluster.executor == "slurm" and stage.ranks:
@@ -37,15 +40,16 @@ def stage_script(stage: Stage, cluster: ClusterConfig, *, folder: Path) -> str:
             "export ASFT_SLURM_RANKS=1",
             f"export ASFT_STOP_FILE={stop_file(folder)}",
         ]
-    lines += [f"cd {shlex.quote(str(folder))}", *_exports(cluster), *cluster.setup]
+    lines += [f"cd {shlex.quote(str(folder))}", *_exports(cluster, variables or {}), *cluster.setup]
     if cluster.executor == "local":
         return "\n".join([*lines, *_local(stage, folder)]) + "\n"
     return "\n".join([*lines, *stage.lines]) + "\n"
 
 
-def _exports(cluster: ClusterConfig) -> list[str]:
-    pairs = [entry.partition("=") for entry in cluster.env]
-    return [f"export {name}={shlex.quote(value)}" for name, _, value in pairs]
+def _exports(cluster: ClusterConfig, variables: Mapping[str, Path]) -> list[str]:
+    listed = {name: value for name, _, value in (entry.partition("=") for entry in cluster.env)}
+    pairs = {name: str(folder) for name, folder in variables.items()} | listed
+    return [f"export {name}={shlex.quote(value)}" for name, value in pairs.items()]
 
 
 def done_file(folder: Path, stage: str) -> Path:

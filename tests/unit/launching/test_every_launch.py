@@ -18,6 +18,7 @@ from levels import remember_levels as remember_levels
 
 from asft_nemo import cli
 from asft_nemo.config.load import known_options
+from asft_nemo.config.mounts import variables
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.launching import jobs
 from asft_nemo.launching.scripts import stage_script
@@ -75,7 +76,8 @@ def _once(render: Render) -> Render:
 def _scripts(run: RunConfig, stages: Sequence[Stage], place: jobs.Place) -> dict[str, str]:
     """What nodes run, with the line that NeMo-Run puts first."""
     return {
-        stage.name: "#!/usr/bin/bash\n" + stage_script(stage, run.cluster, folder=place.folder)
+        stage.name: "#!/usr/bin/bash\n"
+        + stage_script(stage, run.cluster, folder=place.folder, variables=variables(run))
         for stage in stages
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from asft_nemo.launching.jobs import _image
+from asft_nemo.config.mounts import image
 
 
 @pytest.mark.parametrize(
@@ -30,4 +30,4 @@ from asft_nemo.launching.jobs import _image
     ],
 )
 def test_files_are_absolute_and_hosts_are_marked(name: str | None, expected: str | None) -> None:
-    assert _image(name, Path("/home/me")) == expected
+    assert image(name, Path("/home/me")) == expected

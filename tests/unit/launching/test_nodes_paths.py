@@ -8,6 +8,8 @@ import pytest
 
 from asft_nemo.config.load import compose
 from asft_nemo.config.schema import ClusterConfig
+from asft_nemo.errors import ConfigError
+from asft_nemo.launching.jobs import make_cache
 from asft_nemo.launching.scripts import stage_script
 from asft_nemo.launching.stages import Stage
 from asft_nemo.launching.words import for_nodes
@@ -48,3 +50,16 @@ def test_a_stage_runs_in_the_folder_that_nodes_share(start: Path) -> None:
     script = stage_script(Stage("export", ("true",)), ClusterConfig(name="x"), folder=Path("/shared/run"))
     assert "\ncd /shared/run\n" in script
     assert str(start) not in script
+
+
+def test_a_cache_that_is_not_there_is_made_before_a_container_mounts_it(start: Path) -> None:
+    words = ["experiment=tiny_gsm8k", "data.train=[/a.jsonl]", "reference=cached", "cluster=slurm_sandbox"]
+    make_cache(
+        compose([*words, f"reference.cache_dir={start / 'new' / 'cache'}"], check_inputs=False, launched=True)
+    )
+    assert (start / "new" / "cache").is_dir()
+    inside = compose(
+        [*words, f"reference.cache_dir={start / 'medqa.jsonl' / 'a'}"], check_inputs=False, launched=True
+    )
+    with pytest.raises(ConfigError, match=r"reference.cache_dir=.* cannot be made \(Not a directory\)"):
+        make_cache(inside)
