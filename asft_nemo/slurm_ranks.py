@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import traceback
+from collections.abc import Mapping
 from typing import NoReturn
 
 from asft_nemo import stop_signal
@@ -76,14 +77,28 @@ def _enter() -> None:
             f"ASFT_SLURM_RANKS is set, but not {', '.join(missing)}: start the script by srun inside its batch script, or unset ASFT_SLURM_RANKS"
         )
     os.environ.update({ours: os.environ[theirs] for ours, theirs in _VARIABLES.items()})
-    cores = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
     for name, value in {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(max(1, cores)),
+        "OMP_NUM_THREADS": str(_cores(os.environ, bound=len(os.sched_getaffinity(0)))),
         "PYTHONWARNINGS": "ignore",  # also of the helper processes that write checkpoints
     }.items():
         os.environ.setdefault(name, value)
+
+
+def _cores(variables: Mapping[str, str], *, bound: int) -> int:
+    """Cores that this rank may use: what the job asked for each, or what it is bound to where others are bound elsewhere, or its share.
+
+    Args:
+        variables: Slurm's and torchrun's.
+        bound: cores that this process may run on.
+    """
+    asked = int(variables.get("SLURM_CPUS_PER_TASK", 0))
+    if asked:
+        return max(1, min(asked, bound))
+    on_node = variables.get("SLURM_CPUS_ON_NODE")
+    shared = on_node is None or bound >= int(on_node)
+    return max(1, bound // int(variables["LOCAL_WORLD_SIZE"]) if shared else bound)
 
 
 def _do(run: RunConfig, job: str) -> None:
