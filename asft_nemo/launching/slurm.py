@@ -145,13 +145,13 @@ def check_cluster(cluster: ClusterConfig) -> None:
 
 
 def _partitions() -> list[str]:
-    """Names of the cluster's partitions, by the first call that needs a cluster to answer.
+    """Names of the cluster's partitions, those that are not shown to everybody too, by the first call that needs a cluster to answer.
 
     Raises:
         UserError: none does.
     """
     try:
-        return call("sinfo", "--noheader", "--format", "%R").split()
+        return call("sinfo", "--all", "--noheader", "--format", "%R").split()
     except UserError as error:
         raise UserError(
             f"no Slurm cluster answers here: call asft launch on a login node, or set SLURM_CONF=<its slurm.conf> ({error})"

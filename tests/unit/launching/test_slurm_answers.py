@@ -38,3 +38,14 @@ def test_no_cluster_behind_the_commands_is_said_first(commands: Path) -> None:
     program(commands, "sinfo", "echo 'sinfo: fatal: no configuration source' >&2; exit 1")
     with pytest.raises(UserError, match=r"^no Slurm cluster answers here: .*\(.*no configuration source\)$"):
         slurm.check_cluster(ClusterConfig(name="ours", partition="gpu"))
+
+
+def test_a_hidden_partition_is_one_of_the_cluster(commands: Path) -> None:
+    for name in ("sbatch", "srun", "sacct", "scontrol"):
+        program(commands, name)
+    program(commands, "sinfo", 'echo gpu; case " $* " in *" --all "*) echo hidden;; esac')
+    slurm.check_cluster(ClusterConfig(name="ours", partition="hidden", cpu_partition="gpu"))
+    with pytest.raises(
+        UserError, match=r"cluster.partition=other is no partition .*: set one of gpu, hidden$"
+    ):
+        slurm.check_cluster(ClusterConfig(name="ours", partition="other"))
