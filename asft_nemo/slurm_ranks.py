@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import traceback
@@ -45,7 +46,7 @@ def run_rank(run: RunConfig, job: str) -> NoReturn:
 
     try:
         _enter()
-        stop_signal.listen(at_once=None if job == "train" else _leave_cache)
+        stop_signal.listen(at_once=None if job == "train" else functools.partial(_leave_cache, run))
         set_up_logging(rank=int(os.environ["RANK"]))
         _do(run, job)
     except stop_signal.Stopped as stopped:
@@ -110,11 +111,13 @@ def _do(run: RunConfig, job: str) -> None:
         train(run)
 
 
-def _leave_cache() -> None:
-    """A cache may be left at any moment: what is whole in it is not computed again."""
+def _leave_cache(run: RunConfig) -> None:
+    """A cache may be left at any moment: what is whole in it is not computed again. The word that is left says whether it grew."""
     from asft_nemo.ranks import leave
+    from asft_nemo.run_dir import cache_dir
 
-    stop_signal.say_stopped("the rows that are stored")
+    whole = len(list(cache_dir(run).glob("rows-*.safetensors")))
+    stop_signal.say_stopped(f"{whole} whole files of the cache")
     leave(0)
 
 

@@ -128,11 +128,22 @@ def _back(cluster: ClusterConfig) -> Sequence[str]:
 
 
 def _stopped(folder: Path) -> Sequence[str]:
+    """A job that stopped behind the same point three times over, so that two attempts came to nothing, would do so until its last requeue."""
+    before = shlex.quote(str(folder / "launch"))
     return (
         f"  stopped={stop_file(folder)}",
         '  if [ "$code" -eq 0 ] && [ -e "$stopped" ]; then',
         f"    code={STOPPED_EXIT}",
-        '    asft_back "stopped behind $(cat "$stopped")"',
+        '    point=$(cat "$stopped") attempts=1',
+        "    for ago in 1 2; do",
+        f'      [ "$(cat {before}/stopped-"$SLURM_JOB_ID-$((${{SLURM_RESTART_COUNT:-0}} - ago))" 2> /dev/null)" = "$point" ] || break',
+        "      attempts=$((attempts + 1))",
+        "    done",
+        '    if [ "$attempts" -eq 3 ]; then',
+        '      echo "asft: stopped behind $point like the two attempts before, so the job is not put back into the queue: raise cluster.time" >&2',
+        "    else",
+        '      asft_back "stopped behind $point"',
+        "    fi",
         "  fi",
     )
 

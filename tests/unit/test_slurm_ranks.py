@@ -1,10 +1,13 @@
-"""How many threads a rank of Slurm computes with."""
+"""What a rank of Slurm computes with, and the word it leaves."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from asft_nemo.slurm_ranks import _cores
+from asft_nemo.config.load import compose
+from asft_nemo.slurm_ranks import _cores, _leave_cache
 
 
 @pytest.mark.parametrize(
@@ -22,3 +25,13 @@ from asft_nemo.slurm_ranks import _cores
 )
 def test_cores_are_divided_among_ranks_once(variables: dict[str, str], bound: int, cores: int) -> None:
     assert _cores({"LOCAL_WORLD_SIZE": "8", **variables}, bound=bound) == cores
+
+
+def test_a_cache_that_is_left_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asft_nemo.ranks.leave", lambda code: None)
+    monkeypatch.setenv("ASFT_STOP_FILE", str(tmp_path / "word"))
+    (tmp_path / "rows-00000-000000-0badcafe.safetensors").touch()
+    (tmp_path / "rows-00000-000001-0badcafe.safetensors.partial").touch()
+    words = ["experiment=tiny_gsm8k", "reference=cached", f"reference.cache_dir={tmp_path}"]
+    _leave_cache(compose(words, check_inputs=False))
+    assert (tmp_path / "word").read_text() == "1 whole files of the cache\n"
