@@ -67,6 +67,10 @@ def _launch(arguments: argparse.Namespace) -> int:
     run, arguments.overrides = for_nodes(run, arguments.overrides)
     place = Place.of(Path(run.run.dir).absolute())
     stages, idle = _stages(run, arguments, place)
+    if any(stage.name == "eval" for stage in stages):
+        from asft_nemo.launching.eval_check import check_evaluation
+
+        check_evaluation(run, look_for_files=not arguments.dry_run)
     plan = _training_plan(run, stages, force=arguments.force)
     if arguments.dry_run:
         return _dry_run(arguments, run, stages, idle, place, plan)

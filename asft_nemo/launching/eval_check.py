@@ -1,0 +1,87 @@
+"""Whether the evaluation at the end of a launch can work: a misspelt name is found now, not behind the training.
+
+Not among the rules of `asft_nemo.config`, which recipes import: these know nothing of evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from asft_eval.backends import BACKENDS
+from asft_eval.errors import EvaluationError
+from asft_eval.protocols import protocols
+from asft_eval.suites import SUITES
+from asft_eval.suites.load import find_file
+from asft_eval.suites.prompts import PROMPTS
+from asft_eval.suites.published import groups
+
+from asft_nemo.config.named_paths import is_path
+from asft_nemo.config.recipes import suggest
+from asft_nemo.config.schema import RunConfig
+from asft_nemo.errors import ConfigError
+
+# In cluster.env: nodes look elsewhere than this machine.
+_DATA_VARIABLES = ("ASFT_DATA_DIR=", "HF_HOME=", "HF_HUB_CACHE=")
+
+
+def check_evaluation(run: RunConfig, *, look_for_files: bool) -> None:
+    """Checks the settings of the stage `eval`.
+
+    Args:
+        run: the settings; `eval.suites` is not empty.
+        look_for_files: also look for the suites' files.
+
+    Raises:
+        ConfigError: a sentence for everything that is wrong.
+    """
+    found = [*_names(run), *(_files(run) if look_for_files else ())]
+    if found:
+        raise ConfigError(found)
+
+
+def _names(run: RunConfig) -> Iterator[str]:
+    settings = run.eval
+    if settings.backend not in BACKENDS:
+        yield f"eval.backend={settings.backend} is unknown: {suggest(settings.backend, tuple(BACKENDS))}"
+    try:
+        protocols(settings.protocol)
+    except EvaluationError as error:
+        yield f"eval.protocol={settings.protocol} cannot be used: {error}"
+    if settings.prompt is not None and settings.prompt not in PROMPTS:
+        yield f"eval.prompt={settings.prompt} is unknown: {suggest(settings.prompt, tuple(PROMPTS))}"
+    yield from _suites(run)
+
+
+def _suites(run: RunConfig) -> Iterator[str]:
+    known = (*groups(), *SUITES)
+    for name in run.eval.suites:
+        if name not in known and not is_path("eval.suites", name):
+            yield f"eval.suites has '{name}', which is no suite and no JSON Lines file: {suggest(name, known)}"
+    runs_code = [name for name in _published(run) if SUITES[name].grader == "code"]
+    if runs_code and not run.eval.allow_code_execution:
+        yield (
+            f"eval.suites has {', '.join(runs_code)}, and the model's programs are run to grade them: set eval.allow_code_execution=true, or "
+            "leave them out"
+        )
+
+
+def _published(run: RunConfig) -> list[str]:
+    """The published suites that are asked for, those of groups among them."""
+    members = groups()
+    spread = [one for name in run.eval.suites for one in members.get(name, [name])]
+    return [name for name in dict.fromkeys(spread) if name in SUITES]
+
+
+def _files(run: RunConfig) -> Iterator[str]:
+    published = _published(run)
+    for name in run.eval.suites:
+        if name not in published and is_path("eval.suites", name) and not Path(name).is_file():
+            yield f"eval.suites has {name}, which does not exist: correct it, or leave it out"
+    if any(word.startswith(_DATA_VARIABLES) for word in run.cluster.env):
+        return
+    for name in published:
+        try:
+            find_file(name)
+        except EvaluationError as error:
+            yield f"eval.suites={name} cannot be used: {error}"

@@ -1,0 +1,88 @@
+"""Settings of the evaluation are checked when a launch begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from asft_nemo import cli
+from asft_nemo.config.load import compose
+from asft_nemo.errors import ConfigError
+from asft_nemo.launching.eval_check import check_evaluation
+
+Checked = Callable[..., tuple[str, ...]]
+
+
+@pytest.fixture
+def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
+    """The sentences that a launch's settings of the evaluation lead to."""
+    monkeypatch.setenv("ASFT_DATA_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides: str, look_for_files: bool = False) -> tuple[str, ...]:
+        run = compose(
+            ["recipe=tiny_cpu", "objective=sft", "model.path=m", *overrides],
+            check_inputs=False,
+            launched=True,
+        )
+        try:
+            check_evaluation(run, look_for_files=look_for_files)
+        except ConfigError as error:
+            return error.violations
+        return ()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["eval.suites=[medqa]", "eval.backend=hff"], "eval.backend=hff is unknown: did you mean 'hf'?"),
+        (["eval.suites=[medqa]", "eval.protocol=gredy"], "eval.protocol=gredy cannot be used: there is no protocol 'gredy': choose one of"),
+        (["eval.suites=[medqa]", "eval.protocol=pass@0"], "pass@K with K from 1"),
+        (["eval.suites=[medqa]", "eval.prompt=alpca"], "eval.prompt=alpca is unknown: did you mean 'alpaca'"),
+        (["eval.suites=[medqqa]"], "eval.suites has 'medqqa', which is no suite and no JSON Lines file: did you mean 'medqa'"),
+        (["eval.suites=[code]"], "the model's programs are run to grade them: set eval.allow_code_execution=true"),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_none_is_said_before_the_training(
+    checked: Checked, overrides: list[str], sentence: str
+) -> None:
+    (only,) = checked(*overrides)
+    assert sentence in only
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["eval.suites=[medqa,math,mine.jsonl]", "eval.protocol=both"],
+        ["eval.suites=[code]", "eval.allow_code_execution=true", "eval.protocol=pass@8"],
+    ],
+)
+def test_what_is_known_passes(checked: Checked, overrides: list[str]) -> None:
+    assert checked(*overrides) == ()
+
+
+def test_files_are_looked_for_when_jobs_are_submitted(checked: Checked, tmp_path: Path) -> None:
+    words = ["eval.suites=[mine.jsonl,medqa]"]
+    assert checked(*words) == ()
+    missing, published = checked(*words, look_for_files=True)
+    assert "eval.suites has mine.jsonl, which does not exist: correct it" in missing
+    assert published.startswith("eval.suites=medqa cannot be used: suite medqa is not here: ")
+    (tmp_path / "mine.jsonl").touch()
+    elsewhere = [*words, "cluster.env=['ASFT_DATA_DIR=/shared/evaldata']"]
+    assert checked(*elsewhere, look_for_files=True) == ()
+
+
+@pytest.mark.usefixtures("keep_logging_and_warnings")
+def test_only_a_launch_that_evaluates_is_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NEMORUN_HOME", "")
+    monkeypatch.chdir(tmp_path)
+    words = ["launch", "experiment=tiny", "eval.backend=vlm", "--dry-run"]
+    assert cli.main(words) == 2
+    assert "eval.backend=vlm is unknown" in capsys.readouterr().err
+    assert cli.main([*words, "--stages", "export"]) == 0
