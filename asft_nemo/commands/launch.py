@@ -158,12 +158,15 @@ def _named(drawn: Rendered, scratch: str, home: str) -> dict[str, str | None]:
 
 def _plan(run: RunConfig, stages: Sequence[Stage], idle: dict[str, str], plan: Plan | None) -> list[str]:
     from asft_nemo.config.cluster_rules import nodes, on_slurm, ranks_per_node
+    from asft_nemo.launching.eval_gpus import eval_gpus
     from asft_nemo.launching.fit import in_words, warnings
 
     where = f"cluster={run.cluster.name}" if on_slurm(run) else "this machine"
     lines = [f"{len(stages)} stages on {where}; everything is written to {run.run.dir}"]
     for stage in stages:
         size = "1 process"
+        if stage.gpus and not stage.ranks and on_slurm(run) and run.cluster.request_gpus:
+            size += f" with {eval_gpus(run)} of {run.cluster.gpus_per_node} GPUs"
         if stage.ranks:
             size = (
                 f"{nodes(run)} nodes x {ranks_per_node(run)} ranks"

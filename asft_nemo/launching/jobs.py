@@ -22,6 +22,7 @@ from asft_nemo.config.cluster_rules import nodes, on_slurm, ranks_per_node
 from asft_nemo.config.mounts import image, mounts, variables
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.errors import ConfigError
+from asft_nemo.launching.eval_gpus import eval_gpus
 from asft_nemo.launching.record import Job, Record
 from asft_nemo.launching.scripts import batch_setup, stage_script
 from asft_nemo.launching.stages import Stage
@@ -169,7 +170,7 @@ def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
         / f"log-{prefix}{stage.name}_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}.out"
     )
     gpus = (
-        (ranks_per_node(run) if stage.ranks else cluster.gpus_per_node)
+        (ranks_per_node(run) if stage.ranks else eval_gpus(run))
         if stage.gpus and cluster.request_gpus
         else None
     )

@@ -30,7 +30,7 @@ class Stage:
         name: of the stage.
         lines: of its shell script; they stop at the first that fails.
         ranks: it runs once on every rank, else once.
-        gpus: it needs GPUs; one with ranks has one for each rank, another has those of one node.
+        gpus: it needs GPUs; one with ranks has one for each rank, an evaluation as many as hold the model.
         after: stages that must have succeeded.
     """
 
