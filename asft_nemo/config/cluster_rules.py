@@ -115,7 +115,7 @@ def _container(facts: Facts) -> Iterator[str]:
             if not (colon and source.startswith("/") and target.startswith("/")):
                 yield f"cluster.container_mounts has '{mount}': write /path/on/the/node:/path/in/the/container"
         return
-    for name in ("container_image", "container_mounts"):
+    for name in ("container_image", "eval_image", "container_mounts"):
         if getattr(cluster, name):
             yield (
                 f"cluster.{name} needs pyxis, which cluster={cluster.name} is not said to have: set cluster=slurm_pyxis, or leave "

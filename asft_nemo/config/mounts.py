@@ -121,10 +121,10 @@ def unmountable(facts: Facts) -> Iterator[str]:
         for mount in run.cluster.container_mounts
         for part in mount.split(":")
     }
-    whole = image(run.cluster.container_image, Path.cwd())
-    for key, name in sorted(
-        names | ({("cluster.container_image", re.sub("[:#]", "/", whole))} if whole else set())
-    ):
+    for name in ("container_image", "eval_image"):
+        whole = image(getattr(run.cluster, name), Path.cwd())
+        names |= {(f"cluster.{name}", re.sub("[:#]", "/", whole))} if whole else set()
+    for key, name in sorted(names):
         if not _NAME.fullmatch(name):
             yield (
                 f"{key} needs {name} in the container, and pyxis cannot be given a name with such characters: use a path of letters, "

@@ -240,6 +240,7 @@ class ClusterConfig(Section):
     cpu_partition: str | None = None  # for stages that need no GPU; None = partition
     pyxis: bool = False  # this cluster's srun has the --container-* options
     container_image: str | None = None  # a registry's image as Docker or pyxis writes it, or a .sqsh file
+    eval_image: str | None = None  # likewise, for eval and compare; None = container_image
     # SOURCE:TARGET[:FLAGS]; the folders that the run's own settings name are mounted without being listed
     container_mounts: tuple[str, ...] = ()
     srun_args: tuple[str, ...] = ()  # further words for srun

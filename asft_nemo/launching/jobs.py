@@ -20,7 +20,7 @@ from typing import Any
 
 from asft_nemo.config.cluster_rules import nodes, on_slurm, ranks_per_node
 from asft_nemo.config.mounts import image, mounts, variables
-from asft_nemo.config.schema import RunConfig
+from asft_nemo.config.schema import ClusterConfig, RunConfig
 from asft_nemo.errors import ConfigError
 from asft_nemo.launching.eval_gpus import eval_gpus
 from asft_nemo.launching.record import Job, Record
@@ -189,7 +189,7 @@ def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
         mem=cluster.mem,
         exclusive=True if cluster.exclusive and stage.ranks else None,
         signal=f"USR1@{cluster.signal_seconds}" if stage.ranks else None,
-        container_image=image(cluster.container_image, place.start),
+        container_image=image(_image_of(stage, cluster), place.start),
         container_mounts=mounts(run) if cluster.container_image else [],
         srun_args=[*cores, *cluster.srun_args],
         additional_parameters=_parameters(cluster.sbatch_args),
@@ -200,6 +200,12 @@ def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
         tunnel=nemo_run.LocalTunnel(job_dir=str(jobs)),
         poll_estimated_start_time=False,
     )
+
+
+def _image_of(stage: Stage, cluster: ClusterConfig) -> str | None:
+    """What evaluates may need another base than what trains: the Dockerfile has a target of its own for it."""
+    evaluates = stage.name in ("eval", "compare")
+    return cluster.eval_image if evaluates and cluster.eval_image is not None else cluster.container_image
 
 
 def _parameters(words: Sequence[str]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def launched(model_dir: Path, data_file: Path, tmp_path: Path) -> Callable[..., 
         (["cluster=slurm_pyxis", *FINE], "runs stages in a container and got no image: set cluster.container_image="),
         (["cluster=slurm", *FINE, "cluster.container_image=a.sqsh"], "cluster.container_image needs pyxis, which cluster=slurm is not said to have"),
         (["cluster=slurm", *FINE, 'cluster.container_mounts=["/a:/a"]'], "cluster.container_mounts needs pyxis"),
+        (["cluster=slurm", *FINE, "cluster.eval_image=a.sqsh"], "cluster.eval_image needs pyxis"),
         (
             ["cluster=slurm_pyxis", *FINE, "cluster.container_image=a.sqsh", "cluster.container_mounts=[data]"],
             "cluster.container_mounts has 'data': write /path/on/the/node:/path/in/the/container",

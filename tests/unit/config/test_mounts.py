@@ -91,6 +91,7 @@ def test_folders_of_published_suites_are_mounted_and_exported(
         ("reference.cache_dir='/a:b'", "reference.cache_dir needs /a:b in the container"),
         ('cluster.container_mounts=["/a b:/c"]', "cluster.container_mounts needs /a b in the container"),
         ("cluster.container_image='/my images/a.sqsh'", "cluster.container_image needs /my images/a.sqsh"),
+        ("cluster.eval_image='/my images/b.sqsh'", "cluster.eval_image needs /my images/b.sqsh"),
     ],
 )
 def test_names_that_pyxis_cannot_be_given_are_refused(shared: Path, word: str, named: str) -> None:
