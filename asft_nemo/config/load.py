@@ -93,9 +93,15 @@ def compose(
         _leaves(experiment),
         command_line,
     )
-    run, level_of = _merge(levels)
+    run, level_of, problems = _merge(levels)
     shape = None if shape_of is None else shape_of(run)
-    rules.check(run, level_of=level_of, shape=shape, check_inputs=check_inputs, launched=launched)
+    try:
+        rules.check(run, level_of=level_of, shape=shape, check_inputs=check_inputs, launched=launched)
+    except ConfigError as error:
+        # What rules say of a setting that is not given has been said.
+        problems += [text for text in error.violations if not any(place in text for place in _PLACES)]
+    if problems:
+        raise ConfigError(problems)
     return run
 
 
@@ -193,8 +199,13 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return result
 
 
-def _merge(levels: Sequence[Sequence[tuple[str, Any]]]) -> tuple[RunConfig, dict[str, Level]]:
-    """Merges the levels into the schema; also says which level gave each setting."""
+def _merge(
+    levels: Sequence[Sequence[tuple[str, Any]]],
+) -> tuple[RunConfig, dict[str, Level], list[str]]:
+    """Merges the levels into the schema; also says which level gave each setting, and what is not given.
+
+    What is not given of `_CURES` has its place taken, so that the rules can look at the rest: all that is wrong is said at once.
+    """
     tree = copy.deepcopy(_schema())
     kinds = dict(_kinds(RunConfig))
     level_of: dict[str, Level] = {}
@@ -210,9 +221,13 @@ def _merge(levels: Sequence[Sequence[tuple[str, Any]]]) -> tuple[RunConfig, dict
         raise ConfigError(problems)
     _resolve_levels(tree, level_of)
     missing = [key for key in kinds if key not in DERIVED and OmegaConf.is_missing(*_locate(tree, key))]
-    if missing:
-        raise ConfigError([f"{key} is not set: {_CURES.get(key, f'give {key}=...')}" for key in missing])
-    return from_dict(cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))), level_of
+    problems = [f"{key} is not set: {_CURES.get(key, f'give {key}=...')}" for key in missing]
+    for key in missing:
+        if key not in _CURES:
+            raise ConfigError(problems)
+        section, name = _locate(tree, key)
+        section[name] = _place(key)
+    return from_dict(cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))), level_of, problems
 
 
 @functools.cache
@@ -276,3 +291,10 @@ _CURES = {
     "objective.name": "set objective=asft (or sft, dft, sft_kl); there is no silent default",
     "model.path": "set model.path=<directory of the Hugging Face checkpoint the recipe is made for>",
 }
+
+
+def _place(key: str) -> str:
+    return f"<{key}>"
+
+
+_PLACES = tuple(map(_place, _CURES))

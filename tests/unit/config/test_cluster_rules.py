@@ -82,6 +82,22 @@ def test_everything_wrong_is_said_at_once(launched: Callable[..., tuple[str, ...
     )
 
 
+def test_what_is_not_given_does_not_hide_what_is_wrong() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(["experiment=medical_qwen25_72b", "cluster=slurm"], check_inputs=False, launched=True)
+    assert [text.partition(":")[0] for text in caught.value.violations] == [
+        "model.path is not set",
+        "cluster=slurm needs cluster.partition",
+        "cluster=slurm needs cluster.account",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        compose(["recipe=tiny_cpu", "data.train=[nowhere.jsonl]", "optim.lr=0"])
+    sentences = caught.value.violations
+    assert "objective.name is not set" in sentences[0]
+    assert not any("<" in text.partition(" is not set")[0] for text in sentences)
+    assert any(text.startswith("optim.lr=0.0 is out of range") for text in sentences)
+
+
 def test_an_unwritable_folder_is_found_before_anything_is_submitted(
     launched: Callable[..., tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
