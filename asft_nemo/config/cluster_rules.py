@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -124,21 +125,38 @@ def _container(facts: Facts) -> Iterator[str]:
 
 
 def _layout(facts: Facts) -> Iterator[str]:
-    run, cluster = facts.run, facts.run.cluster
-    if cluster.gpus_per_node < 1 or run.run.world_size < 1 or (cluster.nodes or 1) < 1:
+    run, cluster, layout = facts.run, facts.run.cluster, facts.run.parallel
+    ranks = layout.tp_size * layout.pp_size * layout.cp_size
+    if min(cluster.gpus_per_node, run.run.world_size, cluster.nodes or 1, ranks) < 1:
         return  # reported by the range rule
-    many = nodes(run)
-    there, world = many * ranks_per_node(run), run.run.world_size
-    if there != world:
-        layout = run.parallel
-        ranks = layout.tp_size * layout.pp_size * layout.cp_size
-        fitting = f"run.world_size={there}" if there % max(1, ranks) == 0 else f"a layout of {there} ranks"
-        yield (
-            f"{many} nodes x {cluster.gpus_per_node} GPUs = {many * cluster.gpus_per_node} do not make the layout's "
-            f"run.world_size={world}: set cluster.nodes={max(1, -(-world // cluster.gpus_per_node))}"
-            f"{'' if world % cluster.gpus_per_node == 0 or world < cluster.gpus_per_node else ' with a cluster.gpus_per_node that divides it'}"
-            f", or {fitting}"
-        )
+    many, world = nodes(run), run.run.world_size
+    if (
+        many * ranks_per_node(run) == world or world % ranks
+    ):  # the latter is reported by the rule about the layout
+        return
+    each = cluster.gpus_per_node
+    yield (
+        f"{many} nodes x {each} GPUs = {many * each} do not make the layout's run.world_size={world}: set "
+        f"{_nodes_for(world, each)}{_world_for(many, each, ranks, cluster.nodes)}"
+    )
+
+
+def _nodes_for(world: int, most: int) -> str:
+    """The fewest nodes of at most so many GPUs that `world` ranks fill; nothing where only nodes of one GPU would do."""
+    each = max(size for size in range(1, min(most, world) + 1) if world % size == 0)
+    if each == 1 < world:
+        return ""
+    per_node = "" if each == min(most, world) else f" cluster.gpus_per_node={each}"
+    return f"cluster.nodes={world // each}{per_node}, or "
+
+
+def _world_for(many: int, each: int, ranks: int, given: int | None) -> str:
+    """The fewest ranks, no fewer than these nodes have, that whole nodes and the layout make."""
+    step = math.lcm(each, ranks)
+    world = step * math.ceil(many * each / step)
+    return f"run.world_size={world}" + (
+        "" if given in (None, world // each) else f" cluster.nodes={world // each}"
+    )
 
 
 def _time_limit(facts: Facts) -> Iterator[str]:

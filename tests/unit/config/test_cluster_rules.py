@@ -52,7 +52,23 @@ def launched(model_dir: Path, data_file: Path, tmp_path: Path) -> Callable[..., 
         ),
         (
             ["cluster=slurm", *FINE, "run.world_size=12", "trainer.global_batch_size=24"],
-            "2 nodes x 8 GPUs = 16 do not make the layout's run.world_size=12: set cluster.nodes=2 with a cluster.gpus_per_node that divides it",
+            "2 nodes x 8 GPUs = 16 do not make the layout's run.world_size=12: set cluster.nodes=2 cluster.gpus_per_node=6, or run.world_size=16",
+        ),
+        (
+            ["cluster=slurm", *FINE, "run.world_size=36", "trainer.global_batch_size=72"],
+            "5 nodes x 8 GPUs = 40 do not make the layout's run.world_size=36: set cluster.nodes=6 cluster.gpus_per_node=6, or run.world_size=40",
+        ),
+        (
+            ["cluster=slurm", *FINE, "run.world_size=13", "trainer.global_batch_size=26"],
+            "2 nodes x 8 GPUs = 16 do not make the layout's run.world_size=13: set run.world_size=16",
+        ),
+        (
+            ["cluster=slurm", *FINE, "cluster.nodes=1", "run.world_size=12", "parallel.pp_size=3", "parallel.first_stage_layers=2", "trainer.global_batch_size=16"],
+            "1 nodes x 8 GPUs = 8 do not make the layout's run.world_size=12: set cluster.nodes=2 cluster.gpus_per_node=6, or run.world_size=24 cluster.nodes=3",
+        ),
+        (  # the layout is what is wrong: nothing is said of nodes
+            ["cluster=slurm", *FINE, "run.world_size=36", "parallel.tp_size=2", "parallel.pp_size=4", "parallel.sequence_parallel=false"],
+            "run.world_size=36 is not a multiple of tp_size x pp_size x cp_size = 2 x 4 x 1 = 8: set run.world_size=32",
         ),
         (["cluster=slurm", *FINE, "cluster.time=tomorrow"], "cluster.time=tomorrow is no time limit: write MM, MM:SS, HH:MM:SS"),
         (["cluster=slurm", *FINE, "cluster.time='00:04:00'"], "cluster.signal_seconds=300 leaves nothing of cluster.time=00:04:00 (240 s)"),
