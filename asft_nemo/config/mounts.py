@@ -45,7 +45,7 @@ def variables(run: RunConfig) -> dict[str, Path]:
             name: _variable(run, name) for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE")
         }
         found |= {
-            name: Path(os.path.abspath(place)) for name, place in places.items() if place and Path(place).is_dir()
+            name: Path(os.path.abspath(place)) for name, place in places.items() if place and os.path.isdir(place)
         }  # fmt: skip
     return found
 
@@ -98,15 +98,16 @@ def _around(path: Path) -> Path:
 
 def _linked(path: Path) -> Iterator[tuple[Path, Path]]:
     """Where links among the files of a folder, a file's name or a pattern lead to: a hub's snapshot is made of links to its blobs."""
-    files = [path, *path.rglob("*")] if path.is_dir() else [Path(name) for name in glob.glob(str(path), recursive=True)]  # fmt: skip
+    files = [path, *path.rglob("*")] if os.path.isdir(path) else [Path(name) for name in glob.glob(str(path), recursive=True)]  # fmt: skip
     for file in files:
         host, seen = file, file
-        while host.is_symlink() and host.exists():
+        while os.path.islink(host) and os.path.exists(host):
             link = os.readlink(host)
             # In the container the folders above a mount are no links, so .. means what it says.
             seen = Path(os.path.normpath(seen.parent / link))
             host = Path(os.path.realpath((host.parent / link).parent)) / seen.name
-            source, target = (host, seen) if host.is_dir() else (host.parent, seen.parent)
+            itself = os.path.isdir(host) or len(seen.parts) == 2  # all of / would hide the container's own
+            source, target = (host, seen) if itself else (host.parent, seen.parent)
             yield (target if os.path.realpath(target) == os.path.realpath(source) else source), target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,17 @@ def test_files_behind_links_of_data_are_mounted(shared: Path) -> None:
     found = mounts(run_with(f"data.train=[{shared}/data/train.jsonl]"))
     assert {f"{shared}:{shared}"} < set(found)
     assert not any("archive" in mount for mount in found), "the folder above has it"
+
+
+def test_the_root_is_never_mounted(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = shared / "data" / "train.jsonl"
+    link.symlink_to("/rows.jsonl")
+    exists = os.path.exists
+    monkeypatch.setattr("os.path.exists", lambda path: path == link or exists(path))  # / is not ours to write
+    for named in (link, "/rows.jsonl"):
+        found = mounts(run_with(f"data.train=[{named}]"))
+        assert "/rows.jsonl:/rows.jsonl" in found
+        assert "/:/" not in found
 
 
 def test_folders_of_published_suites_are_mounted_and_exported(
