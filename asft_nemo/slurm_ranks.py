@@ -12,6 +12,7 @@ from typing import NoReturn
 from asft_nemo import stop_signal
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.errors import ConfigError, UserError
+from asft_nemo.launching.settings import refuse_other_settings
 from asft_nemo.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def run_rank(run: RunConfig, job: str) -> NoReturn:
         _enter()
         stop_signal.listen(at_once=None if job == "train" else functools.partial(_leave_cache, run))
         set_up_logging(rank=int(os.environ["RANK"]))
+        refuse_other_settings(run)
         _do(run, job)
     except stop_signal.Stopped as stopped:
         logger.info("stopped as asked, behind %s", stopped)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from asft_nemo.launching.jobs import Place, Rendered
     from asft_nemo.launching.record import Job, Record
     from asft_nemo.launching.slurm import JobState
-    from asft_nemo.launching.stages import Stage
+    from asft_nemo.launching.stages import Launch, Stage
     from asft_nemo.planner.plan import Plan
 
 _FOLLOW_SECONDS = 2.0
@@ -66,7 +66,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     )
     run, arguments.overrides = for_nodes(run, arguments.overrides)
     place = Place.of(Path(run.run.dir).absolute())
-    stages, idle = _stages(run, arguments, place)
+    launch, stages, idle = _stages(run, arguments, place)
     if any(stage.name == "eval" for stage in stages):
         from asft_nemo.launching.eval_check import check_evaluation
 
@@ -74,7 +74,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     plan = _training_plan(run, stages, force=arguments.force)
     if arguments.dry_run:
         return _dry_run(arguments, run, stages, idle, place, plan)
-    return _submit(arguments, run, stages, place, words="\n".join(_plan(run, stages, idle, plan)))
+    return _submit(arguments, launch, stages, place, words="\n".join(_plan(run, stages, idle, plan)))
 
 
 def _training_plan(run: RunConfig, stages: Sequence[Stage], *, force: bool) -> Plan | None:
@@ -93,7 +93,7 @@ def _training_plan(run: RunConfig, stages: Sequence[Stage], *, force: bool) -> P
 
 def _stages(
     run: RunConfig, arguments: argparse.Namespace, place: Place
-) -> tuple[list[Stage], dict[str, str]]:
+) -> tuple[Launch, list[Stage], dict[str, str]]:
     from asft_nemo.launching.prepared import is_prepared
     from asft_nemo.launching.stages import Launch, build, choose
 
@@ -108,7 +108,7 @@ def _stages(
         folder=place.folder,
         prepared="prepare" in names or is_prepared(run, place.folder),
     )
-    return build(launch, names), idle
+    return launch, build(launch, names), idle
 
 
 def _asft(run: RunConfig) -> tuple[str, ...]:
@@ -181,13 +181,16 @@ def _plan(run: RunConfig, stages: Sequence[Stage], idle: dict[str, str], plan: P
 
 
 def _submit(
-    arguments: argparse.Namespace, run: RunConfig, stages: Sequence[Stage], place: Place, *, words: str
+    arguments: argparse.Namespace, launch: Launch, stages: Sequence[Stage], place: Place, *, words: str
 ) -> int:
     from asft_nemo.config.cluster_rules import on_slurm
+    from asft_nemo.config.load import compose
     from asft_nemo.launching import record, scripts, slurm
     from asft_nemo.launching.jobs import experiment_name, submit
+    from asft_nemo.launching.settings import write_settings
+    from asft_nemo.launching.stages import training_words
 
-    name = experiment_name()
+    run, name = launch.run, experiment_name()
     if on_slurm(run):
         slurm.check_cluster(run.cluster)
     with record.claim(place.folder):
@@ -197,6 +200,8 @@ def _submit(
         if on_slurm(run):
             _ask_slurm(run, stages, place, name)
         print(words, file=sys.stderr)
+        if any(stage.ranks for stage in stages):
+            write_settings(place.folder, compose(training_words(launch), check_inputs=False))
         launched = submit(run, stages, place, experiment=name)
         launched.write(place.folder)
     if not on_slurm(run):

@@ -106,7 +106,7 @@ def _import(launch: Launch) -> list[str]:
     return [launch.command("import", launch.run.model.path, launch.folder / BASE_FOLDER, "--once")]
 
 
-def _training_words(launch: Launch) -> list[str]:
+def training_words(launch: Launch) -> list[str]:
     """The words of the training run, as `asft train` takes them on any machine."""
     words = without(launch.words, "cluster.", "eval.", "run.dir", "run.world_size", "trainer.resume")
     words += [setting("run.dir", str(launch.folder)), setting("run.world_size", launch.run.run.world_size)]
@@ -122,12 +122,12 @@ def _training_words(launch: Launch) -> list[str]:
 
 
 def _cache(launch: Launch) -> list[str]:
-    return [launch.rank_command("cache-reference", *_training_words(launch))]
+    return [launch.rank_command("cache-reference", *training_words(launch))]
 
 
 def _train(launch: Launch) -> list[str]:
     # A job that comes back goes on from its last complete checkpoint.
-    return [launch.rank_command("train", *_training_words(launch), "trainer.resume=if_exists")]
+    return [launch.rank_command("train", *training_words(launch), "trainer.resume=if_exists")]
 
 
 def _step(launch: Launch) -> tuple[str, str]:

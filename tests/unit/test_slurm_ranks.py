@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from asft_nemo import slurm_ranks
 from asft_nemo.config.load import compose
+from asft_nemo.config.schema import replace
+from asft_nemo.launching.settings import write_settings
+from asft_nemo.ranks import USER_ERROR_EXIT
 from asft_nemo.slurm_ranks import _cores, _leave_cache
 
 
@@ -35,3 +40,26 @@ def test_a_cache_that_is_left_says_how_far_it_is(tmp_path: Path, monkeypatch: py
     words = ["experiment=tiny_gsm8k", "reference=cached", f"reference.cache_dir={tmp_path}"]
     _leave_cache(compose(words, check_inputs=False))
     assert (tmp_path / "word").read_text() == "1 whole files of the cache\n"
+
+
+def test_a_rank_with_other_settings_than_were_launched_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    done: list[str] = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("asft_nemo.ranks.leave", leave)
+    monkeypatch.setattr(slurm_ranks, "_enter", lambda: None)
+    monkeypatch.setattr(slurm_ranks, "set_up_logging", lambda rank: None)
+    monkeypatch.setattr(slurm_ranks.stop_signal, "listen", lambda at_once: None)
+    monkeypatch.setattr(slurm_ranks, "_do", lambda run, job: done.append("trained"))
+    monkeypatch.setattr(slurm_ranks, "_say", done.append)
+    run = compose(["experiment=tiny", f"run.dir={tmp_path}"], check_inputs=False)
+    write_settings(tmp_path, replace(run, {"optim.lr": 1.0}))
+    with pytest.raises(SystemExit) as left:
+        slurm_ranks.run_rank(run, "train")
+    assert left.value.code == USER_ERROR_EXIT
+    assert len(done) == 1
+    assert "optim.lr=" in done[0]
