@@ -35,7 +35,7 @@ check: $(STAMP)  ## the fast checks: style, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --config pyproject.toml
-	$(BIN)/pyright
+	$(BIN)/pyright --threads 2
 
 format: $(STAMP)  ## style
 	$(BIN)/ruff check --fix .
