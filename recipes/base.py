@@ -51,6 +51,11 @@ def tensor_parallel(tp_size: int) -> dict[str, Any]:
     return {"parallel": {"tp_size": tp_size, "sequence_parallel": True}}
 
 
+def one_node(tp_size: int) -> dict[str, Any]:
+    """Full fine-tuning on the 8 GPUs of one node, of which `tp_size` at a time hold one model."""
+    return combine(on_gpus(), tensor_parallel(tp_size), {"run": {"world_size": 8}})
+
+
 def pipeline_parallel(pp_size: int, *, vpp_size: int) -> dict[str, Any]:
     """Pipeline stages, over nodes or within one.
 
@@ -60,8 +65,11 @@ def pipeline_parallel(pp_size: int, *, vpp_size: int) -> dict[str, Any]:
 
 
 def lora() -> dict[str, Any]:
-    """Adapters on a frozen base, which is the reference for nothing while they are switched off."""
-    return {"peft": {"name": "lora"}, "reference": {"form": "adapter_disabled"}}
+    """Adapters on a frozen base, which is the reference for nothing while they are switched off.
+
+    Where one GPU holds it, more are best spent on data parallelism.
+    """
+    return combine(on_gpus(), {"peft": {"name": "lora"}, "reference": {"form": "adapter_disabled"}})
 
 
 def fp8(scaling: str) -> dict[str, Any]:
@@ -72,6 +80,37 @@ def fp8(scaling: str) -> dict[str, Any]:
             128. Delayed scaling, whose scales come from earlier steps, is no recipe's: a frozen reference has none.
     """
     return {"precision": f"fp8_{scaling}"}
+
+
+def full_70b() -> dict[str, Any]:
+    """Full fine-tuning of the 70B models on 32 GPUs: 80 layers, hidden 8192, 64 heads and 8 kv heads are common to them."""
+    return combine(
+        on_gpus(),
+        # The whole node, and the most that 8 kv heads allow. TP 4 with 8 stages is faster by the plan and leaves less than
+        # the tenth of the memory at 4,096 tokens.
+        tensor_parallel(8),
+        # Four nodes: on two, 18 bytes a parameter would be 78 GB of each GPU and more.
+        pipeline_parallel(4, vpp_size=5),
+    )
+
+
+def lora_70b() -> dict[str, Any]:
+    """LoRA of the 70B models on one node of 8 GPUs."""
+    return combine(
+        lora(),
+        # TP 2 with four stages is faster by the plan and does not fit at 4,096 tokens: adapters keep the gathered tokens.
+        tensor_parallel(4),
+        # The other half of the node, instead of a second copy of the frozen weights.
+        pipeline_parallel(2, vpp_size=10),
+    )
+
+
+def half_on_h200(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe for 80 GB on half as many GPUs of 141 GB.
+
+    They leave room for half the tensor ranks, whose exchanges are not hidden; the stages stay.
+    """
+    return combine(recipe, tensor_parallel(recipe["parallel"]["tp_size"] // 2))
 
 
 def combine(*fragments: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ MODEL = "meta-llama/Llama-2-7b-hf"
 def fragment() -> dict[str, Any]:
     """32 layers, hidden 4096, 32 heads, 32 kv heads, untied embeddings; 6.7 B parameters."""
     # Undivided it needs 75 of 80 GiB at 2,048 tokens and does not fit at 4,096; at TP 2 it is 44, and 8 % slower by the plan.
-    return base.combine(base.on_gpus(), base.tensor_parallel(2), {"run": {"world_size": 8}})
+    return base.one_node(2)
 
 
 finetune_recipe = base.finetune_recipe(__name__)

@@ -12,12 +12,8 @@ GPU = "h200"
 
 def fragment() -> dict[str, Any]:
     """Half the GPUs of `llama3_70b`."""
-    return base.combine(
-        base.on_gpus(),
-        # 105 of 140 GiB: 141 GB leave room for half the tensor ranks of `llama3_70b`, whose exchanges are not hidden.
-        base.tensor_parallel(4),
-        base.pipeline_parallel(4, vpp_size=5),
-    )
+    # 105 of 140 GiB
+    return base.half_on_h200(llama3_70b.fragment())
 
 
 finetune_recipe = base.finetune_recipe(__name__)

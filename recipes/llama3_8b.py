@@ -12,7 +12,7 @@ MODEL = "meta-llama/Meta-Llama-3-8B"
 def fragment() -> dict[str, Any]:
     """32 layers, hidden 4096, 32 heads, 8 kv heads, untied embeddings; 8.0 B parameters."""
     # 6 bytes of weights and gradients x 8 B = 48 GB on one GPU leave no room for the rest; at TP 2 all of it needs 51 GiB.
-    return base.combine(base.on_gpus(), base.tensor_parallel(2), {"run": {"world_size": 8}})
+    return base.one_node(2)
 
 
 finetune_recipe = base.finetune_recipe(__name__)

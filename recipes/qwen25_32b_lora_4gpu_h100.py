@@ -12,7 +12,6 @@ MODEL = qwen25_32b.MODEL
 def fragment() -> dict[str, Any]:
     """Half a node; whole nodes hold two such groups side by side."""
     return base.combine(
-        base.on_gpus(),
         base.lora(),
         # 65 GB of frozen weights: two GPUs hold them at TP 2, with nothing to spare at 4,096 tokens.
         base.tensor_parallel(2),

@@ -12,12 +12,8 @@ GPU = "h200"
 
 def fragment() -> dict[str, Any]:
     """Half the GPUs of `qwen25_72b`."""
-    return base.combine(
-        base.on_gpus(),
-        # 108 of 140 GiB: 141 GB leave room for half the tensor ranks of `qwen25_72b`, whose exchanges are not hidden.
-        base.tensor_parallel(4),
-        base.pipeline_parallel(4, vpp_size=5),
-    )
+    # 108 of 140 GiB
+    return base.half_on_h200(qwen25_72b.fragment())
 
 
 finetune_recipe = base.finetune_recipe(__name__)

@@ -13,7 +13,7 @@ def fragment() -> dict[str, Any]:
     """28 layers, hidden 3584, 28 heads, 4 kv heads, untied embeddings; 7.6 B parameters."""
     # 6 bytes of weights and gradients x 7.6 B = 46 GB on one GPU leave no room for the optimizer, the reference and
     # activations; at TP 2 it is 23 GB, the optimizer shared by 4 data-parallel ranks 11 GB, the reference 8 GB.
-    return base.combine(base.on_gpus(), base.tensor_parallel(2), {"run": {"world_size": 8}})
+    return base.one_node(2)
 
 
 finetune_recipe = base.finetune_recipe(__name__)

@@ -13,7 +13,7 @@ GPU = "a100-40gb"
 def fragment() -> dict[str, Any]:
     """The GPUs of `qwen25_7b` with half the memory."""
     # The most that 4 kv heads allow: weights, gradients and the reference are 15 GB of each GPU, the optimizer shared by two ranks 11.
-    return base.combine(base.on_gpus(), base.tensor_parallel(4), {"run": {"world_size": 8}})
+    return base.one_node(4)
 
 
 finetune_recipe = base.finetune_recipe(__name__)

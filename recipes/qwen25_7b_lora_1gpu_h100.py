@@ -10,9 +10,9 @@ MODEL = qwen25_7b.MODEL
 
 
 def fragment() -> dict[str, Any]:
-    """One GPU holds it; more are best spent on data parallelism."""
+    """One GPU holds it."""
     # 15 GB of frozen weights, 31 of 80 GiB in all.
-    return base.combine(base.on_gpus(), base.lora())
+    return base.lora()
 
 
 finetune_recipe = base.finetune_recipe(__name__)
