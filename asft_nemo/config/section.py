@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,7 @@ def walk(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + item.name, value
 
 
+@functools.cache  # resolving them takes most of the time of a changed copy, and the planner makes hundreds
 def hints(cls: type[Section]) -> dict[str, Any]:
     """The resolved types of a section's fields."""
     return typing.get_type_hints(cls)

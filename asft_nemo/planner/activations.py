@@ -175,8 +175,10 @@ def most_in_flight(kept: Sequence[int], *, pp_size: int, rank: int, micro_batche
         rank: r.
         micro_batches: of one step.
     """
-    stages, total = len(kept), micro_batches * len(kept)
+    stages = len(kept)
     ahead = pp_size - rank - 1 if stages == 1 else 2 * (pp_size - rank - 1) + (stages - 1) * pp_size
+    # From then on the chunks that come and go repeat themselves, after as many passes as bring pp_size micro batches through all of them.
+    total = min(micro_batches * stages, ahead + pp_size * stages + 1)
     alive = most = 0
     for step in range(total):
         alive += kept[_chunk_of(step, stages, pp_size)]
