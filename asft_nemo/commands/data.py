@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asft_nemo.commands.data_words import files_and_run, tokenizer_dir
+from asft_nemo.commands.data_words import files_and_run, questions_of, tokenizer_dir
 from asft_nemo.commands.download import add_download
 from asft_nemo.commands.output import DONE, MENDABLE, Parser, answer
 from asft_nemo.commands.preparation import add_prepare
@@ -37,7 +37,7 @@ def add_data(commands: Any, common: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--against",
         metavar="SUITE[,SUITE]",
-        help="evaluation suites, by name (math500, gsm8k, ...; in the folder ASFT_DATA_DIR names) or JSON Lines file with `prompt`: rows that "
+        help="evaluation suites, named as for asft eval (math500, gsm8k, ..., math, medical, code), or JSON Lines files with `prompt`: rows that "
         "hold one of their questions are reported",
     )
     check.add_argument(
@@ -134,14 +134,8 @@ def _say(
 
 
 def _contaminated(files: list[str], fields: FieldsConfig, suites: str) -> list[Contaminated]:
-    from asft_eval.errors import EvaluationError
-    from asft_eval.suites.questions import questions
-
     from asft_nemo.data.contamination import EvaluationIndex, contaminated
     from asft_nemo.data.sources import read_records
 
-    try:
-        index = EvaluationIndex({suite: questions(suite) for suite in suites.split(",")})
-    except EvaluationError as error:
-        raise UserError(str(error)) from error
+    index = EvaluationIndex(questions_of(suites))
     return list(contaminated(read_records(files, fields), index))

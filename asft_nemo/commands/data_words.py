@@ -48,6 +48,24 @@ def files_and_run(words: Sequence[str], *, command: str) -> tuple[list[str], Run
     return files, compose([*missing, *settings], check_inputs=False)
 
 
+def questions_of(suites: str) -> dict[str, list[str]]:
+    """What evaluation suites ask, by suite.
+
+    Args:
+        suites: as for `asft eval --suite`, separated by commas.
+
+    Raises:
+        UserError: a suite is unknown or not here.
+    """
+    from asft_eval.errors import EvaluationError
+    from asft_eval.suites.questions import asked_by
+
+    try:
+        return asked_by(suites.split(","))
+    except EvaluationError as error:
+        raise UserError(str(error)) from error
+
+
 def tokenizer_dir(model_path: str) -> Path:
     """The Hugging Face directory of a model: itself, or what a NeMo checkpoint has inside."""
     inside = Path(model_path) / "context" / "hf"

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asft_nemo.commands.data_words import files_and_run, tokenizer_dir
+from asft_nemo.commands.data_words import files_and_run, questions_of, tokenizer_dir
 from asft_nemo.commands.output import DONE, answer, progress_of
 from asft_nemo.errors import UserError
 
@@ -88,16 +88,10 @@ def _refuse_templates(keys: Sequence[str]) -> None:
 
 
 def _suites(names: str) -> Suites:
-    from asft_eval.errors import EvaluationError
-    from asft_eval.suites.questions import questions
-
     from asft_nemo.data.contamination import EvaluationIndex
     from asft_nemo.data.preparation import Suites
 
-    try:
-        suites = {name: questions(name) for name in names.split(",")}
-    except EvaluationError as error:
-        raise UserError(str(error)) from error
+    suites = questions_of(names)
     digest = hashlib.sha256(json.dumps(list(suites.items())).encode()).hexdigest()
     return Suites(tuple(suites), EvaluationIndex(suites), digest)
 

@@ -14,7 +14,7 @@ from asft_eval.protocols import protocols
 from asft_eval.suites import SUITES
 from asft_eval.suites.load import find_file
 from asft_eval.suites.prompts import PROMPTS
-from asft_eval.suites.published import groups
+from asft_eval.suites.published import groups, spread
 
 from asft_nemo.config.named_paths import is_path
 from asft_nemo.config.recipes import suggest
@@ -68,9 +68,7 @@ def _suites(run: RunConfig) -> Iterator[str]:
 
 def _published(run: RunConfig) -> list[str]:
     """The published suites that are asked for, those of groups among them."""
-    members = groups()
-    spread = [one for name in run.eval.suites for one in members.get(name, [name])]
-    return [name for name in dict.fromkeys(spread) if name in SUITES]
+    return [name for name in spread(run.eval.suites) if name in SUITES]
 
 
 def _files(run: RunConfig) -> Iterator[str]:

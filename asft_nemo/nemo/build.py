@@ -17,6 +17,7 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
 from asft_nemo.config.model_shape import read_model_shape
 from asft_nemo.config.schema import RunConfig
+from asft_nemo.config.tables import OPTIONS
 from asft_nemo.cpu import backend
 from asft_nemo.data import Prepared, domain_names, training_order
 from asft_nemo.data.ordering import padding_multiple
@@ -46,8 +47,6 @@ from asft_nemo.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
-OBJECTIVE_OPTIONS = ("alpha", "temperature", "exponent", "clip_low", "clip_high", "refresh_every")
-
 
 @dataclass
 class Parts:
@@ -74,7 +73,7 @@ def _row_lengths(run: RunConfig) -> dict[str, Any]:
 
 def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
     """The model's configuration: architecture from the checkpoint, layout and objective from the run."""
-    options = {name: getattr(run.objective, name) for name in OBJECTIVE_OPTIONS}
+    options = {name: getattr(run.objective, name) for name in OPTIONS}
     layout, dtype = run.parallel, precision_row(run.precision).compute_dtype
     choose_layers(run.kernels.layers)
     return AnchoredGPTConfig(

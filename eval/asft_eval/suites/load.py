@@ -13,7 +13,7 @@ from typing import Any
 from asft_eval.errors import EvaluationError
 from asft_eval.suites.jsonl import checked, load_jsonl
 from asft_eval.suites.prompts import PROMPTS, render
-from asft_eval.suites.published import SUITES, Definition, groups
+from asft_eval.suites.published import SUITES, Definition, groups, spread
 from asft_eval.types import Example, Suite
 
 DATA_DIR_VARIABLE = "ASFT_DATA_DIR"
@@ -31,14 +31,12 @@ def load_suites(names: Sequence[str], *, prompt: str | None = None) -> list[Suit
     """
     if prompt is not None and prompt not in PROMPTS:
         render(prompt, "")  # says which there are
-    members = groups()
-    spread = [one for name in names for one in members.get(name, [name])]
-    spread = list(dict.fromkeys(spread))
-    if prompt is not None and not any(name not in SUITES or SUITES[name].wraps for name in spread):
+    suites = spread(names)
+    if prompt is not None and not any(name not in SUITES or SUITES[name].wraps for name in suites):
         raise EvaluationError(
-            f"{', '.join(spread)} have one form of prompt alone: leave the prompt variant {prompt} out"
+            f"{', '.join(suites)} have one form of prompt alone: leave the prompt variant {prompt} out"
         )
-    return [load_suite(name, prompt=prompt) for name in spread]
+    return [load_suite(name, prompt=prompt) for name in suites]
 
 
 def load_suite(name: str, *, prompt: str | None = None) -> Suite:

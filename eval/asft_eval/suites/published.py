@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -132,3 +132,9 @@ def groups() -> dict[str, list[str]]:
     for name, definition in SUITES.items():
         found.setdefault(definition.group, []).append(name)
     return found
+
+
+def spread(names: Sequence[str]) -> list[str]:
+    """The names with each group as its suites, each once and in the order named."""
+    members = groups()
+    return list(dict.fromkeys(one for name in names for one in members.get(name, [name])))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
 
 import pytest
+from asft_eval.suites.published import SUITES
 from asft_eval.suites.questions import questions
 
 from asft_nemo import cli
@@ -101,8 +103,8 @@ def test_the_command_names_row_and_question(tmp_path: Path, capsys: pytest.Captu
         (None, "there is no suite"),
         ('{"question": "x"}\n', "has a row without the text 'prompt'"),
         ('{"prompt": 3}\n', "has a row without the text 'prompt'"),
-        ("not json\n", "has a row without the text 'prompt'"),
-        ("", "has a row without the text 'prompt'"),
+        ("not json\n", "cannot be read"),
+        ("", "has no row"),
     ],
 )
 def test_a_suite_that_is_none(
@@ -121,7 +123,25 @@ def test_a_suite_by_name_needs_the_folder(
     monkeypatch.delenv("ASFT_DATA_DIR", raising=False)
     train = write(tmp_path / "train.jsonl", [{"question": "fine", "answer": "yes"}])
     assert cli.main(["data", "check", str(train), "--against", "math500"]) == 2
-    assert "looked for in the folder that ASFT_DATA_DIR names: set it" in capsys.readouterr().err
+    assert "run `asft data download math500 --out DIR` and set ASFT_DATA_DIR=DIR" in capsys.readouterr().err
+
+
+def test_a_group_is_its_suites_whichever_the_table_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every suite of the group is asked of a file made for it: one question is in the training rows."""
+    monkeypatch.setenv("ASFT_DATA_DIR", str(tmp_path))
+    (tmp_path / "code").mkdir()
+    suites = {name: suite for name, suite in SUITES.items() if suite.group == "code"}
+    for name, suite in suites.items():
+        text = json.dumps({suite.field: f"a question of {name}"}) + "\n"
+        packed = gzip.compress(text.encode()) if suite.file.endswith(".gz") else text.encode()
+        (tmp_path / suite.file).write_bytes(packed)
+    rows = [{"question": f"a question of {name}", "answer": "x"} for name in suites]
+    train = write(tmp_path / "train.jsonl", [*rows, {"question": "another", "answer": "y"}])
+    assert cli.main(["data", "check", str(train), "--json", "--against", "code"]) == 0
+    found = json.loads(capsys.readouterr().out)["contaminated_rows"]
+    assert [(row["line"], row["suite"]) for row in found] == list(enumerate(suites, start=1))
 
 
 def test_planted_problems_are_found_among_real_ones(
@@ -154,8 +174,6 @@ def test_planted_problems_are_found_among_real_ones(
     "suite", ["math500", "gsm8k", "aime24", "medqa", "medmcqa", "mmlu_medical", "humaneval", "alpaca_eval"]
 )
 def test_every_suite_has_its_questions(data_dir: Path, monkeypatch: pytest.MonkeyPatch, suite: str) -> None:
-    from asft_eval.suites.questions import questions
-
     monkeypatch.setenv("ASFT_DATA_DIR", str(data_dir))
     sizes = {"math500": 500, "gsm8k": 1319, "aime24": 30, "medqa": 1273, "medmcqa": 4183}
     sizes |= {"mmlu_medical": 2739, "humaneval": 164, "alpaca_eval": 805}

@@ -15,7 +15,8 @@ from typing import Any
 
 import pyarrow
 import pytest
-from asft_eval.suites.questions import QUESTIONS, questions
+from asft_eval.suites.published import SUITES
+from asft_eval.suites.questions import questions
 from pyarrow import parquet
 
 from asft_nemo import cli
@@ -320,7 +321,7 @@ def test_evaluation_sets_lie_where_the_suites_look(data_dir: Path) -> None:
     assert held == 6
     names = [file.name for found in SETS.values() for file in found.files]
     names += [file.lines.name for found in SETS.values() for file in found.files if file.lines]
-    assert {name for name, _ in QUESTIONS.values()} <= set(names)
+    assert {suite.file for suite in SUITES.values() if suite.download} <= set(names)
 
 
 def test_unknown_names_are_refused() -> None:
