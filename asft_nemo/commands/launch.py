@@ -64,7 +64,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         launched=True,
         shape_of=published_shape if arguments.dry_run else None,
     )
-    run, arguments.overrides = for_nodes(run, arguments.overrides)
+    run = for_nodes(run)
     place = Place.of(Path(run.run.dir).absolute())
     launch, stages, idle = _stages(run, arguments, place)
     if any(stage.name == "eval" for stage in stages):
@@ -73,7 +73,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         check_evaluation(run, look_for_files=not arguments.dry_run)
     plan = _training_plan(run, stages, force=arguments.force)
     if arguments.dry_run:
-        return _dry_run(arguments, run, stages, idle, place, plan)
+        return _dry_run(arguments, launch, stages, idle, plan)
     return _submit(arguments, launch, stages, place, words="\n".join(_plan(run, stages, idle, plan)))
 
 
@@ -103,7 +103,6 @@ def _stages(
         raise UserError("--stages names no stage: leave it out for all")
     launch = Launch(
         run=run,
-        words=tuple(arguments.overrides),
         asft=_asft(run),
         folder=place.folder,
         prepared="prepare" in names or is_prepared(run, place.folder),
@@ -120,15 +119,20 @@ def _asft(run: RunConfig) -> tuple[str, ...]:
 
 def _dry_run(
     arguments: argparse.Namespace,
-    run: RunConfig,
+    launch: Launch,
     stages: Sequence[Stage],
     idle: dict[str, str],
-    place: Place,
     plan: Plan | None,
 ) -> int:
+    from asft_nemo.config.schema import plain
     from asft_nemo.launching.fit import as_json, warnings
     from asft_nemo.launching.jobs import Place, render
+    from asft_nemo.launching.settings import given
+    from asft_nemo.launching.stages import settings_of_ranks
+    from asft_nemo.launching.words import setting
 
+    run, place = launch.run, Place.of(launch.folder)
+    settings = given(settings_of_ranks(launch))
     with tempfile.TemporaryDirectory(prefix="asft-") as scratch:
         drawn = render(run, stages, Place(place.folder, place.start, Path(scratch)), experiment="asft_0")
         scripts = {name: _named(one, scratch, str(place.home)) for name, one in drawn.items()}
@@ -138,10 +142,16 @@ def _dry_run(
             {"name": stage.name, "after": list(stage.after), **scripts[stage.name]} for stage in stages
         ],
         "left_out": idle,
+        "settings": {key: plain(value) for key, value in settings.items()},
         "training": None if plan is None else as_json(plan),
         "warnings": warnings(run, plan),
     }
     lines = [*_plan(run, stages, idle, plan), ""]
+    lines += [
+        "===== settings of the ranks, all others have their defaults =====",
+        *map(setting, settings, settings.values()),
+        "",
+    ]
     for stage in stages:
         for kind, text in scripts[stage.name].items():
             if text is not None:
@@ -184,11 +194,10 @@ def _submit(
     arguments: argparse.Namespace, launch: Launch, stages: Sequence[Stage], place: Place, *, words: str
 ) -> int:
     from asft_nemo.config.cluster_rules import on_slurm
-    from asft_nemo.config.load import compose
     from asft_nemo.launching import record, scripts, slurm
     from asft_nemo.launching.jobs import experiment_name, submit
     from asft_nemo.launching.settings import write_settings
-    from asft_nemo.launching.stages import training_words
+    from asft_nemo.launching.stages import settings_of_ranks
 
     run, name = launch.run, experiment_name()
     if on_slurm(run):
@@ -201,7 +210,7 @@ def _submit(
             _ask_slurm(run, stages, place, name)
         print(words, file=sys.stderr)
         if any(stage.ranks for stage in stages):
-            write_settings(place.folder, compose(training_words(launch), check_inputs=False))
+            write_settings(place.folder, settings_of_ranks(launch), words=arguments.overrides)
         launched = submit(run, stages, place, experiment=name)
         launched.write(place.folder)
     if not on_slurm(run):

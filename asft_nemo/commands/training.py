@@ -22,13 +22,39 @@ def add_training(add: Add) -> None:
     train.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings, for example objective=asft"
     )
+    _add_settings(train)
     cache = add("cache-reference", _cache_reference, "store the base's hidden states for reference=cached")
     cache.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings of the training run that will read them"
     )
+    _add_settings(cache)
     cache.add_argument(
         "--repair", action="store_true", help="check every stored row first and compute again what is damaged"
     )
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--settings",
+        type=Path,
+        metavar="FILE",
+        help="composed settings instead of conf/ and recipes/: launch/settings.json or run.json of a run; KEY=VALUE change single ones",
+    )
+
+
+def _run_of(arguments: argparse.Namespace, *choices: str) -> RunConfig:
+    """The settings that a command line gives.
+
+    Args:
+        arguments: the command's.
+        choices: further words, for settings that are not composed yet.
+    """
+    from asft_nemo.config.load import compose
+    from asft_nemo.config.settings_file import compose_file
+
+    if arguments.settings is not None:
+        return compose_file(arguments.settings, arguments.overrides)
+    return compose([*arguments.overrides, *choices])
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -41,9 +67,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from asft_nemo.config.load import compose
-
-    run = compose(arguments.overrides)
+    run = _run_of(arguments)
     _refuse_cluster(run, "train")
     if slurm_ranks.here():
         slurm_ranks.run_rank(run, "train")
@@ -68,10 +92,12 @@ def _refuse_cluster(run: RunConfig, command: str) -> None:
 
 
 def _cache_reference(arguments: argparse.Namespace) -> int:
-    from asft_nemo.config.load import compose
-
-    run = compose([*arguments.overrides, "reference=cached"])
+    run = _run_of(arguments, "reference=cached")
     _refuse_cluster(run, "cache-reference")
+    if run.reference.form != "cached":
+        raise UserError(
+            f"{arguments.settings} has reference.form={run.reference.form}, which reads no cache: launch with reference=cached, or leave --settings out"
+        )
     if slurm_ranks.here():
         slurm_ranks.run_rank(run, "repair" if arguments.repair else "cache")
     from asft_nemo.launch_local import launch_cache

@@ -93,6 +93,41 @@ def compose(
         _leaves(experiment),
         command_line,
     )
+    return _checked(levels, check_inputs=check_inputs, launched=launched, shape_of=shape_of)
+
+
+def compose_from(
+    settings: Mapping[str, Any], overrides: Sequence[str], *, source: str, check_inputs: bool = True
+) -> RunConfig:
+    """The run of settings that have been composed before, checked by every rule; conf/ and recipes/ have no say in it.
+
+    Args:
+        settings: all settings, nested.
+        overrides: single settings that are to be others, `key=value`.
+        source: of the settings, in sentences.
+        check_inputs: as `compose`.
+
+    Raises:
+        ConfigError: as `compose`; or an override would choose files of conf/ or recipes/.
+    """
+    line = _parse(overrides, project_dir() / "conf")
+    chosen = [name for name in (*line.groups, "recipe") if name in line.groups or name in line.settings]
+    if chosen:
+        raise ConfigError(
+            f"{source} holds settings that are composed already, and {', '.join(f'{name}=...' for name in chosen)} would compose others: "
+            "give single settings such as optim.lr=1e-5, or leave --settings out"
+        )
+    return _checked((_leaves(settings), (), (), list(line.settings.items())), check_inputs=check_inputs)
+
+
+def _checked(
+    levels: Sequence[Sequence[tuple[str, Any]]],
+    *,
+    check_inputs: bool,
+    launched: bool = False,
+    shape_of: Callable[[RunConfig], ModelShape | None] | None = None,
+) -> RunConfig:
+    """The run of these levels; arguments and errors as `compose`."""
     run, level_of, problems = _merge(levels)
     shape = None if shape_of is None else shape_of(run)
     try:

@@ -11,15 +11,16 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from asft_nemo.config.cluster_rules import on_slurm, ranks_per_node
 from asft_nemo.config.recipes import suggest
 from asft_nemo.config.run_folder import BASE_FOLDER
-from asft_nemo.config.schema import DataConfig, RunConfig, walk
+from asft_nemo.config.schema import DataConfig, RunConfig, replace, walk
 from asft_nemo.errors import UserError
 from asft_nemo.launching.prepared import entries, prepared_dir, prepared_names
-from asft_nemo.launching.words import setting, shell_line, without
+from asft_nemo.launching.settings import settings_file
+from asft_nemo.launching.words import setting, shell_line
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,12 @@ class Launch:
 
     Attributes:
         run: the settings, checked.
-        words: the command line's settings that gave them.
         asft: the words that start `asft` on the node.
         folder: run.dir, absolute.
         prepared: the training reads data that the stage `prepare` made.
     """
 
     run: RunConfig
-    words: tuple[str, ...]
     asft: tuple[str, ...]
     folder: Path
     prepared: bool
@@ -63,9 +62,9 @@ class Launch:
         """A line that runs `asft`."""
         return shell_line([*self.asft, *map(str, words)])
 
-    def rank_command(self, *words: str) -> str:
+    def rank_command(self, name: str) -> str:
         """The line that makes the shell of a rank that rank; signals then reach it."""
-        return f"exec {self.command(*words)}"
+        return f"exec {self.command(name, '--settings', settings_file(self.folder))}"
 
 
 class _Row(NamedTuple):
@@ -106,28 +105,28 @@ def _import(launch: Launch) -> list[str]:
     return [launch.command("import", launch.run.model.path, launch.folder / BASE_FOLDER, "--once")]
 
 
-def training_words(launch: Launch) -> list[str]:
-    """The words of the training run, as `asft train` takes them on any machine."""
-    words = without(launch.words, "cluster.", "eval.", "run.dir", "run.world_size", "trainer.resume")
-    words += [setting("run.dir", str(launch.folder)), setting("run.world_size", launch.run.run.world_size)]
+def settings_of_ranks(launch: Launch) -> RunConfig:
+    """What ranks are told: nothing of the cluster, to read what `prepare` makes, and to go on from the last complete checkpoint."""
+    changes: dict[str, Any] = {
+        "run.dir": str(launch.folder),
+        "trainer.resume": "if_exists",
+        "cluster": {"name": "local"},
+    }
     if launch.prepared:
         names, data = prepared_names(launch.run), launch.run.data
-        for key, files in (("train", data.train), ("validation", data.validation)):
-            ready = [
+        for key, files in (("data.train", data.train), ("data.validation", data.validation)):
+            changes[key] = [
                 str(prepared_dir(launch.folder, names[name])) if name in names else name for name in files
             ]
-            if ready:
-                words = [*without(words, f"data.{key}"), setting(f"data.{key}", ready)]
-    return words
+    return replace(launch.run, changes)
 
 
 def _cache(launch: Launch) -> list[str]:
-    return [launch.rank_command("cache-reference", *training_words(launch))]
+    return [launch.rank_command("cache-reference")]
 
 
 def _train(launch: Launch) -> list[str]:
-    # A job that comes back goes on from its last complete checkpoint.
-    return [launch.rank_command("train", *training_words(launch), "trainer.resume=if_exists")]
+    return [launch.rank_command("train")]
 
 
 def _step(launch: Launch) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from asft_nemo.config.named_paths import made_absolute
@@ -34,15 +34,6 @@ def _value(value: Any) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
-def without(words: Iterable[str], *keys: str) -> list[str]:
-    """The words that set none of the keys; a key `a.` stands for all of its section, and for the group `a`."""
-    return [word for word in words if not any(_sets(word.partition("=")[0], key) for key in keys)]
-
-
-def _sets(name: str, key: str) -> bool:
-    return name == key or (key.endswith(".") and (name.startswith(key) or name == key[:-1]))
-
-
 def shell_line(words: Sequence[str]) -> str:
     """One command; from the first setting on one word a line, so that a long one can be read."""
     quoted = [shlex.quote(word) for word in words]
@@ -52,13 +43,6 @@ def shell_line(words: Sequence[str]) -> str:
     return " \\\n  ".join([" ".join(quoted[:start]), *quoted[start:]])
 
 
-def for_nodes(run: RunConfig, words: Sequence[str]) -> tuple[RunConfig, list[str]]:
-    """The settings and the words that gave them, with every file and folder under its absolute name: nodes need not have this directory.
-
-    Args:
-        run: the settings.
-        words: the command line's.
-    """
-    changed = made_absolute(run)
-    absolute = [setting(key, value) for key, value in changed.items()]
-    return replace(run, changed), [*without(words, *changed), *absolute]
+def for_nodes(run: RunConfig) -> RunConfig:
+    """The settings with every file and folder under its absolute name: nodes need not have this directory."""
+    return replace(run, made_absolute(run))

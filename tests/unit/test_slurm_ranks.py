@@ -57,7 +57,7 @@ def test_a_rank_with_other_settings_than_were_launched_does_nothing(
     monkeypatch.setattr(slurm_ranks, "_do", lambda run, job: done.append("trained"))
     monkeypatch.setattr(slurm_ranks, "_say", done.append)
     run = compose(["experiment=tiny", f"run.dir={tmp_path}"], check_inputs=False)
-    write_settings(tmp_path, replace(run, {"optim.lr": 1.0}))
+    write_settings(tmp_path, replace(run, {"optim.lr": 1.0}), words=())
     with pytest.raises(SystemExit) as left:
         slurm_ranks.run_rank(run, "train")
     assert left.value.code == USER_ERROR_EXIT

@@ -58,11 +58,11 @@ OF_NEMO_RUN = "SC2034,SC2046,SC2086,SC2128,SC2206,SC2207"
 
 def drawn(words: Sequence[str], folder: Path, start: Path) -> dict[str, str]:
     """File name -> text of every script, without what differs between machines."""
-    run, words = for_nodes(compose(words, check_inputs=False, launched=True), words)
+    run = for_nodes(compose(words, check_inputs=False, launched=True))
     names, _ = choose(run, None)
     target = (start / run.run.dir) if run.run.dir == "run" else Path(run.run.dir)
     asft = ("asft",) if run.cluster.container_image else (sys.executable, "-m", "asft_nemo")
-    launch = Launch(run=run, words=tuple(words), asft=asft, folder=target, prepared=True)
+    launch = Launch(run=run, asft=asft, folder=target, prepared=True)
     scripts = render(run, build(launch, names), Place(target, start, folder), experiment="asft_0")
     found = {f"{name}.sh": one.script for name, one in scripts.items()}
     found |= {f"{name}_sbatch.sh": one.batch for name, one in scripts.items() if one.batch is not None}

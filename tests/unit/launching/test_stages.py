@@ -14,8 +14,8 @@ from asft_nemo.config.schema import DataConfig
 from asft_nemo.data.preparation import prepare_files
 from asft_nemo.errors import UserError
 from asft_nemo.launching.prepared import is_prepared
-from asft_nemo.launching.stages import STAGES, Launch, Stage, build, choose
-from asft_nemo.launching.words import setting, without
+from asft_nemo.launching.stages import STAGES, Launch, Stage, build, choose, settings_of_ranks
+from asft_nemo.launching.words import setting
 
 EVERYTHING = list(STAGES)
 
@@ -23,10 +23,13 @@ EVERYTHING = list(STAGES)
 def stages(
     words: Sequence[str], asked: Sequence[str] | None = None, *, folder: Path = Path("/run")
 ) -> list[Stage]:
+    names, _ = choose(launch(words).run, asked)
+    return build(launch(words, folder=folder, prepared="prepare" in names), names)
+
+
+def launch(words: Sequence[str], *, folder: Path = Path("/run"), prepared: bool = True) -> Launch:
     run = compose(words, check_inputs=False, launched=True)
-    names, _ = choose(run, asked)
-    launch = Launch(run=run, words=tuple(words), asft=("asft",), folder=folder, prepared="prepare" in names)
-    return build(launch, names)
+    return Launch(run=run, asft=("asft",), folder=folder, prepared=prepared)
 
 
 def tiny(*words: str) -> list[str]:
@@ -87,18 +90,11 @@ def test_wrong_stages_are_refused(asked: list[str], sentence: str) -> None:
     assert sentence in str(caught.value)
 
 
-def test_training_is_the_command_a_user_would_type() -> None:
-    words = tiny(
-        "cluster=slurm_sandbox",
-        "run.world_size=4",
-        "eval.limit=3",
-        "objective.kl_weight=0.1",
-        "cluster.time=20",
-    )
+def test_training_reads_the_settings_that_were_launched() -> None:
+    words = tiny("cluster=slurm_sandbox", "run.world_size=4", "objective.kl_weight=0.1", "cluster.time=20")
     train = next(stage for stage in stages(words) if stage.name == "train")
-    said = last_command(train)
-    assert said[:3] == ["exec", "asft", "train"]
-    run = compose(said[3:], check_inputs=False)
+    assert last_command(train) == "exec asft train --settings /run/launch/settings.json".split()  # noqa: SIM905
+    run = settings_of_ranks(launch(words))
     assert run.cluster.name == "local", "a rank is told nothing of the cluster"
     assert (run.objective.kl_weight, run.run.world_size, run.run.dir) == (0.1, 4, "/run")
     assert run.data.train == ("/run/data/a",)
@@ -111,13 +107,17 @@ def test_prepared_data_are_told_apart_and_read_by_their_own_template(tmp_path: P
     (ready / "manifest.json").touch()
     files = f"[x/train.jsonl,y/train.jsonl,{ready},z/*.parquet]"
     words = tiny("data.templates=[alpaca,raw,alpaca,alpaca]", f"data.train={files}", "data.on_bad_row=skip")
-    found = {stage.name: stage for stage in stages(words)}
-    lines = [shlex.split(line.replace("\\\n", " ")) for line in found["prepare"].lines]
+    (prepare,) = (stage for stage in stages(words) if stage.name == "prepare")
+    lines = [shlex.split(line.replace("\\\n", " ")) for line in prepare.lines]
     assert [line[3] for line in lines] == ["x/train.jsonl", "y/train.jsonl", "z/*.parquet"]
     assert ["data.template=raw" in line for line in lines] == [False, True, False]
     assert all("data.on_bad_row=skip" in line and "data.fields.prompt=question" in line for line in lines)
-    trained = compose(last_command(found["train"])[3:], check_inputs=False).data.train
-    assert trained == ("/run/data/train", "/run/data/train~2", str(ready), "/run/data/all")
+    assert settings_of_ranks(launch(words)).data.train == (
+        "/run/data/train",
+        "/run/data/train~2",
+        str(ready),
+        "/run/data/all",
+    )
 
 
 def test_data_that_an_earlier_launch_prepared_are_this_run_s_or_refused(tmp_path: Path) -> None:
@@ -181,8 +181,3 @@ def test_a_setting_comes_back_as_it_was(value: object) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     assert OverridesParser.create().parse_override(setting("run.dir", value)).value() == value
-
-
-def test_words_are_dropped_by_key_section_and_group() -> None:
-    words = ["cluster=slurm", "cluster.time=1", "clusters=x", "run.dir=a", "run.dirs=b", "eval.limit=3"]
-    assert without(words, "cluster.", "eval.", "run.dir") == ["clusters=x", "run.dirs=b"]
