@@ -1,4 +1,4 @@
-"""`results.json`: what was measured, how, on what, with which versions. Schema version 2.
+"""`results.json`: what was measured, how, on what, with which versions. Schema version 3; docs/evaluation.md says it in full.
 
     {schema_version, model: {path, fingerprint}, backend, protocol, seed, versions: {package: version},
      suites: {name: {version, sha256, grader, prompt, protocol: {name, max_tokens, n, temperature, top_p, seed, k},
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from typing import Any
 from asft_eval.errors import EvaluationError
 from asft_eval.types import Protocol
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_READABLE = (2, 3)  # 2 had no drift
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 
 _BLOCK = 1 << 16
@@ -61,6 +62,7 @@ class Result:
     seed: int | None
     versions: Mapping[str, str]
     suites: Mapping[str, SuiteResult]
+    drift: Mapping[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def read_result(result_dir: Path | str) -> Result:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = content["schema_version"]
-        if found != SCHEMA_VERSION:
+        if found not in _READABLE:
             raise EvaluationError(
                 f"{path} has schema version {found}, this is {SCHEMA_VERSION}: evaluate again"
             )
@@ -131,15 +133,23 @@ def read_result(result_dir: Path | str) -> Result:
 
 
 def read_samples(result_dir: Path | str) -> list[dict[str, Any]]:
-    """The lines of `samples.jsonl`.
+    """The lines of `samples.jsonl`; see `each_sample`."""
+    return list(each_sample(result_dir))
+
+
+def each_sample(result_dir: Path | str) -> Iterator[dict[str, Any]]:
+    """The lines of `samples.jsonl`, one at a time: all of them may be gigabytes.
 
     Raises:
         EvaluationError: there is no such file, or a line is damaged.
     """
     path = Path(result_dir) / SAMPLES
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Lines of a file end at line feeds alone; splitlines() would also cut at U+2028 within a completion.
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                yield json.loads(line)
     except FileNotFoundError:
         raise EvaluationError(f"{result_dir} holds no {SAMPLES}: evaluate again") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path} is damaged ({error}): evaluate again") from error

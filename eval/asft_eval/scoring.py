@@ -10,6 +10,7 @@ from asft_eval.protocols import pass_at_k
 from asft_eval.requests import Part
 from asft_eval.result import SuiteResult
 from asft_eval.statistics import standard_error, wilson_interval
+from asft_eval.types import Protocol
 
 
 def figures(part: Part, rows: Sequence[Mapping[str, Any]]) -> SuiteResult:
@@ -21,7 +22,7 @@ def figures(part: Part, rows: Sequence[Mapping[str, Any]]) -> SuiteResult:
     """
     suite, how = part.suite, part.protocol
     right = [sum(bool(row["correct"]) for row in rows[i : i + how.n]) for i in range(0, len(rows), how.n)]
-    scores = [pass_at_k(r, how.n, how.k) if how.k else r / how.n for r in right]
+    scores = [example_score(how, r) for r in right]
     accuracy, stderr, interval = _mean(scores) if how.n > 1 else _share(sum(right), len(right))
     return SuiteResult(
         version=suite.version,
@@ -38,6 +39,11 @@ def figures(part: Part, rows: Sequence[Mapping[str, Any]]) -> SuiteResult:
         cut=sum(not row["finished"] for row in rows),
         seconds=sum(float(row["seconds"]) for row in rows),
     )
+
+
+def example_score(how: Protocol, right: int) -> float:
+    """What one example counts: the share of its `how.n` completions that are right, or pass@k."""
+    return pass_at_k(right, how.n, how.k) if how.k else right / how.n
 
 
 def _share(right: int, n: int) -> tuple[float, float, tuple[float, float]]:

@@ -42,7 +42,7 @@ def test_figures_files_and_reading_back(model: Path, tmp_path: Path):
     assert result.suites["sums"].accuracy == 0
     assert read_result(tmp_path / "out") == result
     written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert written["schema_version"] == 2
+    assert written["schema_version"] == 3
     assert written["protocol"] == "greedy"
     assert written["suites"]["words"]["protocol"]["max_tokens"] == 8
     samples = read_samples(tmp_path / "out")
@@ -94,10 +94,10 @@ def test_gained_and_lost_and_the_table(model: Path, tmp_path: Path):
     assert both.changes["tuned", "sums"] == Change(gained=0, lost=1)
     assert both.changes["base", "words"] == Change(gained=0, lost=0)
     header, rows = both.table()
-    assert header == ["model", "words", "sums"]
+    assert header == ["model", "words", "sums", "mean of suites"]
     assert rows[1][0] == "tuned"
     assert rows[1][1].startswith("75.0 [")
-    assert markdown_table(header, rows).splitlines()[1] == "| --- | --- | --- |"
+    assert markdown_table(header, rows).splitlines()[1] == "| --- | --- | --- | --- |"
 
 
 def test_what_was_measured_differently_is_not_compared(model: Path, tmp_path: Path):
@@ -119,7 +119,7 @@ def test_damaged_or_missing_results(model: Path, tmp_path: Path):
     file.write_text(whole[:-40])
     with pytest.raises(EvaluationError, match="damaged"):
         read_result(tmp_path / "a")
-    file.write_text(whole.replace('"schema_version": 2', '"schema_version": 99'))
+    file.write_text(whole.replace('"schema_version": 3', '"schema_version": 99'))
     with pytest.raises(EvaluationError, match="schema version 99"):
         read_result(tmp_path / "a")
 
