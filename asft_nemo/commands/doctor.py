@@ -8,11 +8,10 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from asft_nemo.commands import doctor_cluster
+from asft_nemo.commands import doctor_cluster, doctor_disks, doctor_gpus
 from asft_nemo.commands.output import DONE, MENDABLE, Add, answer
 from asft_nemo.config import machine
 from asft_nemo.config.fp8 import FP8, fp8_missing
@@ -20,10 +19,6 @@ from asft_nemo.config.paths import project_dir
 
 _NEEDED = ("torch", "nemo_toolkit", "megatron-core", "transformers", "safetensors", "nemo_run")
 _PYTHON = (3, 11)
-_FREE_BYTES = 20 << 30  # a base, a checkpoint and an export of a 1.5B model
-_SHARED_BYTES = (
-    1 << 30
-)  # containers have 64 MB unless told otherwise, too little for NCCL and for workers that read data
 _IMAGE = "docs/container.md"
 
 
@@ -61,64 +56,9 @@ def _machine() -> list[Finding]:
     return [
         Finding("system", f"{platform.system()} {platform.machine()}, {platform.node()}"),
         Finding("Python", f"{python}{cure}", wrong=not fits),
-        Finding("cores, memory", f"{len(os.sched_getaffinity(0))}, {_gigabytes(memory)}"),
-        *_disks(),
-        Finding("GPUs", _gpus()),
-        Finding("NCCL", _nccl()),
+        Finding("cores, memory", f"{len(os.sched_getaffinity(0))}, {doctor_disks.gigabytes(memory)}"),
+        *(Finding(*row) for row in (*doctor_disks.disks(), *doctor_gpus.gpus())),
     ]
-
-
-def _disks() -> Iterator[Finding]:
-    """Free space where runs, downloads and shared memory go."""
-    here = Path.cwd()
-    yield Finding("disk here", _free(here, _FREE_BYTES, ", too little for checkpoints of any real model"))
-    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    there = next(folder for folder in (hub, *hub.absolute().parents) if folder.exists())
-    same = os.stat(there).st_dev == os.stat(here).st_dev
-    yield Finding(
-        "Hugging Face cache",
-        f"{hub}, {'the same disk' if same else _free(there, _FREE_BYTES, ', too little for a 7B model: set HF_HOME')}",
-    )
-    shared = Path("/dev/shm")
-    if shared.is_dir():
-        yield Finding(
-            "shared memory",
-            _free(shared, _SHARED_BYTES, ": start the container with --ipc=host or --shm-size=8g"),
-        )
-
-
-def _free(folder: Path, enough: int, low: str) -> str:
-    free = shutil.disk_usage(folder).free
-    return f"{_gigabytes(free)} free{low if free < enough else ''}"
-
-
-def _gpus() -> str:
-    """The GPUs by name, asked of torch, which must be able to use them."""
-    if machine.forced_to_cpu():
-        return "left alone, for ASFT_DEVICE=cpu: everything runs on CPU ranks (gloo), to try it and not for speed"
-    count = machine.gpu_count()
-    if not count:
-        return "none: everything runs on CPU ranks (gloo), to try it and not for speed"
-    import torch
-
-    if not torch.cuda.is_available():
-        return f"{count} that torch {torch.__version__} cannot use: install a build of torch for CUDA, or update the driver"
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    major, minor = torch.cuda.get_device_capability()
-    fp8 = "FP8" if (major, minor) >= (8, 9) else "no FP8"
-    return f"{', '.join(f'{names.count(name)} x {name}' for name in dict.fromkeys(names))}, compute capability {major}.{minor} ({fp8})"
-
-
-def _nccl() -> str:
-    """Its version as torch was built with it, asked only where there are GPUs: importing torch takes seconds."""
-    if not machine.gpu_count():
-        return "not used: CPU ranks talk by gloo"
-    import torch
-
-    if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
-        return f"missing in torch {torch.__version__}: {_IMAGE} has it, and so has a build of torch for CUDA"
-    version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[attr-defined]
-    return f"{version}, CUDA {torch.version.cuda}"
 
 
 def _packages() -> list[Finding]:
@@ -187,7 +127,3 @@ def _launchers() -> list[Finding]:
     containers = ", ".join(name for name in programs if shutil.which(name))
     cluster = [Finding(what, found) for what, found in doctor_cluster.slurm()]
     return [*cluster, Finding("containers", containers or "none on the path")]
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

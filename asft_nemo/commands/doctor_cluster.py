@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -55,13 +57,22 @@ def _pyxis() -> str:
 
 
 def _ask(*words: str) -> tuple[int, str]:
-    """Exit code and what a command said; of a failure, its first line."""
+    """Exit code and what a command said; of a failure, its last line.
+
+    It has a session of its own: where a site has put a script in front of Slurm's program, both are ended.
+    """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
-    except FileNotFoundError:
-        return 127, f"{words[0]} is not installed"
+        asked = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )  # fmt: skip
+    except OSError as error:
+        return 127, f"{words[0]} cannot be started: {error.strerror}"
+    try:
+        said, complaint = asked.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
+        os.killpg(asked.pid, signal.SIGKILL)
+        asked.communicate()
         return 124, f"{words[0]} did not answer in {SECONDS:g} s"
-    if done.returncode:
-        return done.returncode, (done.stderr.strip() or f"{words[0]} failed").splitlines()[-1]
-    return 0, (done.stdout + done.stderr).strip()
+    if asked.returncode:
+        return asked.returncode, (complaint.strip() or f"{words[0]} failed").splitlines()[-1]
+    return 0, (said + complaint).strip()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from asft_nemo.config.facts import Facts
 from asft_nemo.config.named_paths import FILES, FOLDERS, is_path, named_paths
+from asft_nemo.config.paths import hub_home
 from asft_nemo.config.schema import RunConfig, walk
 
 # NeMo-Run's batch scripts do not quote them; , and : are pyxis' own signs.
@@ -40,7 +41,7 @@ def variables(run: RunConfig) -> dict[str, Path]:
     if named["eval.suites"] and (folder := _variable(run, "ASFT_DATA_DIR")):
         found["ASFT_DATA_DIR"] = Path(os.path.abspath(folder))
     if run.cluster.pyxis and any(named.values()):
-        home = _variable(run, "HF_HOME") or str(Path.home() / ".cache" / "huggingface")
+        home = hub_home(_variable(run, "HF_HOME"))
         places = {"HF_HOME": home} | {
             name: _variable(run, name) for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE")
         }

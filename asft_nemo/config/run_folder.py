@@ -19,7 +19,8 @@ def has_trained(folder: Path) -> bool:
 
 def unwritable(folder: Path) -> str | None:
     """Why nothing can be written into `folder`, which need not be there yet; None where nothing speaks against it."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    # os.path.exists: below a folder that may not be entered, Path.exists raises
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     if not there.is_dir():
         return f"{there} is a file"
     if os.access(there, os.W_OK | os.X_OK):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from asft_nemo.cli import main
-from asft_nemo.commands import doctor, doctor_cluster
+from asft_nemo.commands import doctor, doctor_cluster, doctor_disks, doctor_gpus
 from asft_nemo.config import machine
 
 
@@ -108,9 +110,11 @@ def test_pairs_that_were_tried_are_right(
 ):
     original = machine.version_of
     names = {"nemo-toolkit": "nemo_toolkit"}
-    monkeypatch.setattr(
-        machine, "version_of", lambda name: installed.get(names.get(name, name), original(name))
-    )
+
+    def version(name: str) -> str | None:
+        return installed.get(names.get(name, name)) or original(name)
+
+    monkeypatch.setattr(machine, "version_of", version)
     wrong = [row.what for row in doctor._packages() if row.wrong]
     assert wrong == ([] if right else ["megatron-core"])
 
@@ -135,11 +139,115 @@ def test_little_room_is_said(
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(64 << 20))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "not" / "there" / "yet"))
-    main(["doctor", "--json"])
+    assert main(["doctor", "--json"]) == 2
     found = findings(capsys)
-    assert found["disk here"]["found"] == "0.1 GB free, too little for checkpoints of any real model"
-    assert found["shared memory"]["found"].endswith("--ipc=host or --shm-size=8g")
+    assert (
+        found["disk here"]["found"] == "67 MB free, too little for any run: make room or go to another disk"
+    )
+    assert found["disk here"]["wrong"]
+    assert str(found["shared memory"]["found"]).endswith("--ipc=host or --shm-size=8g")
     assert str(tmp_path) in str(found["Hugging Face cache"]["found"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"HF_HOME": "/dev/null/x"}, "/dev/null is a file): set HF_HOME"),
+        ({"HF_HOME": "hub"}, "hub, which is another one in every folder"),
+        ({"HF_HOME": "/elsewhere", "HF_HUB_CACHE": "~/.."}, "HOME/.., "),
+        ({"XDG_CACHE_HOME": "HOME/xdg"}, "HOME/xdg/huggingface, "),
+        ({}, "HOME/.cache/huggingface, "),
+        ({"HOME": None}, "nowhere, for this user has no home: set HF_HOME"),
+    ],
+)
+def test_the_cache_is_where_the_hubs_tools_have_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str | None], said: str
+):
+    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in variables.items():
+        if value is not None:
+            monkeypatch.setenv(name, value.replace("HOME", str(tmp_path)))
+            continue
+        monkeypatch.delenv(name)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without an entry
+    found = {what: words for what, words, _ in doctor_disks.disks()}
+    assert (
+        said.replace("HOME", str(tmp_path)) in found["Hugging Face cache"]
+        or said in found["Hugging Face cache"]
+    )
+
+
+def test_a_folder_that_is_gone_or_not_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    (_, said, wrong), *_rest = doctor_disks.disks()
+    assert wrong
+    assert said.startswith(f"{tmp_path} is not writable for ")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert next(doctor_disks.disks())[1:] == ("this folder has been removed: go to one that is there", True)
+    monkeypatch.chdir(tmp_path)  # what monkeypatch comes back to must be there
+
+
+class Cuda:
+    """torch.cuda with GPUs of these names and compute capabilities."""
+
+    def __init__(self, *devices: tuple[str, tuple[int, int]]):
+        self.devices = devices
+        self.nccl = SimpleNamespace(version=lambda: (2, 28, 3))
+
+    def is_available(self) -> bool:
+        return bool(self.devices)
+
+    def device_count(self) -> int:
+        return len(self.devices)
+
+    def get_device_name(self, index: int) -> str:
+        return self.devices[index][0]
+
+    def get_device_capability(self, index: int) -> tuple[int, int]:
+        if self.devices[index][1] == (0, 0):
+            raise RuntimeError("CUDA error: device is lost\nmore")
+        return self.devices[index][1]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said", "wrong"),
+    [
+        (Cuda(*[("NVIDIA H100 80GB HBM3", (9, 0))] * 2), "2 x NVIDIA H100 80GB HBM3, compute capability 9.0 (FP8)", False),
+        (
+            Cuda(("NVIDIA A100-SXM4-40GB", (8, 0)), ("Quadro RTX 9000", (12, 0))),
+            "1 x NVIDIA A100-SXM4-40GB, compute capability 8.0 (no FP8); 1 x Quadro RTX 9000, compute capability 12.0 (FP8), whose speed is not "
+            "known here: mfu is null unless you give trainer.peak_tflops",
+            False,
+        ),
+        (Cuda(), "2 that torch 9.9 cannot use: install a build of torch for CUDA, or update the driver; to do without them, set ASFT_DEVICE=cpu", True),
+        (Cuda(("NVIDIA H100", (0, 0))), "2 that do not answer (CUDA error: device is lost): nvidia-smi shows more", True),
+        (None, "2, and torch cannot be imported to use them (libcudart.so.13: cannot open shared object file)", True),
+    ],
+)  # fmt: skip
+def test_gpus_are_named_and_what_keeps_them_from_being_used(
+    monkeypatch: pytest.MonkeyPatch, cuda: Cuda | None, said: str, wrong: bool
+):
+    """Stand-ins for torch and the driver: no GPU is asked."""
+
+    def torch(_name: str) -> SimpleNamespace:
+        if cuda is None:
+            raise OSError("libcudart.so.13: cannot open shared object file")
+        distributed = SimpleNamespace(is_nccl_available=lambda: True)
+        return SimpleNamespace(
+            cuda=cuda, __version__="9.9", version=SimpleNamespace(cuda="13.0"), distributed=distributed
+        )
+
+    monkeypatch.setattr(machine, "gpu_count", lambda: 2)
+    monkeypatch.setattr(doctor_gpus, "importlib", SimpleNamespace(import_module=torch))
+    found = {what: (words, bad) for what, words, bad in doctor_gpus.gpus()}
+    assert found["GPUs"] == (said, wrong)
+    if cuda is not None and cuda.devices:
+        assert found["NCCL"] == ("2.28.3, CUDA 13.0", False)
 
 
 def program(folder: Path, name: str, script: str) -> None:
@@ -175,7 +283,8 @@ def test_a_cluster_that_lacks_things(cluster: Path, monkeypatch: pytest.MonkeyPa
     """No pyxis, one program missing, and a controller that never answers: said in time."""
     monkeypatch.setattr(doctor_cluster, "SECONDS", 0.3)
     program(cluster, "srun", "echo usage")
-    program(cluster, "sinfo", 'case "$1" in --version) echo slurm 25.05.1;; *) exec /bin/sleep 30;; esac')
+    hangs = "/bin/sleep 30; true"  # not exec: a site's own script before Slurm's program
+    program(cluster, "sinfo", f'case "$1" in --version) echo slurm 25.05.1;; *) {hangs};; esac')
     (cluster / "sacct").unlink()
     started = time.monotonic()
     found = dict(doctor_cluster.slurm())
