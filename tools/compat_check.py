@@ -11,6 +11,7 @@ the same to the byte. In each of them `asft train` takes four steps on four CPU 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import os
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -44,10 +47,15 @@ def main() -> int:
     names = sorted(file.stem.removeprefix("compat_") for file in (ROOT / "requirements").glob("compat_*.txt"))
     parser.add_argument("--only", choices=names, action="append", help="not all of them")
     parser.add_argument("--out", type=Path, help="folder for compat.json and compat.md")
+    parser.add_argument(
+        "--lock",
+        type=Path,
+        help="file that each environment locks, for a machine that does heavy work in turn",
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     with tempfile.TemporaryDirectory(prefix="asft_compat_") as scratch:
-        rows = check(arguments.only or names, Path(scratch), out=arguments.out)
+        rows = check(arguments.only or names, Path(scratch), out=arguments.out, lock=arguments.lock)
     failed = [row for row in rows if row["failed"]]
     for row in failed:
         log.error("%s: %s", row["name"], row["failed"])
@@ -55,27 +63,45 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def check(names: list[str], scratch: Path, *, out: Path | None) -> list[dict[str, Any]]:
+def check(names: list[str], scratch: Path, *, out: Path | None, lock: Path | None) -> list[dict[str, Any]]:
     """One row for each environment, the pinned one first; written after each."""
     data = scratch / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in sums()), encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for name in (PINNED, *names):
         python = ROOT / ".venv" / "bin" / "python" if name == PINNED else environment(name)
-        row: dict[str, Any] = {"name": name, "versions": versions(python), "failed": None}
-        log.info("%s: %s", name, row["versions"])
-        started = time.monotonic()
-        try:
-            row |= smoke(python, data, scratch / name, expected=rows[0] if rows else None)
-        except Failed as error:
-            row["failed"] = str(error)
-        row["seconds"] = round(time.monotonic() - started)
-        rows.append(row)
+        with locked(lock):
+            rows.append(tried(name, python, data, scratch / name, expected=rows[0] if rows else None))
         if out is not None:
             write(rows, out)
-        if name == PINNED and row["failed"]:
+        if rows[0]["failed"]:
             break
     return rows
+
+
+@contextmanager
+def locked(file: Path | None) -> Iterator[None]:
+    """Waits for the lock of a file, where one is given."""
+    if file is None:
+        yield
+        return
+    with file.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def tried(
+    name: str, python: Path, data: Path, run_dir: Path, *, expected: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The row of one environment, a failure included."""
+    row: dict[str, Any] = {"name": name, "versions": versions(python), "failed": None}
+    log.info("%s: %s", name, row["versions"])
+    started = time.monotonic()
+    try:
+        row |= smoke(python, data, run_dir, expected=expected)
+    except Failed as error:
+        row["failed"] = str(error)
+    return row | {"seconds": round(time.monotonic() - started)}
 
 
 def sums() -> list[dict[str, str]]:
