@@ -345,6 +345,8 @@ def versions() -> dict[str, str | None]:
 def git_commit() -> str | None:
     """The commit this code runs from, with `+changes` when the tree differs from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None  # installed: the repository around an environment is somebody else's
 
     def git(*words: str) -> str:
         return subprocess.run(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from asft_nemo import cli
+from asft_nemo import cli, run_dir
 from asft_nemo.checkpoint.convert import import_hf
 from asft_nemo.config.paths import project_dir
 from asft_nemo.config.schema import RunConfig, from_dict, replace
@@ -21,6 +22,7 @@ from asft_nemo.run_dir import (
     check_run_dir,
     checkpoint_steps,
     drop_steps_after,
+    git_commit,
     initial_adapters,
     open_run_dir,
     point_at,
@@ -313,3 +315,18 @@ def test_a_peft_directory_becomes_adapters_once(run: RunConfig, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="was made with other settings of peft"):
         initial_adapters(replace(run, {"peft.alpha": 9.0}), base)
     assert initial_adapters(replace(run, {"peft.adapter": None}), base) is None
+
+
+def test_a_repository_around_an_installation_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], [*user, "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    installed = tmp_path / "env" / "site-packages" / "asft_nemo"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr(run_dir, "__file__", str(installed / "run_dir.py"))
+    assert git_commit() is None
+    monkeypatch.setattr(run_dir, "__file__", str(tmp_path / "asft_nemo" / "run_dir.py"))
+    (tmp_path / "asft_nemo").mkdir()
+    assert len(str(git_commit())) == 40
