@@ -10,10 +10,10 @@ from asft_nemo.demo.plots import COLOURS
 from asft_nemo.demo.stages import duration
 from asft_nemo.demo.verdict import SIMILAR, TITLES
 from asft_nemo.reporting.html import document, escaped, row_of, table_of
+from asft_nemo.reporting.numbers import MINUS, nats, points, share, signed
 from asft_nemo.reporting.page_style import CSS
 
 Values = Mapping[str, Any]
-MINUS = "−"
 MARKS = {"yes": "✓ holds", "no": "✗ fails", "undecided": "? undecided"}
 STAGES = {
     "data": "data",
@@ -49,32 +49,8 @@ def page(values: Values, pictures: Mapping[str, str]) -> str:
     return document(values["headline"], CSS, parts)
 
 
-# --- numbers in words
-
-
-def points(value: float, *, sign: bool = True) -> str:
-    """A difference of shares in percentage points."""
-    return _signed(100 * value, 1) if sign else f"{100 * value:.1f}"
-
-
-def _signed(value: float, digits: int) -> str:
-    text = f"{abs(value):.{digits}f}"
-    if float(text) == 0:
-        return text
-    return (MINUS if value < 0 else "+") + text
-
-
-def nats(value: float) -> str:
-    """A KL in nats: three decimals, or one digit where that would be zero."""
-    return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.1g}"
-
-
 def _interval(estimate: Values, form: Any) -> str:
     return f"{form(estimate['low'])} to {form(estimate['high'])}"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}"
 
 
 def _cell(estimate: Values, form: Any) -> str:
@@ -114,7 +90,7 @@ def _claims(values: Values) -> str:
     items = []
     for claim in values["claims"]:
         gap, in_points = claim["difference"], claim["unit"] == "points"
-        form = points if in_points else (lambda value: _signed(value, 3))
+        form = points if in_points else (lambda value: signed(value, 3))
         unit = "points" if in_points else "nats per token"
         seeds = ""
         if len(gap["per_seed"]) > 1:
@@ -145,8 +121,8 @@ def _results(values: Values, picture: str) -> str:
             row_of(
                 _key(name),
                 [
-                    _cell(model["new"], _share),
-                    _cell(model["old"], _share),
+                    _cell(model["new"], share),
+                    _cell(model["old"], share),
                     forgotten,
                     _cell(model["forward_kl"], nats),
                     _cell(model["reverse_kl"], nats),
@@ -187,7 +163,7 @@ def _skills(values: Values) -> str:
     models, names = values["models"], values["skills"]
     rows = []
     for skill in (names["new"], *names["old"]):
-        cells = [_cell(model["skills"][skill], _share) for model in models.values()]
+        cells = [_cell(model["skills"][skill], share) for model in models.values()]
         label = f"{escaped(skill)}{' (new)' if skill == names['new'] else ''}<small>n = {names['tests'][skill]}</small>"
         rows.append(row_of(label, cells, own=skill == names["new"]))
     caption = "Right answers in per cent, exact match of greedy completions; small: Wilson’s 95 % interval for n tests."
@@ -203,7 +179,7 @@ def _differences(values: Values) -> str:
         for measure, form in (
             ("new", points),
             ("old", points),
-            ("forward_kl", lambda value: _signed(value, 3)),
+            ("forward_kl", lambda value: signed(value, 3)),
         ):
             gap = pair[measure]
             shown = f"<b>{form(gap['value'])}</b>" if gap["clear"] else form(gap["value"])

@@ -74,13 +74,22 @@ SPEED = (
 )  # fmt: skip
 
 
-def pictures(runs: Sequence[RunFiles], curves: Sequence[Curve]) -> list[tuple[Curve, str]]:
-    """The curves that some run has values for, as SVG."""
+def pictures(
+    runs: Sequence[RunFiles], curves: Sequence[Curve], numbers: Sequence[int] | None = None
+) -> list[tuple[Curve, str]]:
+    """The curves that some run has values for, as SVG.
+
+    Args:
+        runs: a line each.
+        curves: a picture each.
+        numbers: of the runs' colours; None = the first ones.
+    """
+    numbers = range(len(runs)) if numbers is None else numbers
     drawn = []
     for curve in curves:
         series = [values_of(run, curve) for run in runs]
         if any(len(steps) for steps, _ in series):
-            drawn.append((curve, _picture(curve, runs, series)))
+            drawn.append((curve, _picture(curve, runs, series, numbers)))
     return drawn
 
 
@@ -109,21 +118,31 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     )
 
 
-def _picture(curve: Curve, runs: Sequence[RunFiles], series: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+def _picture(
+    curve: Curve,
+    runs: Sequence[RunFiles],
+    series: Sequence[tuple[np.ndarray, np.ndarray]],
+    numbers: Sequence[int],
+) -> str:
     with matplotlib.rc_context({**STYLE, "savefig.transparent": True}):
         figure, axes = figure_of(SIZE)
         ends: list[tuple[float, str, str]] = []
-        for number, (run, (steps, values)) in enumerate(zip(runs, series, strict=True)):
+        for number, run, (steps, values) in zip(numbers, runs, series, strict=True):
             if len(steps):
                 _line(axes, steps, values, number)
                 ends.append((float(values[-1]), short(run.name), COLOURS[number]))
         _axes(axes, curve, series)
-        for number, run in enumerate(runs):
+        for number, run in zip(numbers, runs, strict=True):
             _marks(axes, run, COLOURS[number])
         if len(runs) > 1:
             name_ends(axes, axes.get_xlim()[1], ends)
         label = f"{curve.title}{', ' if curve.unit else ''}{curve.unit}, over steps"
         svg = svg_of(figure, curve.key.replace("_", ""), label)
+    return themed(svg)
+
+
+def themed(svg: str) -> str:
+    """A picture in the colours of the page that it stands on, whose style sheet has `RUNS_CSS`."""
     for colour, variable in _THEME.items():  # matplotlib writes colours in lower case
         svg = svg.replace(colour, variable)
     return svg

@@ -1,4 +1,4 @@
-"""The page's style sheet: light, readable at 400 pixels and at 1200, and on paper."""
+"""The pages' style sheets: readable at 400 pixels and at 1200, and on paper."""
 
 CSS = """
 :root { color-scheme: light; --ink: #1f2328; --soft: #59636e; --line: #d9dee3; --paper: #ffffff; --tint: #f5f7f9;
@@ -55,5 +55,18 @@ details summary { cursor: pointer; }
 @media print {
   body { font-size: 10.5pt; } main { max-width: none; padding: 0; } h2 { margin-top: 22pt; break-after: avoid; }
   .pictures { grid-template-columns: 1fr 1fr; gap: 10pt; } tr, li, pre { break-inside: avoid; } .scroll { overflow: visible; }
+}
+"""
+
+#: of pages that tell runs or models apart by colour, on light and on dark paper
+RUNS_CSS = """
+:root { --run0: #0072b2; --run1: #d55e00; --run2: #009e73; --run3: #cc79a7; --run4: #8a8a00; --run5: #56b4e9; }
+td.words, table:has(td.words) th { text-align: left; }
+@media (max-width: 640px) { table.dense th:first-child { width: 7.5em; overflow-wrap: anywhere; } }
+@media (prefers-color-scheme: dark) {
+  :root { color-scheme: dark; --ink: #e6e8eb; --soft: #9aa4af; --line: #343b43; --paper: #14171a; --tint: #1d2227;
+    --yes: #6fcf97; --no: #ff7b72; --open: #e3b341; }
+  :root { --run0: #4da6e0; --run1: #ff8a3d; --run2: #2fd3a3; --run3: #e79bc4; --run4: #d6d24a; --run5: #a5dcff; }
+  thead th { border-bottom-color: #59636e; }
 }
 """

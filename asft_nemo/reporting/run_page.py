@@ -7,21 +7,10 @@ from typing import Any
 
 from asft_nemo.reporting.curves import LEARNING, SPEED, Curve, pictures
 from asft_nemo.reporting.html import document, escaped, row_of, table_of
-from asft_nemo.reporting.page_style import CSS
+from asft_nemo.reporting.page_style import CSS, RUNS_CSS
 from asft_nemo.reporting.runs import RunFiles
 
 MOST_ALARMS = 50  # of a run in the table
-_PAPER = """
-:root { --run0: #0072b2; --run1: #d55e00; --run2: #009e73; --run3: #cc79a7; --run4: #8a8a00; --run5: #56b4e9; }
-td.words, table:has(td.words) th { text-align: left; }
-@media (max-width: 640px) { table.dense th:first-child { width: 7.5em; overflow-wrap: anywhere; } }
-@media (prefers-color-scheme: dark) {
-  :root { color-scheme: dark; --ink: #e6e8eb; --soft: #9aa4af; --line: #343b43; --paper: #14171a; --tint: #1d2227;
-    --yes: #6fcf97; --no: #ff7b72; --open: #e3b341; }
-  :root { --run0: #4da6e0; --run1: #ff8a3d; --run2: #2fd3a3; --run3: #e79bc4; --run4: #d6d24a; --run5: #a5dcff; }
-  thead th { border-bottom-color: #59636e; }
-}
-"""
 _LAST = ("nll", "kl", "kl_reverse", "token_weight", "grad_norm", "tokens_per_second", "mfu")
 
 
@@ -54,7 +43,7 @@ def run_page(runs: Sequence[RunFiles]) -> str:
         _section("Speed and memory", runs, SPEED),
         _settings(runs),
     ]
-    return document(f"{names}: training", CSS + _PAPER, parts)
+    return document(f"{names}: training", CSS + RUNS_CSS, parts)
 
 
 def _header(runs: Sequence[RunFiles], names: str) -> str:

@@ -80,6 +80,7 @@ class Comparison:
         scores: (name, suite or mean) -> accuracy and its 95 % interval.
         differences: (name, suite or mean) -> difference to the first model, for all others.
         changes: (name, suite) -> examples gained and lost against the first result.
+        gaps: name -> suite -> example -> its score minus the first model's, for all others.
         warnings: why the results are not strictly comparable; empty unless forced.
     """
 
@@ -90,6 +91,7 @@ class Comparison:
     scores: Mapping[tuple[str, str], Interval]
     differences: Mapping[tuple[str, str], Difference]
     changes: Mapping[tuple[str, str], Change]
+    gaps: Mapping[str, Mapping[str, Mapping[str, float]]]
     warnings: tuple[str, ...]
 
     @property
@@ -160,7 +162,11 @@ def compare(results: Mapping[str, Path | str], *, force: bool = False) -> Compar
         raise EvaluationError(f"{'; '.join(differences)}: evaluate alike, or force the comparison")
     first = next(iter(read.values()))
     means = _means({suite: first.suites[suite] for suite in common})
-    pairs = {name: _pairs(answers[name], next(iter(answers.values())), common) for name in list(read)[1:]}
+    gaps = {name: _gaps(answers[name], next(iter(answers.values())), common) for name in list(read)[1:]}
+    pairs = {
+        name: {suite: np.array([*own.values()]) for suite, own in suites.items()}
+        for name, suites in gaps.items()
+    }
     return Comparison(
         results=read,
         suites=common,
@@ -169,7 +175,8 @@ def compare(results: Mapping[str, Path | str], *, force: bool = False) -> Compar
         scores=_scores(answers, common, means),
         differences=_corrected(pairs, _columns(common)) | _corrected(pairs, means),
         changes={(name, suite): Change(0, 0) for name in list(read)[:1] for suite in common}
-        | {(name, suite): _change(gaps) for name, own in pairs.items() for suite, gaps in own.items()},
+        | {(name, suite): _change(own) for name, suites in gaps.items() for suite, own in suites.items()},
+        gaps=gaps,
         warnings=tuple(differences),
     )
 
@@ -205,22 +212,20 @@ def _columns(suites: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return {suite: (suite,) for suite in suites}
 
 
-def _pairs(own: Answers, first: Answers, suites: Sequence[str]) -> dict[str, Floats]:
-    """Suite -> difference of every example that both have."""
+def _gaps(own: Answers, first: Answers, suites: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Suite -> example -> difference, of the examples that both have."""
     return {
-        suite: np.array(
-            [
-                score - first.scores[suite][example]
-                for example, score in own.scores[suite].items()
-                if example in first.scores[suite]
-            ]
-        )
+        suite: {
+            example: score - first.scores[suite][example]
+            for example, score in own.scores[suite].items()
+            if example in first.scores[suite]
+        }
         for suite in suites
     }
 
 
-def _change(gaps: Floats) -> Change:
-    return Change(int((gaps > 0).sum()), int((gaps < 0).sum()))
+def _change(gaps: Mapping[str, float]) -> Change:
+    return Change(sum(gap > 0 for gap in gaps.values()), sum(gap < 0 for gap in gaps.values()))
 
 
 def _corrected(
