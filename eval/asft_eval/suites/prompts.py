@@ -34,6 +34,8 @@ PROMPTS: Mapping[str, str] = MappingProxyType(
         "alpaca_newline": _ALPACA + "\n",
         # the prompt "qwen25-math-cot" of the Qwen2.5-Math harness
         "qwen_boxed": _QWEN_BOXED,
+        # the prompt "cot" of that harness
+        "question_answer": "Question: {question}\nAnswer:",
         CHAT: "{question}",
     }
 )
