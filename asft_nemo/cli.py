@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import asft_nemo
 from asft_nemo.commands.checkpoint import add_checkpoints
+from asft_nemo.commands.comparison import add_comparison
 from asft_nemo.commands.data import add_data
 from asft_nemo.commands.doctor import add_doctor
 from asft_nemo.commands.evaluation import add_evaluation
@@ -90,5 +91,6 @@ def parser() -> argparse.ArgumentParser:
     add_data(commands, common)
     add_checkpoints(add)
     add_evaluation(add)
+    add_comparison(add)
     add_doctor(add)
     return top

@@ -1,9 +1,8 @@
-"""asft eval and compare."""
+"""asft eval."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from asft_nemo.errors import UserError
 
 
 def add_evaluation(add: Add) -> None:
-    """Adds the commands."""
+    """Adds the command."""
     defaults = EvalConfig()
     evaluate = add("eval", _eval, "accuracy of a Hugging Face model on suites")
     evaluate.add_argument(
@@ -36,7 +35,7 @@ def add_evaluation(add: Add) -> None:
     evaluate.add_argument(
         "--prompt",
         default=defaults.prompt,
-        help="prompt variant: alpaca, alpaca_newline, chat, qwen_boxed, raw; default: each suite's own",
+        help="prompt variant: alpaca, alpaca_newline, chat, question_answer, qwen_boxed, raw; default: each suite's own",
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of what is drawn; default: %(default)s")
     evaluate.add_argument(
@@ -55,16 +54,10 @@ def add_evaluation(add: Add) -> None:
         help="code suites: run the programs that the model wrote, in a sandbox",
     )
     evaluate.add_argument("--out", type=Path, help="folder for results.json and samples.jsonl")
-    compare = add("compare", _compare, "put results side by side")
-    compare.add_argument("results", nargs="+", metavar="NAME=RESULT_DIR")
-    compare.add_argument(
-        "--out", type=Path, required=True, help="folder for comparison.md and comparison.json"
-    )
-    compare.add_argument("--force", action="store_true", help="compare although they were not measured alike")
 
 
 @contextmanager
-def _evaluation_errors() -> Iterator[None]:
+def evaluation_errors() -> Iterator[None]:
     """asft_eval knows nothing of asft_nemo: its error becomes ours here."""
     from asft_eval.errors import EvaluationError
 
@@ -76,7 +69,7 @@ def _evaluation_errors() -> Iterator[None]:
 
 def _explain(arguments: argparse.Namespace) -> int:
     _, folder, example = arguments.what
-    with _evaluation_errors():
+    with evaluation_errors():
         from asft_eval.explain import explain
 
         words = explain(folder, example)
@@ -91,7 +84,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise UserError(
             "asft eval needs MODEL_DIR --suite SUITES --out DIR, or explain RESULT_DIR ID: see asft eval --help"
         )
-    with _evaluation_errors():
+    with evaluation_errors():
         from asft_eval.run import evaluate
 
         result = evaluate(
@@ -113,33 +106,4 @@ def _eval(arguments: argparse.Namespace) -> int:
         for name, suite in result.suites.items()
     ]
     answer(arguments, result.to_json(), "\n".join([*lines, f"results: {arguments.out / 'results.json'}"]))
-    return DONE
-
-
-def _compare(arguments: argparse.Namespace) -> int:
-    results: dict[str, str] = {}
-    for word in arguments.results:
-        name, equals, folder = word.partition("=")
-        if not equals or not name or not folder or name in results:
-            raise UserError(f"cannot use '{word}': write NAME=RESULT_DIR, each name once")
-        results[name] = folder
-    with _evaluation_errors():
-        from asft_eval.compare import compare, markdown_table
-
-        comparison = compare(results, force=arguments.force)
-    header, rows = comparison.table()
-    values = {
-        "results": {name: result.to_json() for name, result in comparison.results.items()},
-        "suites": list(comparison.suites),
-        "changes": [
-            {"model": model, "suite": suite, "gained": change.gained, "lost": change.lost}
-            for (model, suite), change in comparison.changes.items()
-        ],
-        "warnings": list(comparison.warnings),
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    table = markdown_table(header, rows)
-    (arguments.out / "comparison.md").write_text(table)
-    (arguments.out / "comparison.json").write_text(json.dumps(values, indent=2) + "\n")
-    answer(arguments, values, "\n".join([*(f"warning: {text}" for text in comparison.warnings), table]))
     return DONE

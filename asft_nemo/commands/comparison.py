@@ -1,0 +1,124 @@
+"""asft compare: results side by side as markdown, JSON, and a page with pictures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asft_nemo.commands.evaluation import evaluation_errors
+from asft_nemo.commands.output import DONE, Add, answer
+from asft_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    from asft_eval.compare import Comparison
+
+    from asft_nemo.reporting.runs import RunFiles
+
+PAGE, TABLE, VALUES = "comparison.html", "comparison.md", "comparison.json"
+
+
+def add_comparison(add: Add) -> None:
+    """Adds the command."""
+    compare = add("compare", _compare, "put results side by side")
+    compare.add_argument(
+        "results",
+        nargs="+",
+        metavar="NAME=RESULT_DIR",
+        help="folders of asft eval; the first is the one that the others are compared with",
+    )
+    compare.add_argument("--out", type=Path, required=True, help=f"folder for {TABLE}, {VALUES} and {PAGE}")
+    compare.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="NAME=RUN_DIR",
+        help="run.dir of the training that made NAME, for curves of the training; may be given several times",
+    )
+    compare.add_argument("--force", action="store_true", help="compare although they were not measured alike")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    results = _named(arguments.results, "RESULT_DIR")
+    runs = _runs(_named(arguments.run, "RUN_DIR"), results)
+    with evaluation_errors():
+        from asft_eval.compare import compare
+        from asft_eval.told import told
+
+        comparison = compare(results, force=arguments.force)
+        examples = told(comparison, results)
+    values = {**comparison.to_json(), "examples": [dataclasses.asdict(one) for one in examples]}
+    from asft_nemo.reporting.comparison_page import comparison_page
+
+    pictures, lacking = _pictures(comparison, runs)
+    table = markdown(comparison)
+    out: Path = arguments.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / TABLE).write_text(table, encoding="utf-8")
+        (out / VALUES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (out / PAGE).write_text(comparison_page(comparison, examples, pictures, lacking), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): give --out a folder of yours") from None
+    warnings = [f"warning: {text}" for text in comparison.warnings]
+    answer(arguments, values, "\n".join([*warnings, table, f"page: {out / PAGE}"]))
+    return DONE
+
+
+def _named(words: Sequence[str], what: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not equals or not name or not folder or name in found:
+            raise UserError(f"cannot use '{word}': write NAME={what}, each name once")
+        found[name] = folder
+    return found
+
+
+def _runs(folders: Mapping[str, str], results: Mapping[str, str]) -> dict[str, RunFiles]:
+    from asft_nemo.reporting.runs import read_runs
+
+    for name in folders:
+        if name not in results:
+            raise UserError(f"--run {name} has no result of that name: use some of {', '.join(results)}")
+    if not folders:
+        return {}
+    runs = read_runs([Path(folder) for folder in folders.values()])
+    return {name: dataclasses.replace(run, name=name) for name, run in zip(folders, runs, strict=True)}
+
+
+def _pictures(
+    comparison: Comparison, runs: Mapping[str, RunFiles]
+) -> tuple[Mapping[str, Sequence[tuple[str, str]]], str]:
+    """The pictures, and why some or all are missing. An image for evaluation may have no matplotlib; its comparison is whole without."""
+    if find_spec("matplotlib") is None:
+        return (
+            {},
+            "No pictures: matplotlib is not installed here (pip install matplotlib, then compare again).",
+        )
+    from asft_nemo.reporting.comparison_pictures import all_pictures
+    from asft_nemo.reporting.curves import MOST_RUNS
+
+    names = list(comparison.results)
+    lacking = f"Pictures show the first {MOST_RUNS} models only." if len(names) > MOST_RUNS else ""
+    return all_pictures(comparison, runs), lacking
+
+
+def markdown(comparison: Comparison) -> str:
+    """`comparison.md`: the scores, what the marks mean, what was left out or forced."""
+    from asft_eval.compare import markdown_table
+
+    header, rows = comparison.table()
+    first = next(iter(comparison.results))
+    lines = [
+        markdown_table(header, rows),
+        f"Right answers in per cent [95 % bootstrap interval over examples]. ▲ ▼: better or worse than {first}, paired, corrected by Holm.",
+        *(f"Not measured alike, compared by force: {text}." for text in comparison.warnings),
+    ]
+    if comparison.left_out:
+        lines.append(f"Left out, because some result lacks them: {', '.join(comparison.left_out)}.")
+    return "\n".join(lines) + "\n"
