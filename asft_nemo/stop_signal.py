@@ -1,7 +1,8 @@
 """The signal to stop: SIGUSR1 ahead of a time limit, SIGTERM ahead of a preemption; heard by a thread, acted on between steps.
 
 Slurm signals every process of a step, also those that a rank started. Both signals are therefore blocked, which children inherit and so
-survive, and taken by a thread that waits for them; a handler would be lost in children that start a program of their own.
+survive, and taken by a thread that waits for them; a handler would be lost in children that start a program of their own. There is a handler
+all the same, for a library that unblocks a signal behind our back.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -31,20 +33,28 @@ def listen(*, at_once: Callable[[], None] | None = None) -> None:
         at_once: called by the listening thread when a signal comes, by work that may be ended anywhere; None = the work asks `heard`.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # It starts with the first helper process, of a checkpoint, and leaves SIGTERM unblocked in the thread that started it: it starts here.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)  # a shell may have left SIGUSR1 ignored
+        signal.signal(
+            number, lambda number, _: _hear(number, at_once)
+        )  # a shell may have left SIGUSR1 ignored
     _listening.set()
     threading.Thread(target=_wait, args=(at_once,), name="stop-signal", daemon=True).start()
 
 
 def _wait(at_once: Callable[[], None] | None) -> None:
     while True:
-        number = signal.sigwait(SIGNALS)
-        if at_once is not None:
-            at_once()
-        if not _heard.is_set():
-            logger.info("%s: training stops behind the step it is in", signal.Signals(number).name)
-        _heard.set()
+        _hear(signal.sigwait(SIGNALS), at_once)
+
+
+def _hear(number: int, at_once: Callable[[], None] | None) -> None:
+    if at_once is not None:
+        at_once()
+    if not _heard.is_set():
+        logger.info("%s: training stops behind the step it is in", signal.Signals(number).name)
+    _heard.set()
 
 
 def listening() -> bool:

@@ -11,39 +11,11 @@ from pathlib import Path
 from asft_nemo.config.facts import Facts, Rule
 from asft_nemo.config.mounts import unmountable
 from asft_nemo.config.schema import ClusterConfig, RunConfig
+from asft_nemo.config.slurm_flags import words_for_slurm
 
 _TIME = re.compile(r"\d+|\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+(:[0-5]?\d){0,2}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\n]*")
 _FOLDER = re.compile(r"[A-Za-z0-9_./,+@-]+")
-_FLAG = re.compile(r"[a-z][a-z-]*=[^\n]*")
-
-#: options of sbatch that scripts and `asft status` rely on, and the cure: "" = there is none
-_FLAGS_OF_OURS = {
-    "account": "set cluster.account",
-    "array": "",
-    "constraint": "set cluster.constraint",
-    "cpus-per-task": "set cluster.cpus_per_task",
-    "dependency": "choose what waits for what with --stages",
-    "error": "",
-    "exclusive": "set cluster.exclusive=true",
-    "gpus": "set cluster.gpus_per_node",
-    "gpus-per-node": "set cluster.gpus_per_node",
-    "gpus-per-task": "set cluster.gpus_per_node",
-    "job-name": "it is made of the last part of run.dir and the stage",
-    "kill-on-invalid-dep": "",
-    "mem": "set cluster.mem",
-    "no-requeue": "set cluster.max_requeues=0",
-    "nodes": "set cluster.nodes",
-    "ntasks": "set run.world_size",
-    "ntasks-per-node": "set cluster.gpus_per_node",
-    "open-mode": "",
-    "output": "",
-    "partition": "set cluster.partition",
-    "qos": "set cluster.qos",
-    "requeue": "set cluster.max_requeues",
-    "signal": "set cluster.signal_seconds",
-    "time": "set cluster.time",
-}
 
 
 def on_slurm(run: RunConfig) -> bool:
@@ -176,25 +148,10 @@ def _time_limit(facts: Facts) -> Iterator[str]:
         )
 
 
-def _lists(facts: Facts) -> Iterator[str]:
-    cluster = facts.run.cluster
-    for key, pattern, example in (
-        ("env", _VARIABLE, "NCCL_DEBUG=INFO"),
-        ("sbatch_args", _FLAG, "mail-type=END"),
-    ):
-        for word in getattr(cluster, key):
-            if not pattern.fullmatch(word):
-                yield f"cluster.{key} has '{word}': write NAME=VALUE, for example {example}"
-
-
-def _flags_of_ours(facts: Facts) -> Iterator[str]:
-    for word in facts.run.cluster.sbatch_args:
-        name = word.partition("=")[0].lower().replace("_", "-")
-        # sbatch takes any beginning that is clear: `tim` is `time`
-        flag = next((flag for flag in _FLAGS_OF_OURS if flag.startswith(name)), None)
-        if flag is not None and _FLAG.fullmatch(word):
-            cure = f" ({_FLAGS_OF_OURS[flag]})" if _FLAGS_OF_OURS[flag] else ""
-            yield f"cluster.sbatch_args has '{word}', but --{flag} is what asft launch itself relies on: leave it out{cure}"
+def _variables(facts: Facts) -> Iterator[str]:
+    for word in facts.run.cluster.env:
+        if not _VARIABLE.fullmatch(word):
+            yield f"cluster.env has '{word}': write NAME=VALUE, for example NCCL_DEBUG=INFO"
 
 
 def _folder_name(facts: Facts) -> Iterator[str]:
@@ -219,11 +176,11 @@ def _cluster(facts: Facts) -> Iterator[str]:
     if not facts.launched:
         return
     rows = (
-        (_required, _container, _layout, _time_limit, _flags_of_ours, _folder_name, unmountable)
+        (_required, _container, _layout, _time_limit, words_for_slurm, _folder_name, unmountable)
         if on_slurm(facts.run)
         else (_only_slurm,)
     )
-    for row in (*rows, _lists):
+    for row in (*rows, _variables):
         yield from row(facts)
 
 

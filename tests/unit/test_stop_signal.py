@@ -11,15 +11,21 @@ from pathlib import Path
 
 import pytest
 
-# Says when it listens, then what it heard; a program that it starts is signalled with it, as Slurm signals all processes of a step.
+# Says when it listens, then what it heard; a program and a helper process, such as write a checkpoint, are signalled with it, as Slurm
+# signals all processes of a step. A helper's start must leave the signals blocked.
 LISTENER = """
-import signal, subprocess, sys, time
+import multiprocessing, signal, subprocess, sys, time
 from asft_nemo import stop_signal
 assert not stop_signal.listening()
 stop_signal.listen()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1); print('child lives', flush=True)"])
+helper = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1,))
+helper.start()
+assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) >= set(stop_signal.SIGNALS)
 print("listening", flush=True)
 assert stop_signal.heard(within=20)
+helper.join()
+assert helper.exitcode == 0, helper.exitcode
 assert stop_signal.listening()
 child.wait()
 print("heard", child.returncode, flush=True)
@@ -52,6 +58,19 @@ os.kill(os.getpid(), signal.SIGUSR1)
 time.sleep(20)
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 7
+
+
+def test_a_signal_that_a_library_unblocks_is_heard_all_the_same() -> None:
+    code = """
+import os, signal
+from asft_nemo import stop_signal
+stop_signal.listen()
+signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signal.SIGNALS)
+os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGTERM)
+assert stop_signal.heard(within=20)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
 
 
 def test_word_is_left_for_the_batch_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

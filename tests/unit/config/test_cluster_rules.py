@@ -176,10 +176,34 @@ def test_what_the_launcher_relies_on_is_not_taken_from_it(
 
 
 @pytest.mark.parametrize(
-    "word", ["mail-type=END", "time-min=10", "gres=gpu:8", "mem-per-cpu=4G", "wait-all-nodes=1"]
-)
-def test_sbatch_may_be_told_the_rest(launched: Callable[..., tuple[str, ...]], word: str) -> None:
-    assert launched("cluster=slurm", *FINE, f'cluster.sbatch_args=["{word}"]') == ()
+    ("word", "sentence"),
+    [
+        ("--export=NONE", "but --export is what asft launch itself relies on: leave it out (set cluster.env)"),
+        ("--kill-on-bad=0", "but --kill-on-bad-exit is what asft launch itself relies on: leave it out"),
+        ("--ntasks=3", "but --ntasks is what asft launch itself relies on: leave it out (set run.world_size)"),
+        ("--container-image=a", "but --container-image is what asft launch itself relies on: leave it out (set cluster.container_image)"),
+        ("-N2", "write --NAME or --NAME=VALUE as one word, for example --mpi=pmix"),
+        ("pmix", "write --NAME or --NAME=VALUE as one word, for example --mpi=pmix"),
+    ],
+)  # fmt: skip
+def test_srun_is_not_told_what_the_launcher_relies_on(
+    launched: Callable[..., tuple[str, ...]], word: str, sentence: str
+) -> None:
+    (only,) = launched("cluster=slurm", *FINE, f'cluster.srun_args=["{word}"]')
+    assert only.startswith(f"cluster.srun_args has '{word}'")
+    assert only.endswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("mail-type=END", "time-min=10", "gres=gpu:8", "mem-per-cpu=4G", "wait-all-nodes=1", "comment=two words"),
+        *("--mpi=pmix", "--no-container-mount-home", "--wait=30", "--cpu-bind=none", "--comment=two words", "--label"),
+    ],
+)  # fmt: skip
+def test_slurm_may_be_told_the_rest(launched: Callable[..., tuple[str, ...]], word: str) -> None:
+    key = "srun_args" if word.startswith("--") else "sbatch_args"
+    assert launched("cluster=slurm", *FINE, f'cluster.{key}=["{word}"]') == ()
 
 
 @pytest.mark.parametrize("text", ["", "4h", "1:2:3:4", "1-", "-5", "00:99", "4:00:00 ", "INFINITE"])
