@@ -126,6 +126,8 @@ def _no_run(folder: Path) -> str:
     around = _runs_in(folder.parent)
     by_name = {place.name: place for place in around}
     near = difflib.get_close_matches(folder.name, by_name, n=1)
+    if folder.is_file():
+        return f"{folder} is a file: give the run.dir of a training run, its folder"
     what = f"{folder} {'holds no run.json, so it is no run' if folder.is_dir() else 'does not exist'}"
     if near:
         return f"{what}: did you mean {by_name[near[0]]}?"

@@ -133,6 +133,7 @@ def test_a_run_without_any_kl_has_no_picture_of_it(tmp_path: Path) -> None:
         (["{tmp}/runs/medcal"], r"medcal does not exist: did you mean .*runs/medical\?"),
         (["{tmp}/runs"], r"runs is no run but holds 2: give one of .*runs/empty, .*runs/medical"),
         (["{tmp}/other"], r"other holds no run\.json, so it is no run: give the run\.dir of a training run"),
+        (["{tmp}/runs/medical/run.json"], r"run\.json is a file: give the run\.dir of a training run, its folder"),
         (["{tmp}/runs/empty"], r"the run in .*empty has no step yet: call asft report again when it has"),
         (["{tmp}/runs/medical", "{tmp}/runs/../runs/medical"], r"medical is given twice: name each run once"),
         (["a", "b", "c", "d", "e", "f", "g"], r"7 runs are more than one picture can tell apart: give at most 6"),
