@@ -138,7 +138,7 @@ def _differences(comparison: Comparison) -> str:
 
 
 def _p(value: float) -> str:
-    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
+    return "&lt;0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _drift(comparison: Comparison, pictures: Pictures) -> str:

@@ -12,7 +12,7 @@ from asft_eval.resampling import Interval
 from matplotlib.axes import Axes
 
 from asft_nemo.reporting.curves import COLOURS, DASHES, MOST_RUNS, short, themed
-from asft_nemo.reporting.drawing import FAINT, INK, SIZE, STYLE, figure_of, name_ends, svg_of
+from asft_nemo.reporting.drawing import FAINT, INK, SIZE, STYLE, figure_of, svg_of
 
 _BAR = 0.19  # inches
 _MARKERS = "DsovP^"
@@ -63,7 +63,6 @@ def against_drift(comparison: Comparison, column: str, drifts: Mapping[str, Inte
     """
 
     def draw(axes: Axes) -> None:
-        ends: list[tuple[float, str, str]] = []
         for number, name in enumerate(shown(comparison)):
             if name not in drifts:
                 continue
@@ -78,12 +77,19 @@ def against_drift(comparison: Comparison, column: str, drifts: Mapping[str, Inte
                 markersize=8,
                 elinewidth=1.2,
             )
-            ends.append((100 * score.value, short(name), COLOURS[number]))
+            axes.annotate(
+                short(name),
+                (drift.value, 100 * score.value),
+                xytext=(6, 6),
+                textcoords="offset points",
+                color=COLOURS[number],
+                fontweight="bold",
+                fontsize=9.5,
+            )
         axes.set_xlabel("KL(ref||policy), nats per token")
         axes.set_ylabel(f"right, %: {column}")
-        axes.margins(0.1)
+        axes.margins(0.18)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-        name_ends(axes, axes.get_xlim()[1], ends)
 
     return _picture(SIZE, draw, "drift", f"Right answers in per cent, {column}, over KL(ref||policy)")
 
