@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ def training_plan(run: RunConfig) -> Plan | None:
     """The plan of a run on its cluster's GPUs: `cluster.gpu`, or those that the recipe is made for.
 
     Returns:
-        None where there are no GPUs to plan for: ranks on CPUs, a recipe that is made for no published model, or this machine.
+        None where there are no GPUs to plan for: ranks on CPUs, or a recipe that is made for no published model.
     """
-    if not on_slurm(run) or _ON_CPUS in run.cluster.env or recipe_model(run.recipe) is None:
+    here_on_cpus = not on_slurm(run) and os.environ.get("ASFT_DEVICE", "").lower() == "cpu"
+    if here_on_cpus or _ON_CPUS in run.cluster.env or recipe_model(run.recipe) is None:
         return None
     return plan_of(run, spec_of_run(run), gpu(run.cluster.gpu or recipe_gpu(run.recipe)))
 
@@ -45,7 +47,7 @@ def refuse_too_large(plan: Plan) -> None:
     """
     if not plan.fits:
         raise ConfigError(
-            f"the training on {plan.gpu.name} {verdict(plan, gpu_word='cluster.gpu=')}. If the cluster has other GPUs, set cluster.gpu; to "
+            f"the training on {plan.gpu.name} {verdict(plan, gpu_word='cluster.gpu=')}. If the GPUs are others, set cluster.gpu; to "
             "launch it all the same, add --force"
         )
 

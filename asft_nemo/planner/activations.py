@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.model.spec import ModelSpec
 from asft_nemo.planner.adapters import adapter_bytes
+from asft_nemo.planner.local_attention import LocalAttention
 from asft_nemo.planner.precision import ByteWidths
 from asft_nemo.planner.stages import Chunk
 from asft_nemo.planner.tokens import Tokens
@@ -35,7 +36,8 @@ class LayerActivations:
         core: the part of `attention` that recomputing the attention's products saves.
         mlp: from the second norm on, its input included.
         mlp_inside: the part of `mlp` that recomputing the feed-forward layer saves.
-        working: what backward holds for a moment beyond all this: gradients of the widest place, and the gathered input of its linear layer.
+        working: what backward holds for a moment beyond all this: gradients of the widest place, and the gathered input of its linear layer;
+            or those of scores that are kept, less what is gone by then.
     """
 
     input: int
@@ -69,7 +71,10 @@ def layer_activations(run: RunConfig, spec: ModelSpec, widths: ByteWidths) -> La
     c, g, hidden = widths.compute, _linear_input(run, widths), spec.hidden_size
     ffn = spec.ffn_hidden_size // tp_size
     norm = tokens.shared * (hidden * _norm(run, widths) + _STATISTIC)
-    attention, core = _attention(run, spec, tokens, widths)
+    local = LocalAttention.of(run, spec, widths) if widths.kernels == "local" else None
+    attention, core = (
+        (local.kept, local.core) if local is not None else _flash_attention(run, spec, tokens, widths)
+    )
     if not widths.fused:  # cosines and sines of every position, for queries and for keys
         attention += 4 * spec.head_dim * c * tokens.whole // run.trainer.micro_batch_size
     # gate and up projection [2f], and their product [f], the second linear layer's input; Megatron's unfused SwiGLU keeps silu(gate) and
@@ -80,13 +85,15 @@ def layer_activations(run: RunConfig, spec: ModelSpec, widths: ByteWidths) -> La
             inside += kept
         else:
             attention += kept
+    mlp = norm + inside
     return LayerActivations(
         input=tokens.shared * hidden * c,
         attention=norm + attention,
         core=core,
-        mlp=norm + inside,
+        mlp=mlp,
         mlp_inside=inside + norm - _before_mlp(run, tokens.shared * hidden, norm, widths),
-        working=tokens.whole * c * (3 * ffn + hidden),
+        # the feed-forward layer is behind when attention's turn comes
+        working=max(tokens.whole * c * (3 * ffn + hidden), 0 if local is None else local.backward - mlp),
     )
 
 
@@ -114,24 +121,17 @@ def _before_mlp(run: RunConfig, numbers: int, norm: int, widths: ByteWidths) -> 
     return norm + (numbers * widths.compute if run.peft.name != "none" else 0)
 
 
-def _attention(run: RunConfig, spec: ModelSpec, tokens: Tokens, widths: ByteWidths) -> tuple[int, int]:
-    """Bytes between the attention's two linear layers, the second one's input included; and what recomputing the products saves."""
+def _flash_attention(run: RunConfig, spec: ModelSpec, tokens: Tokens, widths: ByteWidths) -> tuple[int, int]:
+    """Bytes between the attention's two linear layers, the second one's input included; and what recomputing the products saves.
+
+    Flash attention keeps queries, keys, values, its output and a statistic a head. The output is also the input of the projection, which keeps
+    an FP8 copy of it where it computes in FP8.
+    """
     c, whole, tp_size, frozen = widths.compute, tokens.whole, run.parallel.tp_size, run.peft.name != "none"
     queries, keys = spec.query_rows // tp_size, spec.key_value_rows // tp_size
-    heads = spec.num_attention_heads // tp_size
-    if widths.kernels == "te":
-        # Flash attention keeps queries, keys, values, its output and a statistic a head. The output is also the input of the projection,
-        # which keeps an FP8 copy of it where it computes in FP8.
-        output = queries * (c + (widths.linear_input if widths.linear_input < c and not frozen else 0))
-        return whole * ((queries + 2 * keys) * c + output + heads * _STATISTIC), whole * heads * _STATISTIC
-    # Megatron's own: rotated queries; keys and values repeated for every query head; probabilities in the compute dtype, in which NeMo's
-    # config has the softmax taken (`attention_softmax_in_fp32=False`), and in which the fused kernel keeps them; the projection's input
-    grouped = queries if keys < queries else keys
-    output = 0 if frozen else queries
-    kept = whole * c * (queries + 2 * grouped + output + heads * tokens.keys)
-    # Recomputed, it keeps what comes in: rotated queries and keys, and values inside the joint projection that they are a view of
-    again = whole * c * (queries + keys + (queries + 2 * keys) + output)
-    return kept, kept - again
+    statistics = whole * spec.num_attention_heads // tp_size * _STATISTIC
+    output = queries * (c + (widths.linear_input if widths.linear_input < c and not frozen else 0))
+    return whole * ((queries + 2 * keys) * c + output) + statistics, statistics
 
 
 def chunk_bytes(

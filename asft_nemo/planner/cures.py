@@ -18,6 +18,7 @@ _NAMES = {
     "gradients": "the gradients",
     "optimizer": "the optimizer's state",
     "reference": "the reference's weights",
+    "buffers": "Megatron's shared buffers",
     "reference_hidden": "the reference's hidden states of a step",
     "activations": "the activations",
     "recomputed": "the layers computed again",

@@ -15,6 +15,7 @@ from asft_nemo.planner.activations import (
     most_in_flight,
     recomputed_bytes,
 )
+from asft_nemo.planner.local_attention import shared_buffer_bytes
 from asft_nemo.planner.parameters import Parameters, rank_parameters
 from asft_nemo.planner.precision import ByteWidths, reference_widths
 from asft_nemo.planner.stages import Chunk, pipeline_chunks
@@ -22,6 +23,7 @@ from asft_nemo.planner.tokens import Tokens
 
 #: What "auto" allows the loss's [chunk, vocabulary] buffers on a GPU (`asft_nemo.losses.chunks`, which imports torch; a test compares).
 CHUNK_BYTES = 512 * 2**20
+_ANGLE = 4  # bytes: fp32, `RotaryEmbedding` (megatron-core 0.15.3)
 _HOST_GRADIENT = 4  # bytes: an fp32 copy for the CPUs' Adam (`HybridDeviceOptimizer`, megatron-core 0.15.3)
 
 
@@ -39,6 +41,8 @@ class StageMemory:
         activations: of micro batches between forward and backward.
         recomputed: of a layer, or a group of them, that is being computed again.
         working: what the widest layer's backward pass, or the loss, holds for a moment.
+        buffers: what Megatron makes at the first micro batch and keeps: tables of rotary embeddings; for its own attention a buffer of scores
+            and the mask.
         prepass: what the reference's pass adds for its time, before activations grow.
         in_flight: micro batches' chunks that are alive at once, at most.
         optimizer_host, reference_host: bytes in host memory for each GPU: under `optim.cpu_offload` masters, moments and gradients of a
@@ -56,6 +60,7 @@ class StageMemory:
     activations: int
     recomputed: int
     working: int
+    buffers: int
     prepass: int
     in_flight: int
     optimizer_host: int
@@ -64,7 +69,7 @@ class StageMemory:
     @property
     def lasting(self) -> int:
         """What stays from step to step."""
-        return self.weights + self.gradients + self.optimizer + self.reference
+        return self.weights + self.gradients + self.optimizer + self.reference + self.buffers
 
     @property
     def peak(self) -> int:
@@ -114,6 +119,7 @@ def _stage(
         activations=most_in_flight(kept, **flight),
         recomputed=recomputed_bytes(run, layer, chunks),
         working=max(layer.working, loss_bytes(run, spec, widths) if head else 0),
+        buffers=_buffers(run, spec, widths, chunks),
         prepass=pass_bytes + (hidden if reads_reference(run) and not keeps_hidden(run) else 0),
         in_flight=most_in_flight([1] * len(chunks), **flight),
         optimizer_host=moved * (widths.optimizer + _HOST_GRADIENT) // shards,
@@ -128,6 +134,13 @@ def weight_bytes(parameters: Parameters, chunks: Sequence[Chunk], widths: ByteWi
     in_compute = parameters.linear * min(edges, layers) // layers if layers else 0
     narrow = parameters.linear - in_compute
     return narrow * widths.linear_weight + (parameters.total - narrow) * widths.compute
+
+
+def _buffers(run: RunConfig, spec: ModelSpec, widths: ByteWidths, chunks: Sequence[Chunk]) -> int:
+    """Megatron's shared buffers: a table of fp32 angles for each chunk of each model, and those of attention that keeps its scores."""
+    tables_of_rank = len(chunks) * (2 if has_second_model(run) else 1)
+    angles = run.data.sequence_length // run.parallel.cp_size * spec.head_dim * _ANGLE * tables_of_rank
+    return angles + (shared_buffer_bytes(run, spec, widths) if widths.kernels == "local" else 0)
 
 
 def reads_reference(run: RunConfig) -> bool:
@@ -163,13 +176,23 @@ def _reference(
     head = 0
     if any(chunk.head for chunk in chunks):
         head = vocabulary_rows(run, spec) * spec.hidden_size * widths.compute
-    form = run.reference.form
-    if tables.OBJECTIVES[run.objective.name].reads_old_labels:
-        form = "resident"  # psft's snapshot of the policy
-    if form == "cached" and run.reference.fill == "first_epoch":
-        form = "resident"  # the model that fills it is on the device until the epoch ends
+    form = _form(run)
     held = {"resident": whole, "offloaded": head, "cached": head, "adapter_disabled": 0}[form]
     return held, whole - head if form == "offloaded" else 0
+
+
+def _form(run: RunConfig) -> str:
+    """Where the frozen weights are, told by the name of a reference form."""
+    if tables.OBJECTIVES[run.objective.name].reads_old_labels:
+        return "resident"  # psft's snapshot of the policy
+    if run.reference.form == "cached" and run.reference.fill == "first_epoch":
+        return "resident"  # the model that fills it is on the device until the epoch ends
+    return run.reference.form
+
+
+def has_second_model(run: RunConfig) -> bool:
+    """Whether a frozen model of its own runs beside the policy."""
+    return reads_reference(run) and _form(run) in ("resident", "offloaded")
 
 
 def vocabulary_rows(run: RunConfig, spec: ModelSpec) -> int:

@@ -25,6 +25,7 @@ PARTS = (
     "gradients",
     "optimizer",
     "reference",
+    "buffers",
     "reference_hidden",
     "activations",
     "recomputed",

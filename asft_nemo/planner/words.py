@@ -16,6 +16,7 @@ _ROWS = (
     ("gradients", "gradients, fp32"),
     ("optimizer", "optimizer"),
     ("reference", "reference's weights"),
+    ("buffers", "Megatron's shared buffers"),
     ("reference_hidden", "reference's hidden states of a step"),
     ("activations", "activations"),
     ("recomputed", "activations of the layers computed again"),

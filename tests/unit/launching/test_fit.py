@@ -75,6 +75,19 @@ def test_ranks_on_cpus_have_no_gpu_to_fill() -> None:
     assert training_plan(tiny) is None
 
 
+def test_gpus_of_this_machine_are_planned_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = compose([*BIG, *TOO_LARGE], check_inputs=False, launched=True, shape_of=published_shape)
+    plan = training_plan(here)
+    assert plan is not None
+    with pytest.raises(ConfigError, match=r"on h100-80gb does not fit: .*add --force"):
+        refuse_too_large(plan)
+    monkeypatch.setenv("ASFT_DEVICE", "cpu")
+    assert training_plan(here) is None
+    tiny = compose(["experiment=tiny"], check_inputs=False, launched=True)
+    monkeypatch.delenv("ASFT_DEVICE")
+    assert training_plan(tiny) is None
+
+
 def test_a_dry_run_knows_the_published_model_where_model_path_is_elsewhere() -> None:
     with pytest.raises(ConfigError, match="does not divide the model's 8 key/value heads"):
         run_of("parallel.tp_size=16", "run.world_size=64")

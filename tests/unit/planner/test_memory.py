@@ -93,12 +93,25 @@ def test_what_the_reference_costs(settle) -> None:
     without = stages(settle(**LAYOUT))
     for rank, plain in enumerate(without):
         resident, offloaded, cached = (runs[form][rank] for form in ("resident", "offloaded", "cached"))
-        assert resident.lasting - plain.lasting == resident.weights
+        assert resident.reference == resident.weights
         head = 2 * resident.parameters.head
-        assert offloaded.lasting - plain.lasting == cached.lasting - plain.lasting == head
+        assert offloaded.reference == cached.reference == head
         assert offloaded.prepass == resident.weights - head
+        # a second model has tables of its own
+        assert resident.buffers == offloaded.buffers == 2 * plain.buffers == 2 * cached.buffers
         # its weights leave before activations grow: at the peak nothing of them is there
-        assert offloaded.peak == cached.peak
+        assert offloaded.peak - offloaded.buffers == cached.peak - cached.buffers
+        assert resident.lasting - plain.lasting == resident.weights + plain.buffers
+
+
+def test_attention_that_keeps_its_scores_takes_them_once_more_for_all_layers_and_several_times_in_backward(
+    settle,
+) -> None:
+    run = settle(**LAYOUT, kernels__layers="local")
+    flash, local = stages(settle(**LAYOUT))[1], stages(run)[1]
+    scores = 2 * 4096 * 4096 * SPEC.num_attention_heads // 8
+    assert local.buffers - flash.buffers == scores + 4096 * 4096
+    assert 2 * scores < local.working < 4 * scores
 
 
 def test_adapters_leave_weights_and_activations(settle) -> None:
