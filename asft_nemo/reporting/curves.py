@@ -175,8 +175,10 @@ def _marks(axes: Axes, run: RunFiles, colour: str) -> None:
     """Where the run was resumed: dotted lines; where an alarm was sounded: red marks at the upper edge."""
     for step in run.resumed_after:
         axes.axvline(step, color=colour, linestyle=":", linewidth=1, alpha=0.8, zorder=1)
+    # the step that ended a run is behind its last one
     alarmed = [alarm["step"] for alarm in run.alarms if alarm["step"] <= run.steps[-1]["step"] + 1]
     if alarmed:
+        axes.set_xlim(right=max(axes.get_xlim()[1], *alarmed))
         axes.plot(
             alarmed, [0.985] * len(alarmed), "v", color=_ALARM, markersize=6, zorder=4,
             transform=axes.get_xaxis_transform(), clip_on=False,

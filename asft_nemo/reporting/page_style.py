@@ -62,7 +62,10 @@ details summary { cursor: pointer; }
 RUNS_CSS = """
 :root { --run0: #0072b2; --run1: #d55e00; --run2: #009e73; --run3: #cc79a7; --run4: #8a8a00; --run5: #56b4e9; }
 td.words, table:has(td.words) th { text-align: left; }
-@media (max-width: 640px) { table.dense th:first-child { width: 7.5em; overflow-wrap: anywhere; } }
+@media (max-width: 640px) {
+  table.dense th:first-child { width: 7.5em; overflow-wrap: anywhere; }
+  table:not(.dense) :is(th:has(.key), td.words) { min-width: 5.6em; overflow-wrap: anywhere; }
+}
 @media (prefers-color-scheme: dark) {
   :root { color-scheme: dark; --ink: #e6e8eb; --soft: #9aa4af; --line: #343b43; --paper: #14171a; --tint: #1d2227;
     --yes: #6fcf97; --no: #ff7b72; --open: #e3b341; }

@@ -61,25 +61,31 @@ def _key(number: int, run: RunFiles) -> str:
 
 
 def _overview(runs: Sequence[RunFiles]) -> str:
-    rows = []
-    for number, run in enumerate(runs):
-        values = last_values(run)
-        last = values["last"]
-        kl = last["kl"] if last["kl"] is not None else last["kl_reverse"]
-        cells = [
-            f"{values['step']} of {values['max_steps'] or 'unknown'}",
-            _number(last["nll"]),
-            _number(kl),
-            _number(last["grad_norm"]),
-            "–" if last["tokens_per_second"] is None else f"{last['tokens_per_second']:,.0f}",
-            _hours(values["seconds"]),
-            str(len(run.alarms)),
-        ]
-        rows.append(row_of(_key(number, run), [f"<td>{cell}</td>" for cell in cells]))
-    head = ("", "Step", "nll", "KL", "Gradient norm", "Tokens/s", "Time in steps", "Alarms")
+    """A column for each run: on a phone there is room for the names of a few runs, not for the names of all values."""
+    names = ("Step", "nll", "KL", "Gradient norm", "Tokens/s", "Time in steps", "Alarms")
+    columns = zip(*(_overview_of(run) for run in runs), strict=True)
+    rows = [
+        row_of(name, [f"<td>{cell}</td>" for cell in cells])
+        for name, cells in zip(names, columns, strict=True)
+    ]
+    head = ("", *(_key(number, run) for number, run in enumerate(runs)))
     return "<h2>Where it is</h2>" + table_of(
-        head, rows, "Values of the last step; – is one that the run does not have.", dense=True
+        head, rows, "Values of the last step; – is one that the run does not have."
     )
+
+
+def _overview_of(run: RunFiles) -> list[str]:
+    values = last_values(run)
+    last = values["last"]
+    return [
+        f"{values['step']} of {values['max_steps'] or 'unknown'}",
+        _number(last["nll"]),
+        _number(last["kl"] if last["kl"] is not None else last["kl_reverse"]),
+        _number(last["grad_norm"]),
+        "–" if last["tokens_per_second"] is None else f"{last['tokens_per_second']:,.0f}",
+        _hours(values["seconds"]),
+        str(len(run.alarms)),
+    ]
 
 
 def _number(value: float | None) -> str:
