@@ -26,7 +26,9 @@ def add_evaluation(add: Add) -> None:
         "--suite",
         help="separated by commas: suites (math500, medqa, ...), groups (math, medical, code, instruct), JSON Lines files of prompt and answer",
     )
-    evaluate.add_argument("--backend", default=defaults.backend, help="default: %(default)s")
+    evaluate.add_argument(
+        "--backend", default=defaults.backend, help="hf, vllm or openai (a server); default: %(default)s"
+    )
     evaluate.add_argument(
         "--protocol",
         default=defaults.protocol,
@@ -47,7 +49,22 @@ def add_evaluation(add: Add) -> None:
         default=defaults.max_tokens,
         help="of one completion; default: the protocol's, 4096",
     )
-    evaluate.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default: %(default)s")
+    evaluate.add_argument(
+        "--batch-size",
+        type=int,
+        default=defaults.batch_size,
+        help="prompts run together; default: hf 16, openai 32, vllm its own",
+    )
+    evaluate.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        default=defaults.tensor_parallel_size,
+        help="vllm: GPUs; default: all visible ones that can share the model's heads",
+    )
+    evaluate.add_argument(
+        "--base-url", help="openai: the server, e.g. http://127.0.0.1:8000/v1; default: OPENAI_BASE_URL"
+    )
+    evaluate.add_argument("--api", help="openai: completions or chat; default: completions")
     evaluate.add_argument(
         "--allow-code-execution",
         action="store_true",
@@ -85,6 +102,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             "asft eval needs MODEL_DIR --suite SUITES --out DIR, or explain RESULT_DIR ID: see asft eval --help"
         )
     with evaluation_errors():
+        from asft_eval.backends import Options
         from asft_eval.run import evaluate
 
         result = evaluate(
@@ -93,7 +111,12 @@ def _eval(arguments: argparse.Namespace) -> int:
             backend=arguments.backend,
             out_dir=arguments.out,
             max_tokens=arguments.max_tokens,
-            batch_size=arguments.batch_size,
+            options=Options(
+                batch_size=arguments.batch_size,
+                tensor_parallel_size=arguments.tensor_parallel_size,
+                base_url=arguments.base_url,
+                api=arguments.api,
+            ),
             limit=arguments.limit,
             protocol=arguments.protocol,
             prompt=arguments.prompt,

@@ -259,11 +259,12 @@ class EvalConfig(Section):
     """How a model is evaluated: the defaults of `asft eval`."""
 
     suites: tuple[str, ...] = ()
-    backend: str = "hf"
+    backend: str = "hf"  # hf | vllm (asft eval also asks servers: openai)
     protocol: str = "greedy"
     prompt: str | None = None  # prompt variant; None = each suite's own
     max_tokens: int | None = None  # of one completion; None = the protocol's own number
-    batch_size: int = 16
+    batch_size: int | None = None  # prompts run together; None = the backend's own number
+    tensor_parallel_size: int | None = None  # vllm: GPUs; None = all that can share the heads
     allow_code_execution: bool = False  # code suites run the programs that the model wrote, in a sandbox
     limit: int | None = None  # examples per suite; None = all
 

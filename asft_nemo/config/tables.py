@@ -87,6 +87,7 @@ RANGES: dict[str, tuple[float, float | None, bool]] = {
     "cluster.max_requeues": (0, None, True),
     "eval.max_tokens": (1, None, True),
     "eval.batch_size": (1, None, True),
+    "eval.tensor_parallel_size": (1, None, True),
     "eval.limit": (1, None, True),
 }
 

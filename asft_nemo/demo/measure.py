@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from asft_eval.backends import Options
 from asft_eval.kl import Drift, measure_drift
 from asft_eval.result import read_samples
 from asft_eval.run import evaluate
@@ -49,7 +50,14 @@ def measure(
         max_tokens: completions are cut after so many.
         out_dir: gets results.json, samples.jsonl, and drift.json with one object a block.
     """
-    evaluate(model_dir, suites, backend="hf", out_dir=out_dir, max_tokens=max_tokens, batch_size=BATCH_SIZE)
+    evaluate(
+        model_dir,
+        suites,
+        backend="hf",
+        out_dir=out_dir,
+        max_tokens=max_tokens,
+        options=Options(batch_size=BATCH_SIZE),
+    )
     scores: dict[str, list[float]] = {suite.name: [] for suite in suites}
     for sample in read_samples(out_dir):
         scores[sample["suite"]].append(float(sample["correct"]))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from asft_eval.backends import Options
 from asft_eval.backends.hf import encode_pair, load_model, load_tokenizer, right_padded
 from asft_eval.kl import measure_drift
 from asft_eval.run import evaluate
@@ -97,7 +98,12 @@ def measure(model_dir: Path, base_dir: Path, *, tests: int, out_dir: Path) -> di
     suites = [suite_from_pairs(skills.NEW_SKILL, skills.new_skill_test(2 * tests, 0))]
     suites += [suite_from_pairs(name, samples) for name, samples in skills.old_skill_tests(tests, 0).items()]
     result = evaluate(
-        model_dir, suites, backend="hf", out_dir=out_dir, max_tokens=MAX_NEW_TOKENS, batch_size=256
+        model_dir,
+        suites,
+        backend="hf",
+        out_dir=out_dir,
+        max_tokens=MAX_NEW_TOKENS,
+        options=Options(batch_size=256),
     )
     accuracy = {name: figures.accuracy for name, figures in result.suites.items()}
     old = [accuracy[name] for name in skills.OLD_SKILLS]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from asft_eval.backends import BACKENDS
+from asft_eval.backends import BACKENDS, Options, check_options
 from asft_eval.errors import EvaluationError
 from asft_eval.protocols import protocols
 from asft_eval.suites import SUITES
@@ -16,6 +16,7 @@ from asft_eval.suites.load import find_file
 from asft_eval.suites.prompts import PROMPTS
 from asft_eval.suites.published import groups, spread
 
+from asft_nemo.config.cluster_rules import on_slurm
 from asft_nemo.config.named_paths import is_path
 from asft_nemo.config.recipes import suggest
 from asft_nemo.config.schema import RunConfig
@@ -42,8 +43,7 @@ def check_evaluation(run: RunConfig, *, look_for_files: bool) -> None:
 
 def _names(run: RunConfig) -> Iterator[str]:
     settings = run.eval
-    if settings.backend not in BACKENDS:
-        yield f"eval.backend={settings.backend} is unknown: {suggest(settings.backend, tuple(BACKENDS))}"
+    yield from _backend(run)
     try:
         protocols(settings.protocol)
     except EvaluationError as error:
@@ -51,6 +51,24 @@ def _names(run: RunConfig) -> Iterator[str]:
     if settings.prompt is not None and settings.prompt not in PROMPTS:
         yield f"eval.prompt={settings.prompt} is unknown: {suggest(settings.prompt, tuple(PROMPTS))}"
     yield from _suites(run)
+
+
+def _backend(run: RunConfig) -> Iterator[str]:
+    name, size = run.eval.backend, run.eval.tensor_parallel_size
+    if name not in BACKENDS:
+        yield f"eval.backend={name} is unknown: {suggest(name, tuple(BACKENDS))}"
+        return
+    if name == "openai":
+        yield "eval.backend=openai asks a server, and none serves what this launch will export: set eval.backend=vllm or hf"
+    try:
+        check_options(name, Options(batch_size=run.eval.batch_size, tensor_parallel_size=size))
+    except EvaluationError as error:
+        yield f"eval cannot run so: {error}"
+    if size is not None and on_slurm(run) and size > run.cluster.gpus_per_node:
+        yield (
+            f"eval.tensor_parallel_size={size} is more than the {run.cluster.gpus_per_node} GPUs of a node (cluster.gpus_per_node), and an evaluation "
+            "runs on one: lower it"
+        )
 
 
 def _suites(run: RunConfig) -> Iterator[str]:

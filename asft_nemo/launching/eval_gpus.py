@@ -13,10 +13,12 @@ from asft_nemo.planner.published import spec_of_run
 
 
 def eval_gpus(run: RunConfig) -> int:
-    """GPUs that hold the exported model, a power of two; all of a node where that is not known, or not enough.
+    """`eval.tensor_parallel_size`; else GPUs that hold the exported model, a power of two, and all of a node where that is unknown or not enough.
 
     Weights are counted in bf16, and in fp32 where the training is in fp32.
     """
+    if run.eval.tensor_parallel_size is not None:
+        return run.eval.tensor_parallel_size
     a_node = run.cluster.gpus_per_node
     try:
         weights = parameter_count(spec_of_run(run)) * (4 if run.precision == "fp32" else 2)

@@ -169,8 +169,13 @@ def _eval(launch: Launch) -> list[str]:
         "--protocol",
         settings.protocol,
     ]
-    words += ["--batch-size", str(settings.batch_size)]
-    given = {"--prompt": settings.prompt, "--max-tokens": settings.max_tokens, "--limit": settings.limit}
+    given = {
+        "--batch-size": settings.batch_size,
+        "--tensor-parallel-size": settings.tensor_parallel_size,
+        "--prompt": settings.prompt,
+        "--max-tokens": settings.max_tokens,
+        "--limit": settings.limit,
+    }
     words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
     words += ["--allow-code-execution"] if settings.allow_code_execution else []
     how, done = shell_line(words), "results.json"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import platform
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import asft_eval
-from asft_eval.backends import Backend, open_backend
+from asft_eval.asking import ask
+from asft_eval.backends import OWN, Backend, Options, open_backend
 from asft_eval.errors import EvaluationError
 from asft_eval.graders import grade, require_permission
 from asft_eval.protocols import protocols
@@ -19,11 +19,9 @@ from asft_eval.result import RESULTS, SAMPLES, Result, SuiteResult, fingerprint,
 from asft_eval.scoring import figures
 from asft_eval.suites import load_suites
 from asft_eval.suites.prompts import CHAT, as_chat
-from asft_eval.types import Completion, Suite
+from asft_eval.types import Suite
 
 log = logging.getLogger(__name__)
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 def evaluate(
@@ -33,7 +31,7 @@ def evaluate(
     backend: str | Backend,
     out_dir: Path | str,
     max_tokens: int | None,
-    batch_size: int,
+    options: Options = OWN,
     limit: int | None = None,
     protocol: str = "greedy",
     prompt: str | None = None,
@@ -45,12 +43,12 @@ def evaluate(
     Started again with the same `out_dir`, it asks only what has no answer there yet.
 
     Args:
-        model_dir: a Hugging Face model directory.
+        model_dir: a Hugging Face model directory; for the backend `openai` also a name that the server knows.
         suites: suites, names or groups of `asft_eval.suites.SUITES`, or JSON-lines files of `prompt` and `answer`.
         backend: a name of `asft_eval.backends.BACKENDS`, or an open backend (its model must be `model_dir`'s).
         out_dir: created where missing; former results of something else in it are replaced.
         max_tokens: completions are cut after this many tokens; None = the protocol's own number.
-        batch_size: prompts run together; ignored by an open backend.
+        options: how the backend is opened; of no use to an open one.
         limit: only the first examples of each suite; recorded through the suite's hash.
         protocol: a name of `asft_eval.protocols`.
         prompt: the prompt variant of the suites named; None = each suite's own.
@@ -58,20 +56,23 @@ def evaluate(
         allow_code_execution: whether graders may run programs that the model wrote, in a sandbox.
 
     Raises:
-        EvaluationError: an unusable model, suite, protocol, backend or number.
+        EvaluationError: an unusable model, suite, protocol, backend, option or number.
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
-    for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size), ("limit", limit)):
+    for name, value in (("max_tokens", max_tokens), ("limit", limit)):
         if value is not None and value < 1:
             raise EvaluationError(f"{name} is {value}: give at least 1")
     hows = protocols(protocol, max_tokens=max_tokens, seed=seed)
     parts = parts_of([suite.first(limit) for suite in _chosen(suites, prompt)], hows)
     for part in parts:
         require_permission(part.suite.name, part.suite.grader, allowed=allow_code_execution)
-    engine = open_backend(backend, model_dir, batch_size=batch_size) if isinstance(backend, str) else backend
-    model = fingerprint(model_dir)
+    engine = open_backend(backend, model_dir, options) if isinstance(backend, str) else backend
+    if any(part.suite.choices for part in parts):
+        getattr(engine, "require_logprobs", bool)()
+    model = getattr(engine, "fingerprint", None) or fingerprint(model_dir)
     asked = [
-        requests_of(part, _prompts(part.suite, model_dir), model=model, backend=engine.name) for part in parts
+        requests_of(part, _prompts(part.suite, engine, model_dir), model=model, backend=engine.name)
+        for part in parts
     ]
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / RESULTS).unlink(missing_ok=True)  # it stands for a finished evaluation
@@ -79,7 +80,7 @@ def evaluate(
     found: dict[str, SuiteResult] = {}
     samples: list[dict[str, Any]] = []
     for part, requests in zip(parts, asked, strict=True):
-        _ask(engine, part, [x for x in requests if x.key not in journal.rows], journal)
+        ask(engine, part, [x for x in requests if x.key not in journal.rows], journal)
         rows = _graded(part, requests, journal)
         found[part.name] = figures(part, rows)
         samples += rows
@@ -110,42 +111,11 @@ def _chosen(suites: Sequence[Suite | Path | str], prompt: str | None) -> list[Su
     return chosen
 
 
-def _prompts(suite: Suite, model_dir: Path) -> list[str]:
+def _prompts(suite: Suite, engine: Backend, model_dir: Path) -> list[str]:
     prompts = [example.prompt for example in suite.examples]
-    return as_chat(model_dir, prompts) if suite.prompt == CHAT else prompts
-
-
-def _ask(engine: Backend, part: Part, requests: Sequence[Request], journal: Journal) -> None:
-    """Asks in chunks and writes each chunk's answers down before the next; says how far it is."""
-    started = said = time.perf_counter()
-    size: int = getattr(engine, "requests_at_once", 1024)
-    for start in range(0, len(requests), size):
-        chunk = requests[start : start + size]
-        journal.add(list(_answers(engine, part, chunk)))
-        now, done = time.perf_counter(), start + len(chunk)
-        if now - said >= _SECONDS_BETWEEN_LINES and done < len(requests):
-            said = now
-            left = (now - started) / done * (len(requests) - done)
-            log.info("%s: %d of %d requests, about %.0f s to go", part.name, done, len(requests), left)
-
-
-def _answers(engine: Backend, part: Part, chunk: Sequence[Request]) -> Iterator[dict[str, Any]]:
-    prompts = [request.prompt for request in chunk]
-    started = time.perf_counter()
-    if part.suite.choices:
-        logprobs = engine.choice_logprobs(prompts, part.suite.choices)
-        completions = [Completion(_most_probable(part.suite.choices, row), 0, True) for row in logprobs]
-    else:
-        logprobs = [list[float]() for _ in chunk]
-        seeds = [request.seed for request in chunk] if part.protocol.temperature > 0 else []
-        completions = engine.generate(prompts, protocol=part.protocol, seeds=seeds)
-    seconds = (time.perf_counter() - started) / len(chunk)
-    for request, completion, row in zip(chunk, completions, logprobs, strict=True):
-        yield request.row(completion, seconds, row)
-
-
-def _most_probable(choices: Sequence[str], logprobs: Sequence[float]) -> str:
-    return choices[max(range(len(choices)), key=logprobs.__getitem__)]
+    if suite.prompt != CHAT or getattr(engine, "applies_chat_template", False):
+        return prompts
+    return as_chat(model_dir, prompts)
 
 
 def _graded(part: Part, requests: Sequence[Request], journal: Journal) -> list[dict[str, Any]]:

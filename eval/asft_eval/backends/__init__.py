@@ -1,20 +1,33 @@
 """Backends: what runs a model. Three methods define one; a backend loads its model once for all suites.
 
 `choice_logprobs` and `loglikelihood` score given text, `generate` writes new text. Answers come in the order of the
-questions whatever the batching.
+questions whatever the batching; `done` is told each one as soon as it is there.
+
+    hf       transformers, on a CPU, one GPU, or several that share a model's layers
+    vllm     vLLM, tensor-parallel
+    openai   a server that speaks OpenAI's protocol, e.g. `vllm serve`
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, TypeAlias, TypeVar
 
 from asft_eval.errors import EvaluationError
 from asft_eval.types import Completion
 from asft_eval.types import Protocol as EvaluationProtocol
+
+_Answer = TypeVar("_Answer")
+Done: TypeAlias = Callable[[int, _Answer], None]
+"""Told the place of a question and its answer."""
+
+
+def ignore(place: int, answer: object) -> None:
+    """The `done` of who waits for all answers."""
+    del place, answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +39,22 @@ class LogLikelihood:
 
 
 class Backend(Protocol):
-    """What every backend offers. It may also have `requests_at_once: int`, the requests after which answers are written down."""
+    """What every backend offers.
+
+    It may also have `fingerprint: str | None` of a model that is no directory here; `applies_chat_template: bool`: it wants questions of the
+    prompt variant `chat` as they are; `require_logprobs()`: raises where `choice_logprobs` would, before anything is asked.
+    """
 
     name: str
     versions: Mapping[str, str]
 
     def generate(
-        self, prompts: Sequence[str], *, protocol: EvaluationProtocol, seeds: Sequence[int] = ()
+        self,
+        prompts: Sequence[str],
+        *,
+        protocol: EvaluationProtocol,
+        seeds: Sequence[int] = (),
+        done: Done[Completion] = ignore,
     ) -> list[Completion]:
         """One completion a prompt; a prompt of which several are wanted comes several times.
 
@@ -40,10 +62,13 @@ class Backend(Protocol):
             prompts: complete, but for the tokens that the tokenizer adds to every text.
             protocol: its temperature, top_p and max_tokens; `n` and `k` are the caller's business.
             seeds: one a prompt where the temperature is above 0, so that a completion depends on nothing beside it.
+            done: called in this thread, in any order.
         """
         ...
 
-    def choice_logprobs(self, prompts: Sequence[str], choices: Sequence[str]) -> list[list[float]]:
+    def choice_logprobs(
+        self, prompts: Sequence[str], choices: Sequence[str], *, done: Done[list[float]] = ignore
+    ) -> list[list[float]]:
         """For every prompt the log probability of each choice as its continuation, in the order of `choices`.
 
         A choice's tokens are those that the whole text has more than the prompt alone.
@@ -55,28 +80,109 @@ class Backend(Protocol):
         ...
 
 
-def _hf(model_dir: Path, batch_size: int) -> Backend:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a backend is opened. None = the backend's own.
+
+    Attributes:
+        batch_size: prompts run together; of a server: requests under way.
+        tensor_parallel_size: GPUs over which each layer is divided.
+        base_url: of a server, e.g. http://127.0.0.1:8000/v1.
+        api: `completions` or `chat`, the server's interface.
+    """
+
+    batch_size: int | None = None
+    tensor_parallel_size: int | None = None
+    base_url: str | None = None
+    api: str | None = None
+
+
+OWN = Options()
+"""Everything as the backend has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A backend: how it is opened, and the options that it takes."""
+
+    open: Callable[[Path | str, Options], Backend]
+    options: frozenset[str]
+
+
+def _hf(model: Path | str, options: Options) -> Backend:
     from asft_eval.backends.hf import HfBackend
 
-    return HfBackend(model_dir, batch_size=batch_size)
+    return HfBackend(model, batch_size=options.batch_size or 16)
 
 
-BACKENDS: Mapping[str, Callable[[Path, int], Backend]] = MappingProxyType({"hf": _hf})
-"""Name -> how to open a model directory with a batch size. Imports happen on opening."""
+def _vllm(model: Path | str, options: Options) -> Backend:
+    from asft_eval.backends.vllm import VllmBackend
+
+    return VllmBackend(
+        model, batch_size=options.batch_size, tensor_parallel_size=options.tensor_parallel_size
+    )
 
 
-def open_backend(name: str, model_dir: Path, *, batch_size: int) -> Backend:
-    """Load a model directory with the backend of that name.
+def _openai(model: Path | str, options: Options) -> Backend:
+    from asft_eval.backends.openai import OpenAIBackend
+
+    return OpenAIBackend(
+        str(model), base_url=options.base_url, api=options.api, batch_size=options.batch_size or 32
+    )
+
+
+BACKENDS: Mapping[str, _Row] = MappingProxyType(
+    {
+        "hf": _Row(_hf, frozenset({"batch_size"})),
+        "vllm": _Row(_vllm, frozenset({"batch_size", "tensor_parallel_size"})),
+        "openai": _Row(_openai, frozenset({"batch_size", "base_url", "api"})),
+    }
+)
+"""By name. Imports happen on opening."""
+
+
+def check_options(name: str, options: Options) -> None:
+    """Whether the backend of that name takes these options.
 
     Raises:
-        EvaluationError: no such backend, or the directory is not a loadable model.
+        EvaluationError: there is no such backend, an option that it would ignore, or a number below 1.
     """
-    try:
-        opener = BACKENDS[name]
-    except KeyError:
+    if name not in BACKENDS:
         known = ", ".join(sorted(BACKENDS))
-        raise EvaluationError(f"there is no backend {name!r}: choose one of {known}") from None
-    return opener(model_dir, batch_size)
+        raise EvaluationError(f"there is no backend {name!r}: choose one of {known}")
+    for option, value in asdict(options).items():
+        if isinstance(value, int) and value < 1:
+            raise EvaluationError(f"{option} is {value}: give at least 1")
+        if value is not None and option not in BACKENDS[name].options:
+            takers = [other for other, row in BACKENDS.items() if option in row.options]
+            raise EvaluationError(
+                f"{option} says nothing to the backend {name}: leave it out, or choose backend {' or '.join(takers)}"
+            )
 
 
-__all__ = ["BACKENDS", "Backend", "LogLikelihood", "open_backend"]
+def open_backend(name: str, model: Path | str, options: Options) -> Backend:
+    """Load a model with the backend of that name.
+
+    Args:
+        name: of `BACKENDS`.
+        model: a Hugging Face model directory; for `openai` also a name that the server knows.
+        options: see `Options`.
+
+    Raises:
+        EvaluationError: see `check_options`; or the model cannot be loaded, or what runs it is not here.
+    """
+    check_options(name, options)
+    return BACKENDS[name].open(model, options)
+
+
+__all__ = [
+    "BACKENDS",
+    "OWN",
+    "Backend",
+    "Done",
+    "LogLikelihood",
+    "Options",
+    "check_options",
+    "ignore",
+    "open_backend",
+]

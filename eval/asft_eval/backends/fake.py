@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from asft_eval.backends import LogLikelihood
+from asft_eval.backends import Done, LogLikelihood, ignore
 from asft_eval.types import Completion, Protocol
 
 
@@ -16,7 +16,6 @@ class FakeBackend:
     """
 
     name = "fake"
-    requests_at_once = 1024
     versions: Mapping[str, str] = {}
 
     def __init__(self, answer: Callable[[str], str]):
@@ -25,20 +24,35 @@ class FakeBackend:
         self.seeds: list[int] = []
 
     def generate(
-        self, prompts: Sequence[str], *, protocol: Protocol, seeds: Sequence[int] = ()
+        self,
+        prompts: Sequence[str],
+        *,
+        protocol: Protocol,
+        seeds: Sequence[int] = (),
+        done: Done[Completion] = ignore,
     ) -> list[Completion]:
         """The function's answers, cut to `protocol.max_tokens` characters."""
         self.asked.extend(prompts)
         self.seeds.extend(seeds)
-        texts = [self._answer(prompt) for prompt in prompts]
         limit = protocol.max_tokens
-        return [Completion(text[:limit], len(text[:limit]), len(text) <= limit) for text in texts]
+        found: list[Completion] = []
+        for place, prompt in enumerate(prompts):
+            text = self._answer(prompt)
+            found.append(Completion(text[:limit], len(text[:limit]), len(text) <= limit))
+            done(place, found[place])
+        return found
 
-    def choice_logprobs(self, prompts: Sequence[str], choices: Sequence[str]) -> list[list[float]]:
+    def choice_logprobs(
+        self, prompts: Sequence[str], choices: Sequence[str], *, done: Done[list[float]] = ignore
+    ) -> list[list[float]]:
         """0 for the choice that the function answers, minus infinity for the others."""
         self.asked.extend(prompts)
-        answers = [self._answer(prompt) for prompt in prompts]
-        return [[0.0 if choice == answer else float("-inf") for choice in choices] for answer in answers]
+        found: list[list[float]] = []
+        for place, prompt in enumerate(prompts):
+            answer = self._answer(prompt)
+            found.append([0.0 if choice == answer else float("-inf") for choice in choices])
+            done(place, found[place])
+        return found
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
         """`-ln 2` a character."""

@@ -10,9 +10,18 @@ from typing import Any
 
 import torch
 
-from asft_eval.backends import LogLikelihood
+from asft_eval.backends import Done, LogLikelihood, ignore
 from asft_eval.backends.drawing import SeededDraw
 from asft_eval.backends.placement import spread, weight_bytes
+from asft_eval.backends.tokens import (
+    choice_tokens,
+    completion,
+    encode_pair,
+    load_tokenizer,
+    prompt_tokens,
+    require_model,
+    require_seeds,
+)
 from asft_eval.errors import EvaluationError
 from asft_eval.types import Completion, Protocol
 
@@ -34,8 +43,7 @@ def load_model(model_dir: Path | str, *, dtype: torch.dtype | None = None, devic
     from transformers import AutoModelForCausalLM
 
     model_dir = Path(model_dir)
-    _require(model_dir, "config.json", "a model configuration")
-    _require(model_dir, "*.safetensors", "weights (*.safetensors)")
+    require_model(model_dir)
     room = None if device or not torch.cuda.is_available() else _room(model_dir, dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
@@ -60,51 +68,6 @@ def load_model(model_dir: Path | str, *, dtype: torch.dtype | None = None, devic
 def _room(model_dir: Path, dtype: torch.dtype | None) -> dict[int, int] | None:
     free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
     return spread(model_dir, weight_bytes(model_dir, dtype and dtype.itemsize), free)
-
-
-def load_tokenizer(model_dir: Path | str) -> Any:
-    """The tokenizer of a model directory, with a padding token (the end token where it has none).
-
-    Raises:
-        EvaluationError: the directory holds no tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    model_dir = Path(model_dir)
-    _require(model_dir, "tokenizer*", "a tokenizer (copy the base model's tokenizer files into it)")
-    try:
-        opener: Any = AutoTokenizer
-        tokenizer = opener.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"transformers cannot load the tokenizer in {model_dir}: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _require(model_dir: Path, pattern: str, what: str) -> None:
-    if not model_dir.is_dir():
-        raise EvaluationError(f"there is no model directory {model_dir}: check the path")
-    if not any(model_dir.glob(pattern)):
-        raise EvaluationError(f"{model_dir} lacks {what}: name a complete Hugging Face model directory")
-
-
-def encode_pair(tokenizer: Any, prompt: str, continuation: str, *, end: bool) -> tuple[list[int], int]:
-    """Token ids of prompt and continuation, encoded apart and joined, and the number of the prompt's.
-
-    Args:
-        tokenizer: adds its special tokens to the prompt only.
-        prompt: never scored.
-        continuation: scored text.
-        end: whether the end token follows the continuation.
-    """
-    prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
-    continuation_ids: list[int] = tokenizer(continuation, add_special_tokens=False)["input_ids"]
-    if not prompt_ids:  # the first token has no distribution of its own: it needs something before it
-        prompt_ids = [
-            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ]
-    return prompt_ids + continuation_ids + ([tokenizer.eos_token_id] if end else []), len(prompt_ids)
 
 
 def right_padded(
@@ -165,22 +128,23 @@ class HfBackend:
         self.tokenizer = load_tokenizer(model_dir)
         self.model = load_model(model_dir, dtype=dtype, device=device)
         self.batch_size = batch_size
-        self.requests_at_once = 8 * batch_size  # sorted by length among themselves, then written down
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[str], *, protocol: Protocol, seeds: Sequence[int] = ()
+        self,
+        prompts: Sequence[str],
+        *,
+        protocol: Protocol,
+        seeds: Sequence[int] = (),
+        done: Done[Completion] = ignore,
     ) -> list[Completion]:
         """Completions, greedy or drawn. Prompts of similar length share a batch, so that little is padding.
 
         Raises:
             EvaluationError: the temperature is above 0 and there is not one seed a prompt.
         """
-        if protocol.temperature > 0 and len(seeds) != len(prompts):
-            raise EvaluationError(
-                f"{len(prompts)} completions are to be drawn with {len(seeds)} seeds: give one a prompt"
-            )
+        require_seeds(prompts, protocol, seeds)
         completions: dict[int, Completion] = {}
         for places in self._batches([len(prompt) for prompt in prompts]):
             batch = self.tokenizer(
@@ -202,25 +166,21 @@ class HfBackend:
                 logits_processor=_drawing(protocol, [seeds[i] for i in places] if seeds else []),
             )
             for place, row in zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                completions[place] = self._completion(row)
+                completions[place] = completion(self.tokenizer, row)
+                done(place, completions[place])
         return [completions[i] for i in range(len(prompts))]
 
-    def _completion(self, ids: list[int]) -> Completion:
-        end = self.tokenizer.eos_token_id
-        finished = end in ids
-        written = ids[: ids.index(end)] if finished else ids
-        text = self.tokenizer.decode(written, skip_special_tokens=True)
-        return Completion(text, len(written) + int(finished), finished)
-
     @torch.inference_mode()
-    def choice_logprobs(self, prompts: Sequence[str], choices: Sequence[str]) -> list[list[float]]:
+    def choice_logprobs(
+        self, prompts: Sequence[str], choices: Sequence[str], *, done: Done[list[float]] = ignore
+    ) -> list[list[float]]:
         """For every prompt the log probability of each choice as its continuation (sum over the choice's tokens).
 
         Where every choice is one token, a prompt is run once and the distribution after it is read.
         """
-        starts = [encode_pair(self.tokenizer, prompt, "", end=False)[0] for prompt in prompts]
+        starts = [prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
         tails = [
-            [self._tail(start, prompt, choice) for choice in choices]
+            [choice_tokens(self.tokenizer, start, prompt, choice) for choice in choices]
             for start, prompt in zip(starts, prompts, strict=True)
         ]
         found: dict[int, list[float]] = {}
@@ -230,18 +190,13 @@ class HfBackend:
             logprobs_BV = self._after([starts[i] for i in batch])
             for row, i in enumerate(batch):
                 found[i] = [float(logprobs_BV[row, tail[0]]) for tail in tails[i]]
+                done(i, found[i])
         longer = [i for i in range(len(prompts)) if i not in found]
         flat = self._scores([(starts[i] + tail, len(starts[i])) for i in longer for tail in tails[i]])
         for place, i in enumerate(longer):
             found[i] = [x.logprob for x in flat[place * len(choices) : (place + 1) * len(choices)]]
+            done(i, found[i])
         return [found[i] for i in range(len(prompts))]
-
-    def _tail(self, start: list[int], prompt: str, choice: str) -> list[int]:
-        """The choice's tokens: what the whole text has more than the prompt; encoded apart where the two merge."""
-        whole: list[int] = self.tokenizer(prompt + choice)["input_ids"]
-        if whole[: len(start)] == start and len(whole) > len(start):
-            return whole[len(start) :]
-        return self.tokenizer(choice, add_special_tokens=False)["input_ids"]
 
     def _after(self, encoded: Sequence[list[int]]) -> torch.Tensor:
         """Log probabilities `[b, v]` of the token after each text, fp32."""
@@ -278,6 +233,7 @@ class HfBackend:
         return [answers[i] for i in range(len(encoded))]
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        places = sorted(range(len(lengths)), key=lengths.__getitem__)
+        # The longest first: what does not fit the memory shows at once, and the time left is not understated.
+        places = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         for start in range(0, len(places), self.batch_size):
             yield places[start : start + self.batch_size]

@@ -212,7 +212,7 @@ def test_evaluation_asks_first_and_goes_on_after_hostile_programs(tmp_path: Path
     suite = Suite("own", "1", "code", tuple(Example(name, name, tests) for name in programs))
     (tmp_path / "model").mkdir()
     backend = FakeBackend(programs.__getitem__)
-    settings = {"backend": backend, "out_dir": tmp_path / "out", "max_tokens": 1000, "batch_size": 1}
+    settings = {"backend": backend, "out_dir": tmp_path / "out", "max_tokens": 1000}
     with pytest.raises(EvaluationError, match=r"suite own runs programs .* --allow-code-execution"):
         evaluate(tmp_path / "model", [suite], **settings)  # type: ignore[arg-type]
     assert not backend.asked

@@ -102,7 +102,7 @@ def test_choices_equal_the_scores_of_the_continuations(backend: HfBackend):
 
 def test_evaluate_loads_and_scores(model_dir: Path, tmp_path: Path):
     suite = suite_from_pairs("copy", [("copy KTAB:", "KTAB"), ("copy XYZ:", "nothing like it")])
-    result = evaluate(model_dir, [suite], backend="hf", out_dir=tmp_path, max_tokens=8, batch_size=2)
+    result = evaluate(model_dir, [suite], backend="hf", out_dir=tmp_path, max_tokens=8)
     assert result.suites["copy"].accuracy == 0.5
     assert set(result.versions) == {"python", "asft_eval", "torch", "transformers"}
 

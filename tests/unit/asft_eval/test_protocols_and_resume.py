@@ -29,9 +29,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def run(model: Path, out: Path, backend: FakeBackend, **changes: Any) -> Result:
-    return evaluate(
-        model, [WORDS], **{"backend": backend, "out_dir": out, "max_tokens": 8, "batch_size": 2, **changes}
-    )
+    return evaluate(model, [WORDS], **{"backend": backend, "out_dir": out, "max_tokens": 8, **changes})
 
 
 def in_turn(*answers: str) -> Callable[[str], str]:
@@ -97,7 +95,6 @@ def test_an_interrupted_evaluation_asks_only_what_is_new(model: Path, tmp_path: 
         return "ä" + prompt.upper()
 
     first = FakeBackend(dies)
-    first.requests_at_once = 1
     with pytest.raises(Interrupted):
         run(model, tmp_path / "out", first)
     file = tmp_path / "out" / "samples.jsonl"

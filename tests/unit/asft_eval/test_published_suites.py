@@ -54,7 +54,6 @@ def test_a_constant_a_scores_the_share_of_a(real: Path, model: Path, tmp_path: P
         backend=FakeBackend(lambda prompt: " A"),
         out_dir=tmp_path / "out",
         max_tokens=None,
-        batch_size=1,
     )
     assert result.suites[name].right == rights["A"] + rights["0"]
     assert result.suites[name].n == len(rows)

@@ -27,7 +27,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def run(model: Path, out: Path, answers: dict[str, str], **changes: object) -> Result:
-    settings = {"out_dir": out, "max_tokens": 8, "batch_size": 2, **changes}
+    settings = {"out_dir": out, "max_tokens": 8, **changes}
     return evaluate(model, [WORDS, SUMS], backend=FakeBackend(lambda p: answers.get(p, "")), **settings)  # type: ignore[arg-type]
 
 
@@ -53,11 +53,11 @@ def test_figures_files_and_reading_back(model: Path, tmp_path: Path):
 
 def test_limit_asks_no_more(model: Path, tmp_path: Path):
     backend = FakeBackend(lambda prompt: prompt)
-    evaluate(model, [WORDS], backend=backend, out_dir=tmp_path / "o", max_tokens=8, batch_size=2, limit=3)
+    evaluate(model, [WORDS], backend=backend, out_dir=tmp_path / "o", max_tokens=8, limit=3)
     assert backend.asked == ["ab", "cd", "ef"]
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "batch_size", "limit"])
+@pytest.mark.parametrize("name", ["max_tokens", "limit"])
 def test_numbers_below_one(model: Path, tmp_path: Path, name: str):
     with pytest.raises(EvaluationError, match=name):
         run(model, tmp_path / "o", {}, **{name: 0})
@@ -67,12 +67,12 @@ def test_numbers_below_one(model: Path, tmp_path: Path, name: str):
 def test_suites_must_differ_in_name(model: Path, tmp_path: Path):
     for suites in ([], [WORDS, WORDS]):
         with pytest.raises(EvaluationError, match="at least one"):
-            evaluate(model, suites, backend="hf", out_dir=tmp_path / "o", max_tokens=8, batch_size=2)
+            evaluate(model, suites, backend="hf", out_dir=tmp_path / "o", max_tokens=8)
 
 
 def test_unknown_backend(model: Path, tmp_path: Path):
     with pytest.raises(EvaluationError, match="choose one of hf"):
-        evaluate(model, [WORDS], backend="hff", out_dir=tmp_path / "o", max_tokens=8, batch_size=2)
+        evaluate(model, [WORDS], backend="hff", out_dir=tmp_path / "o", max_tokens=8)
 
 
 def test_fingerprint_sees_a_changed_byte_of_a_large_file(model: Path):

@@ -40,6 +40,10 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
     ("overrides", "sentence"),
     [
         (["eval.suites=[medqa]", "eval.backend=hff"], "eval.backend=hff is unknown: did you mean 'hf'?"),
+        (["eval.suites=[medqa]", "eval.backend=openai"], "none serves what this launch will export: set eval.backend=vllm or hf"),
+        (["eval.suites=[medqa]", "eval.tensor_parallel_size=2"], "tensor_parallel_size says nothing to the backend hf: leave it out, or choose backend vllm"),
+        (["eval.suites=[medqa]", "eval.backend=vllm", "eval.tensor_parallel_size=16", "cluster=slurm", "cluster.partition=p", "cluster.account=a"],
+         "more than the 8 GPUs of a node"),
         (["eval.suites=[medqa]", "eval.protocol=gredy"], "eval.protocol=gredy cannot be used: there is no protocol 'gredy': choose one of"),
         (["eval.suites=[medqa]", "eval.protocol=pass@0"], "pass@K with K from 1"),
         (["eval.suites=[medqa]", "eval.prompt=alpca"], "eval.prompt=alpca is unknown: did you mean 'alpaca'"),
@@ -59,6 +63,7 @@ def test_a_name_that_is_none_is_said_before_the_training(
     [
         ["eval.suites=[medqa,math,mine.jsonl]", "eval.protocol=both"],
         ["eval.suites=[code]", "eval.allow_code_execution=true", "eval.protocol=pass@8"],
+        ["eval.suites=[medqa]", "eval.backend=vllm", "eval.tensor_parallel_size=4"],
     ],
 )
 def test_what_is_known_passes(checked: Checked, overrides: list[str]) -> None:

@@ -24,11 +24,13 @@ SLURM = ["cluster=slurm", "cluster.partition=gpu", "cluster.account=llm", "objec
         (["recipe=qwen25_72b", "cluster.gpu=h200"], 2),
         (["recipe=qwen25_72b_full_64gpu_a100_40gb"], 8),
         (["recipe=llama2_70b", "cluster.gpus_per_node=2"], 2),
+        (["recipe=qwen25_72b", "eval.backend=vllm", "eval.tensor_parallel_size=8"], 8),
         (["recipe=tiny_cpu"], 8),  # made for no published model, and the directory is not here
     ],
 )
 def test_as_many_as_hold_the_model(words: list[str], number: int) -> None:
-    assert eval_gpus(compose([*SLURM, *words, "model.path=nowhere"], check_inputs=False)) == number
+    run = compose([*SLURM, *words, "model.path=nowhere"], check_inputs=False, launched=True)
+    assert eval_gpus(run) == number
 
 
 def test_the_model_that_is_there_decides() -> None:

@@ -1,0 +1,156 @@
+"""JSON over HTTP: many requests at once, each tried again where the server is busy, away or slow."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from asft_eval.backends import Done
+from asft_eval.errors import EvaluationError
+
+KEY_VARIABLE, URL_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
+
+SECONDS = 600.0
+"""For one answer; a server that writes 4096 tokens for many at once takes minutes."""
+_SECONDS_TO_CONNECT = 10.0
+_TRIES = 8
+_LONGEST_WAIT = 60.0
+
+_Answer = TypeVar("_Answer")
+
+
+class Server:
+    """A server that speaks OpenAI's protocol. The key is read from the environment and never shown or written.
+
+    Args:
+        base_url: ends before `/models` and `/completions`; None = `OPENAI_BASE_URL`.
+        at_once: requests under way.
+        first_wait: seconds before the second try; doubled before each further one.
+
+    Raises:
+        EvaluationError: there is no address.
+    """
+
+    def __init__(self, base_url: str | None, *, at_once: int, first_wait: float = 1.0):
+        import httpx
+
+        base_url = base_url or os.environ.get(URL_VARIABLE) or ""
+        if urlsplit(base_url).scheme not in ("http", "https"):
+            raise EvaluationError(
+                f"the server's address is {base_url or 'not given'}: set --base-url or {URL_VARIABLE}, e.g. to http://127.0.0.1:8000/v1"
+            )
+        self.url = _without_user(base_url)
+        self._key = os.environ.get(KEY_VARIABLE, "")
+        self._httpx = httpx
+        self._at_once, self._first_wait = at_once, first_wait
+        self._given_up = threading.Event()
+        self._client = httpx.Client(
+            base_url=base_url,
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx.Timeout(SECONDS, connect=_SECONDS_TO_CONNECT),
+            limits=httpx.Limits(max_connections=at_once),
+        )
+
+    def get(self, path: str, *, tries: int = _TRIES) -> dict[str, Any]:
+        """The answer to a GET; see `post`."""
+        return self._ask("GET", path, None, tries)
+
+    def post(self, path: str, body: Mapping[str, Any], *, tries: int = _TRIES) -> dict[str, Any]:
+        """The answer to a POST.
+
+        Raises:
+            EvaluationError: the server refuses the request, or did not answer it in so many tries.
+        """
+        return self._ask("POST", path, body, tries)
+
+    def each(self, work: Callable[[int], _Answer], count: int, done: Done[_Answer]) -> list[_Answer]:
+        """`work` of the numbers below `count`, several at once; `done` is told each answer in this thread.
+
+        Where one fails, those under way are waited for and told too; the rest is not begun.
+        """
+        found: dict[int, _Answer] = {}
+        with ThreadPoolExecutor(self._at_once) as pool:
+            futures = {pool.submit(work, place): place for place in range(count)}
+
+            def tell(future: Future[_Answer]) -> None:
+                place = futures[future]
+                found[place] = future.result()
+                done(place, found[place])
+
+            try:
+                for future in as_completed(futures):
+                    tell(future)
+            except BaseException:
+                self._given_up.set()
+                pool.shutdown(cancel_futures=True)
+                for future, place in futures.items():
+                    if place not in found and not future.cancelled() and future.exception() is None:
+                        tell(future)
+                raise
+            finally:
+                self._given_up.clear()
+        return [found[place] for place in range(count)]
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, tries: int) -> dict[str, Any]:
+        why = "was not asked"
+        for number in range(tries):
+            wait = min(self._first_wait * 2**number, _LONGEST_WAIT) * random.uniform(0.75, 1.0)
+            try:
+                response = self._client.request(method, path.lstrip("/"), json=body)
+            except self._httpx.TransportError as error:  # time-outs among them
+                why = f"does not answer ({type(error).__name__}: {error})"
+            else:
+                if response.status_code != 429 and response.status_code < 500:
+                    return self._read(response)
+                why = f"answers {response.status_code} ({self._words(response)})"
+                wait = _asked_for(response.headers.get("retry-after"), wait)
+            if number + 1 < tries and self._given_up.wait(wait):
+                break
+        raise EvaluationError(
+            f"the server {self.url} {why}, asked {tries} times: see whether it runs and how busy it is, and start again: answers so far are kept"
+        )
+
+    def _read(self, response: Any) -> dict[str, Any]:
+        if response.status_code in (401, 403):
+            raise EvaluationError(
+                f"the server {self.url} refuses the key: put the right one into {KEY_VARIABLE} ({self._words(response)})"
+            )
+        try:
+            content: Any = response.json()
+        except ValueError:
+            content = None
+        if response.status_code >= 300 or not isinstance(content, dict):
+            raise EvaluationError(
+                f"the server {self.url} cannot answer {response.request.url.path} (status {response.status_code}: {self._words(response)}): "
+                "correct --base-url, the model's name or the settings"
+            )
+        return content  # pyright: ignore[reportUnknownVariableType]
+
+    def _words(self, response: Any) -> str:
+        """What the server says of an error, in one line and without the key, which some repeat."""
+        try:
+            content = response.json()
+            error = content.get("error", content)
+            words = error if isinstance(error, str) else error.get("message") or error.get("detail")
+        except (ValueError, AttributeError):
+            words = response.text
+        line = " ".join(str(words or "no reason given").split())[:300]
+        return line.replace(self._key, "***") if self._key else line
+
+
+def _asked_for(header: str | None, otherwise: float) -> float:
+    """Seconds that the server asks to wait (Retry-After as a number), at most a minute."""
+    try:
+        return min(max(float(header or ""), 0.0), _LONGEST_WAIT)
+    except ValueError:
+        return otherwise
+
+
+def _without_user(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))

@@ -1,0 +1,107 @@
+"""From text to token ids and back: what every backend that has the model's tokenizer does alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from asft_eval.errors import EvaluationError
+from asft_eval.types import Completion, Protocol
+
+
+def require(model_dir: Path, pattern: str, what: str) -> None:
+    """A file that a model directory must have.
+
+    Raises:
+        EvaluationError: no such directory, or nothing in it that the pattern matches.
+    """
+    if not model_dir.is_dir():
+        raise EvaluationError(f"there is no model directory {model_dir}: check the path")
+    if not any(model_dir.glob(pattern)):
+        raise EvaluationError(f"{model_dir} lacks {what}: name a complete Hugging Face model directory")
+
+
+def require_model(model_dir: Path) -> None:
+    """A configuration and weights; see `require`."""
+    require(model_dir, "config.json", "a model configuration")
+    require(model_dir, "*.safetensors", "weights (*.safetensors)")
+
+
+def require_seeds(prompts: Sequence[str], protocol: Protocol, seeds: Sequence[int]) -> None:
+    """One seed a prompt where something is drawn.
+
+    Raises:
+        EvaluationError: there are more or fewer.
+    """
+    if protocol.temperature > 0 and len(seeds) != len(prompts):
+        raise EvaluationError(
+            f"{len(prompts)} completions are to be drawn with {len(seeds)} seeds: give one a prompt"
+        )
+
+
+def load_tokenizer(model_dir: Path | str) -> Any:
+    """The tokenizer of a model directory, with a padding token (the end token where it has none).
+
+    Raises:
+        EvaluationError: the directory holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    model_dir = Path(model_dir)
+    require(model_dir, "tokenizer*", "a tokenizer (copy the base model's tokenizer files into it)")
+    try:
+        opener: Any = AutoTokenizer
+        tokenizer = opener.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"transformers cannot load the tokenizer in {model_dir}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode_pair(tokenizer: Any, prompt: str, continuation: str, *, end: bool) -> tuple[list[int], int]:
+    """Token ids of prompt and continuation, encoded apart and joined, and the number of the prompt's.
+
+    Args:
+        tokenizer: adds its special tokens to the prompt only.
+        prompt: never scored.
+        continuation: scored text.
+        end: whether the end token follows the continuation.
+    """
+    prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
+    continuation_ids: list[int] = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    if not prompt_ids:  # the first token has no distribution of its own: it needs something before it
+        prompt_ids = [
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ]
+    return prompt_ids + continuation_ids + ([tokenizer.eos_token_id] if end else []), len(prompt_ids)
+
+
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt, at least one."""
+    return encode_pair(tokenizer, prompt, "", end=False)[0]
+
+
+def choice_tokens(tokenizer: Any, start: list[int], prompt: str, choice: str) -> list[int]:
+    """A choice's tokens: what the whole text has more than the prompt; encoded apart where the two merge.
+
+    Args:
+        tokenizer: of the model.
+        start: the prompt's own tokens.
+        prompt: the text before the choice.
+        choice: its continuation.
+    """
+    whole: list[int] = tokenizer(prompt + choice)["input_ids"]
+    if whole[: len(start)] == start and len(whole) > len(start):
+        return whole[len(start) :]
+    return tokenizer(choice, add_special_tokens=False)["input_ids"]
+
+
+def completion(tokenizer: Any, ids: Sequence[int]) -> Completion:
+    """What generated tokens say up to the end token; `finished` where it is among them."""
+    end = tokenizer.eos_token_id
+    finished = end in ids
+    written = list(ids[: ids.index(end)]) if finished else list(ids)
+    text = tokenizer.decode(written, skip_special_tokens=True)
+    return Completion(text, len(written) + int(finished), finished)

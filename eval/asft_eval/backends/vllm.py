@@ -1,0 +1,246 @@
+"""vLLM in this process: batched as its scheduler sees fit, prompts that begin alike computed once, layers divided over GPUs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from asft_eval.backends import Done, LogLikelihood, ignore
+from asft_eval.backends.tokens import (
+    choice_tokens,
+    completion,
+    encode_pair,
+    load_tokenizer,
+    prompt_tokens,
+    require_model,
+    require_seeds,
+)
+from asft_eval.errors import EvaluationError
+from asft_eval.types import Completion, Protocol
+
+log = logging.getLogger(__name__)
+
+# vLLM reports its use to its makers and logs to stdout, which belongs to our results.
+_QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
+
+
+class VllmBackend:
+    """A model directory run by vLLM. Prompts are encoded and completions decoded as by the backend `hf`.
+
+    Args:
+        model_dir: a Hugging Face model directory with tokenizer files.
+        batch_size: completions written at once; None = vLLM's own number.
+        tensor_parallel_size: GPUs; None = as many of the visible ones as can share the model's heads evenly.
+        dtype: of weights and arithmetic by vLLM's names; None = float32 on a CPU and the checkpoint's own on a GPU.
+
+    Raises:
+        EvaluationError: vLLM is not installed, or cannot load the model.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        *,
+        batch_size: int | None = None,
+        tensor_parallel_size: int | None = None,
+        dtype: str | None = None,
+    ):
+        import torch
+
+        model_dir = Path(model_dir)
+        require_model(model_dir)
+        self.tokenizer = load_tokenizer(model_dir)
+        self._vllm = _library()
+        self.versions: Mapping[str, str] = {"torch": torch.__version__, "vllm": self._vllm.__version__}
+        visible = torch.cuda.device_count()
+        size = tensor_parallel_size or shared_by(model_dir, visible)
+        if visible and size > visible:
+            raise EvaluationError(
+                f"tensor_parallel_size is {size} and {visible} GPUs are visible: give at most {visible}"
+            )
+        if visible > size:
+            log.info("%d of %d visible GPUs run %s", size, visible, model_dir)
+        own: dict[str, Any] = {} if batch_size is None else {"max_num_seqs": batch_size}
+        if not visible:  # compiling takes minutes on a CPU
+            own |= {"enforce_eager": True}
+        self._engine = self._load(
+            model_dir, tensor_parallel_size=size, dtype=dtype or ("auto" if visible else "float32"), **own
+        )
+        self._asked = 0
+
+    def _load(self, model_dir: Path, **own: Any) -> Any:
+        try:
+            llm = self._vllm.LLM(
+                model=str(model_dir),
+                enable_prefix_caching=True,
+                logprobs_mode="raw_logprobs",
+                generation_config="vllm",  # nothing of generation_config.json: a protocol says all there is to say
+                seed=0,
+                **own,
+            )
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
+            raise EvaluationError(
+                f"vLLM cannot load {model_dir}: {_first_line(error)} (its own lines are above)"
+            ) from error
+        self._room = int(llm.llm_engine.model_config.max_model_len)
+        self._llm = llm  # ends vLLM's processes when it goes
+        return llm.llm_engine
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        protocol: Protocol,
+        seeds: Sequence[int] = (),
+        done: Done[Completion] = ignore,
+    ) -> list[Completion]:
+        """Completions, greedy or drawn, each with the generator of its own seed.
+
+        Raises:
+            EvaluationError: a prompt is as long as the model's context, or there is not one seed a prompt.
+        """
+        require_seeds(prompts, protocol, seeds)
+        how = {"temperature": protocol.temperature, "top_p": protocol.top_p}
+        asked = [
+            (
+                prompt_tokens(self.tokenizer, prompt),
+                self._sampling(
+                    **how, max_tokens=protocol.max_tokens, seed=seeds[i] if protocol.temperature > 0 else None
+                ),
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        found: dict[int, Completion] = {}
+
+        def read(place: int, output: Any) -> None:
+            found[place] = completion(self.tokenizer, list(output.outputs[0].token_ids))
+            done(place, found[place])
+
+        self._run(asked, read)
+        return [found[i] for i in range(len(prompts))]
+
+    def choice_logprobs(
+        self, prompts: Sequence[str], choices: Sequence[str], *, done: Done[list[float]] = ignore
+    ) -> list[list[float]]:
+        """For every prompt the log probability of each choice as its continuation (sum over the choice's tokens).
+
+        A choice of one token is made the only one that may come next: its probability is that among all tokens, and the prompt, which
+        all choices share, is computed once. Longer ones are scored as text.
+        """
+        asked: list[tuple[list[int], Any]] = []
+        places: list[tuple[int, int, int]] = []
+        for i, prompt in enumerate(prompts):
+            start = prompt_tokens(self.tokenizer, prompt)
+            for j, choice in enumerate(choices):
+                tail = choice_tokens(self.tokenizer, start, prompt, choice)
+                alone = len(tail) == 1
+                params = {"allowed_token_ids": tail, "logprobs": 0} if alone else {"prompt_logprobs": 0}
+                asked.append((start if alone else start + tail, self._sampling(**params, max_tokens=1)))
+                places.append((i, j, 0 if alone else len(tail)))
+        found: list[dict[int, float]] = [{} for _ in prompts]
+
+        def read(place: int, output: Any) -> None:
+            i, j, length = places[place]
+            found[i][j] = _of_text(output, length) if length else _of_next(output)
+            if len(found[i]) == len(choices):
+                done(i, [found[i][j] for j in range(len(choices))])
+
+        self._run(asked, read)
+        return [[row[j] for j in range(len(choices))] for row in found]
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+        """Log probability of each continuation after its prompt; the end token is not scored."""
+        encoded = [encode_pair(self.tokenizer, prompt, text, end=False) for prompt, text in pairs]
+        found: dict[int, LogLikelihood] = {}
+
+        def read(place: int, output: Any) -> None:
+            length = len(encoded[place][0]) - encoded[place][1]
+            found[place] = LogLikelihood(_of_text(output, length), length)
+
+        self._run([(ids, self._sampling(prompt_logprobs=0, max_tokens=1)) for ids, _ in encoded], read)
+        return [found[i] for i in range(len(pairs))]
+
+    def _sampling(self, **how: Any) -> Any:
+        final = importlib.import_module("vllm.sampling_params").RequestOutputKind.FINAL_ONLY
+        how = {"temperature": 0.0, **how}
+        # The end token is named, so that no other one of config.json or generation_config.json ends a completion.
+        return self._vllm.SamplingParams(
+            **how,
+            ignore_eos=True,
+            stop_token_ids=[self.tokenizer.eos_token_id],
+            detokenize=False,
+            output_kind=final,
+        )
+
+    def _run(self, asked: Sequence[tuple[Sequence[int], Any]], read: Callable[[int, Any], None]) -> None:
+        """Hands everything to vLLM's scheduler and each answer to `read` as it comes."""
+        longest = max((len(ids) for ids, _ in asked), default=0)
+        if longest >= self._room:
+            raise EvaluationError(
+                f"a prompt has {longest} tokens and the model's context {self._room}, which leaves no room for an answer: leave the suite out"
+            )
+        first, self._asked = self._asked, self._asked + len(asked)
+        try:
+            for number, (ids, params) in enumerate(asked, start=first):
+                self._engine.add_request(str(number), {"prompt_token_ids": list(ids)}, params)
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    if output.finished:
+                        read(int(output.request_id) - first, output)
+        except BaseException:
+            self._engine.abort_request([str(number) for number in range(first, self._asked)])
+            raise
+
+
+def _library() -> Any:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        return importlib.import_module("vllm")
+    except ImportError as error:
+        missing = getattr(error, "name", None) == "vllm"
+        raise EvaluationError(
+            f"backend vllm needs vLLM, which {sys.executable} {'lacks' if missing else f'cannot import ({_first_line(error)})'}: run asft eval in "
+            "an environment of its own that has it (docs/evaluation.md), or in the image of the Dockerfile's target eval, or choose backend hf"
+        ) from error
+
+
+def shared_by(model_dir: Path, visible: int) -> int:
+    """The largest number of visible GPUs that can share a model's attention heads evenly; 1 without a GPU.
+
+    vLLM divides query heads, and divides key-value heads or repeats them.
+    """
+    config: dict[str, Any] = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    heads = int(config.get("num_attention_heads", 1))
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    fit = [n for n in range(1, visible + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    return max(fit, default=1)
+
+
+def _of_next(output: Any) -> float:
+    (row,) = output.outputs[0].logprobs
+    return float(row[output.outputs[0].token_ids[0]].logprob)
+
+
+def _of_text(output: Any, length: int) -> float:
+    """The sum over the last `length` tokens of the text that was asked about."""
+    ids = output.prompt_token_ids
+    places = range(len(ids) - length, len(ids))
+    return sum(float(output.prompt_logprobs[i][ids[i]].logprob) for i in places)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
