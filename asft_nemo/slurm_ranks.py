@@ -12,7 +12,6 @@ from typing import NoReturn
 from asft_nemo import stop_signal
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.errors import ConfigError, UserError
-from asft_nemo.launching.settings import refuse_other_settings
 from asft_nemo.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -49,6 +48,9 @@ def run_rank(run: RunConfig, job: str) -> NoReturn:
         _enter()
         stop_signal.listen(at_once=None if job == "train" else functools.partial(_leave_cache, run))
         set_up_logging(rank=int(os.environ["RANK"]))
+        # Composing needs Hydra, which `asft --help` does without, and vLLM's image has not.
+        from asft_nemo.launching.settings import refuse_other_settings
+
         refuse_other_settings(run)
         _do(run, job)
     except stop_signal.Stopped as stopped:
