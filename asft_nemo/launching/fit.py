@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
 
-from asft_nemo.config.cluster_rules import on_slurm, spread_tensor_groups
+from asft_nemo.config.cluster_rules import on_slurm
 from asft_nemo.config.model_shape import ModelShape
 from asft_nemo.config.recipes import recipe_gpu, recipe_model
 from asft_nemo.config.schema import RunConfig
@@ -16,7 +15,7 @@ from asft_nemo.planner.gpus import gpu
 from asft_nemo.planner.plan import Plan, plan_of
 from asft_nemo.planner.published import spec_of_recipe, spec_of_run
 from asft_nemo.planner.time import shape_of
-from asft_nemo.planner.words import verdict
+from asft_nemo.planner.words import slow_groups, verdict
 
 _ON_CPUS = "ASFT_DEVICE=cpu"  # in cluster.env
 
@@ -65,12 +64,8 @@ def warnings(run: RunConfig, plan: Plan | None) -> list[str]:
     found = []
     if plan is not None and not plan.fits:
         found.append("training will run out of memory, if the plan is right")
-    if on_slurm(run) and spread_tensor_groups(run):
-        tp_size, a_node = run.parallel.tp_size, run.cluster.gpus_per_node
-        found.append(
-            f"tensor-parallel groups of parallel.tp_size={tp_size} ranks reach beyond nodes of cluster.gpus_per_node={a_node}: what they "
-            f"exchange in every layer goes over the network, which is slow; parallel.tp_size={math.gcd(tp_size, a_node)} stays inside"
-        )
+    if on_slurm(run):
+        found += slow_groups(run)
     return found
 
 

@@ -50,11 +50,11 @@ GPUS: dict[str, Gpu] = {
 
 
 def gpu(name: str) -> Gpu:
-    """The row called `name`.
+    """The row called `name`, in capitals or not.
 
     Raises:
         UserError: no such row.
     """
-    if name not in GPUS:
+    if name.lower() not in GPUS:
         raise UserError(f"unknown GPU '{name}': set --gpu to one of {', '.join(GPUS)}")
-    return GPUS[name]
+    return GPUS[name.lower()]

@@ -1,7 +1,7 @@
 """Seconds of a step: operations over what a GPU does of them, bytes over what it moves, and the pipeline's idle time.
 
-What is left out: exchanges between pipeline stages and around a context-parallel ring, which run beside computing; loading data; kernels
-too small to fill a GPU. docs/planner.md compares with published speeds.
+What is left out: exchanges between pipeline stages, which run beside computing; loading data; kernels too small to fill a GPU.
+docs/planner.md compares with published speeds.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ ATTENTION_BACKWARD = 2.5
 # Between the products, a layer's activations are written once and read again: by the next kernel, by backward, and their gradients likewise.
 ACTIVATION_PASSES = 6
 BANDWIDTH_EFFICIENCY = 0.8
+# Keys and values go around a context-parallel ring beside attention's products; in backward their gradients go with them.
+RING_BACKWARD = 2
 # Gathers and scatters of sequence parallelism in a layer: two and two in forward, as many in backward, and for full fine-tuning the two
 # inputs once more for their weights' gradients.
 FORWARD_EXCHANGES, BACKWARD_EXCHANGES, GRADIENT_EXCHANGES = 4, 4, 2
@@ -210,20 +212,25 @@ def _layer_seconds(run: RunConfig, spec: ModelSpec, widths: ByteWidths, gpu: Gpu
     linear = flops.layers / _linear_rate(run.precision, gpu)
     attention_peak = gpu.fp32 if run.precision == "fp32" else gpu.peak.bf16
     attention = flops.attention / (1e12 * attention_peak * ATTENTION_EFFICIENCY)
+    ring = _ring_seconds(run, spec, widths, gpu)
+    attending, attending_back = (
+        max(attention, ring),
+        max(attention * ATTENTION_BACKWARD, ring * RING_BACKWARD),
+    )
     kept = layer_activations(run, spec, widths)
     traffic = kept.kept * ACTIVATION_PASSES / (gpu.memory_bandwidth * BANDWIDTH_EFFICIENCY)
     exchange = _exchange_seconds(run, spec, widths, gpu)
-    forward = linear + attention + traffic / 3 + exchange * FORWARD_EXCHANGES
+    forward = linear + attending + traffic / 3 + exchange * FORWARD_EXCHANGES
     backward = (
         linear * (2 if full else 1)
-        + attention * ATTENTION_BACKWARD
+        + attending_back
         + traffic * 2 / 3
         + exchange * (BACKWARD_EXCHANGES + (GRADIENT_EXCHANGES if full else 0))
     )
     frozen = run.precision if run.reference.precision == "policy" else run.reference.precision
     reference = forward - linear + flops.layers / _linear_rate(frozen, gpu)
     modules = run.recompute.modules if run.recompute.granularity == "selective" else ()
-    selective = attention * ("core_attn" in modules) + _mlp_share(spec) * linear * ("mlp" in modules)
+    selective = attending * ("core_attn" in modules) + _mlp_share(spec) * linear * ("mlp" in modules)
     return _LayerSeconds(forward, backward, forward, selective, reference)
 
 
@@ -240,6 +247,16 @@ def _exchange_seconds(run: RunConfig, spec: ModelSpec, widths: ByteWidths, gpu: 
         return 0.0
     moved = Tokens.of(run).whole * spec.hidden_size * widths.compute * (layout.tp_size - 1) / layout.tp_size
     bandwidth = gpu.network_bandwidth if spread_tensor_groups(run) else gpu.node_bandwidth
+    return moved / (bandwidth * BANDWIDTH_EFFICIENCY)
+
+
+def _ring_seconds(run: RunConfig, spec: ModelSpec, widths: ByteWidths, gpu: Gpu) -> float:
+    """Keys and values of a rank's tokens on their way past all other ranks of its context-parallel ring, in one forward pass of a layer."""
+    layout = run.parallel
+    rows = 2 * spec.key_value_rows // layout.tp_size
+    moved = (layout.cp_size - 1) * Tokens.of(run).whole * rows * widths.compute
+    inside = layout.tp_size * layout.cp_size <= run.cluster.gpus_per_node
+    bandwidth = gpu.node_bandwidth if inside else gpu.network_bandwidth
     return moved / (bandwidth * BANDWIDTH_EFFICIENCY)
 
 

@@ -20,14 +20,14 @@ class Totals:
         hours: of these tokens.
         cache_bytes: of `reference=cached` on disk, where these tokens are all different (a second epoch adds nothing); None where no
             reference is read.
-        read_bandwidth: bytes a second that all ranks of the last stage read of it together.
+        read_bytes_per_second: bytes a second that all ranks of the last stage read of it together.
     """
 
     steps: int | None
     tokens: int
     hours: float
     cache_bytes: int | None
-    read_bandwidth: float | None
+    read_bytes_per_second: float | None
 
 
 def totals_of(plan: Plan) -> Totals:
@@ -51,10 +51,20 @@ def in_words(plan: Plan) -> list[str]:
     """Sentences, for a person."""
     totals = totals_of(plan)
     known = f"{totals.steps:,} steps" if totals.steps is not None else "10^9 tokens (padding included)"
-    words = [f"{known}: {totals.hours:,.1f} hours"]
-    if totals.cache_bytes is not None and totals.read_bandwidth is not None:
+    words = [f"{known}: {_time(totals.hours)}"]
+    if totals.cache_bytes is not None and totals.read_bytes_per_second is not None:
         words.append(
-            f"reference=cached, all of them different and learned: {totals.cache_bytes / 1e9:,.0f} GB on disk, read at "
-            f"{totals.read_bandwidth / 1e9:.2f} GB/s by all ranks together"
+            f"reference=cached, all of them different and learned: {_size(totals.cache_bytes)} on disk, read at "
+            f"{totals.read_bytes_per_second / 1e9:.2f} GB/s by all ranks together"
         )
     return words
+
+
+def _time(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.1f} minutes" if 60 * hours >= 1 else f"{3600 * hours:.1f} s"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.0f} GB" if count >= 1e10 else f"{count / 1e6:,.0f} MB"

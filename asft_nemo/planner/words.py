@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from asft_nemo.config.schema import data_parallel_size, num_microbatches
+import math
+
+from asft_nemo.config.cluster_rules import spread_tensor_groups
+from asft_nemo.config.schema import RunConfig, data_parallel_size, num_microbatches
 from asft_nemo.model import parameter_count
 from asft_nemo.planner import totals
 from asft_nemo.planner.balance import explain
@@ -35,6 +38,7 @@ def in_words(plan: Plan) -> str:
         _forms(plan),
         totals.in_words(plan),
         explain(plan),
+        slow_groups(plan.run),
         [verdict(plan)],
     )
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -72,15 +76,16 @@ def _fullest(plan: Plan) -> list[str]:
 
 
 def _row(text: str, size: int) -> str:
-    return f"  {text:<46}{size / GIB:>8.2f}"
+    shown = f"{size / GIB:.2f}" if size >= GIB / 200 else "< 0.01"
+    return f"  {text:<46}{shown:>8}"
 
 
 def _stages(plan: Plan) -> list[str]:
-    lines = ["stage  layers     parameters  lasting  activations   peak   ms a micro batch"]
+    lines = ["stage  layers     parameters  GiB: lasting  activations   peak   ms a micro batch"]
     for memory, time in zip(plan.memory, plan.step.stages, strict=True):
         head = f" (head and loss {1e3 * time.head:.1f})" if time.head else ""
         lines.append(
-            f"{memory.rank:>5}  {memory.layers:>6}  {memory.parameters.total:>13,}  {memory.lasting / GIB:>7.2f}  "
+            f"{memory.rank:>5}  {memory.layers:>6}  {memory.parameters.total:>13,}  {memory.lasting / GIB:>12.2f}  "
             f"{memory.activations / GIB:>11.2f}  {memory.peak / GIB:>5.2f}   {1e3 * time.total:.1f}{head}"
         )
     return lines
@@ -112,6 +117,17 @@ def _forms(plan: Plan) -> list[str]:
             f"{form:<16}  {other.fullest.peak / GIB:>8.2f}   {other.step.seconds:>8.2f}   {extra:+.2f} GiB, {more:+.1f} % time{fits}"
         )
     return lines
+
+
+def slow_groups(run: RunConfig) -> list[str]:
+    """A sentence where tensor-parallel ranks exchange over the network; none where they share a node."""
+    if not spread_tensor_groups(run):
+        return []
+    tp_size, a_node = run.parallel.tp_size, run.cluster.gpus_per_node
+    return [
+        f"tensor-parallel groups of parallel.tp_size={tp_size} ranks reach beyond nodes of cluster.gpus_per_node={a_node}: what they "
+        f"exchange in every layer goes over the network, which is slow; parallel.tp_size={math.gcd(tp_size, a_node)} stays inside"
+    ]
 
 
 def verdict(plan: Plan, *, gpu_word: str = "--gpu ") -> str:

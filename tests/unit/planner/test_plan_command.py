@@ -71,7 +71,7 @@ def test_a_whole_run_is_told_in_hours_and_its_cache_in_bytes() -> None:
     speed = step["tokens_per_second_per_gpu"] * values["gpus"]
     assert total["hours"] == pytest.approx(1e9 / speed / 3600)
     # with the cache a step is shorter, so that rows are read faster than they would be beside a resident reference
-    assert total["read_bandwidth"] > speed * 3584 * 2
+    assert total["read_bytes_per_second"] > speed * 3584 * 2
     some = values_of(*words, "trainer.max_steps=100")["total"]
     assert some["tokens"] == 100 * step["tokens"]
     assert some["hours"] == pytest.approx(100 * step["seconds"] / 3600)
@@ -81,7 +81,7 @@ def test_a_whole_run_is_told_in_hours_and_its_cache_in_bytes() -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["recipe=qwen25_72b", "--gpu", "a100-40gb"], "the optimizer's state"),
+        (["recipe=qwen25_72b", "--gpu", "A100-40GB"], "the optimizer's state"),
         (["recipe=qwen25_72b", "data.sequence_length=16384"], "the activations"),
         (["recipe=qwen25_7b", "parallel.tp_size=1", "parallel.sequence_parallel=false"], "the gradients"),
     ],
@@ -224,6 +224,21 @@ def test_it_imports_no_torch_and_answers_in_a_second() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
     spent = after.children_user + after.children_system - before.children_user - before.children_system
     assert spent < 5, "a second on an idle machine"
+
+
+def test_groups_over_the_network_are_told_and_context_parallel_rings_take_time() -> None:
+    words = ["recipe=qwen25_72b", "objective=sft", "run.world_size=64"]
+    assert "reach beyond nodes of cluster.gpus_per_node=4" in plan(*words, "cluster.gpus_per_node=4")[1]
+    assert "reach beyond" not in plan(*words)[1]
+    # 128 tokens a rank attend faster than 15 other ranks' keys and values come over the network
+    ring = ["recipe=qwen25_32b", "objective=sft", "run.world_size=64", "parallel.pp_size=4"]
+    speeds = [
+        values_of(
+            *ring, f"parallel.tp_size={tp}", f"parallel.cp_size={cp}", f"parallel.sequence_parallel={tp > 1}"
+        )["step"]["tokens_per_second_per_gpu"]
+        for tp, cp in ((4, 1), (1, 16))
+    ]
+    assert speeds[1] < speeds[0]
 
 
 def test_layouts_are_searched_for_the_cluster_s_nodes() -> None:
