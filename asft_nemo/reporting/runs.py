@@ -26,7 +26,6 @@ class RunFiles:
         steps: lines of metrics.jsonl, by step, at least one.
         starts: of starts.jsonl, the first of which began the run; empty for runs from before there was one.
         alarms: of alarms.jsonl.
-        summary: summary.json, empty before the run's end.
     """
 
     name: str
@@ -35,7 +34,6 @@ class RunFiles:
     steps: tuple[Line, ...]
     starts: tuple[Line, ...]
     alarms: tuple[Line, ...]
-    summary: Line
 
     @property
     def resumed_after(self) -> list[int]:
@@ -55,14 +53,21 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
     """The runs in these folders, with names that tell them apart.
 
     Raises:
-        UserError: a folder holds no run, or one without a step.
+        UserError: a folder holds no run, one without a step, or one that may not be read.
     """
     repeated = {
         str(folder) for folder in folders if [f.resolve() for f in folders].count(folder.resolve()) > 1
     }
     if repeated:
         raise UserError(f"{min(repeated)} is given twice: name each run once")
-    return [_read_run(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
+    try:
+        return [
+            _read_run(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)
+        ]
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}): ask its owner to let you read it"
+        ) from None
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
@@ -79,26 +84,46 @@ def _read_run(folder: Path, name: str) -> RunFiles:
     record = folder / "run.json"
     if not record.is_file():
         raise UserError(_no_run(folder))
-    steps = read_lines(folder / "metrics.jsonl")
+    steps = _lines(folder / "metrics.jsonl", "seconds", "tokens")
     if not steps:
         raise UserError(f"the run in {folder} has no step yet: call asft report again when it has")
-    summary = folder / "summary.json"
     return RunFiles(
         name=name,
         folder=folder,
-        record=_json(record),
+        record=_record(record),
         steps=tuple(sorted(steps, key=lambda line: line["step"])),
-        starts=tuple(read_lines(folder / STARTS)),
-        alarms=tuple(read_lines(folder / ALARMS)),
-        summary=_json(summary) if summary.is_file() else {},
+        starts=_lines(folder / STARTS, "max_steps", "time", "host"),
+        alarms=_lines(folder / ALARMS),
     )
 
 
-def _json(path: Path) -> Line:
+def _record(path: Path) -> Line:
+    """run.json, whose settings are what the page shows."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        record = json.loads(path.read_text())
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}): is this the folder of a run?") from None
+    if not (
+        isinstance(record, dict) and isinstance(record.get("config"), dict) and "trainer" in record["config"]
+    ):
+        raise UserError(f"{path} holds no settings of a run: give the run.dir of a training run of asft")
+    return record
+
+
+def _lines(path: Path, *keys: str) -> tuple[Line, ...]:
+    """The whole lines of a run's file, all of which have these keys.
+
+    Raises:
+        UserError: it is another program's.
+    """
+    lines = read_lines(path)
+    for line in lines:
+        missing = [key for key in keys if key not in line]
+        if missing:
+            raise UserError(
+                f"{path} has no {missing[0]} at step {line['step']}: give the run.dir of a training run of asft"
+            )
+    return tuple(lines)
 
 
 def read_lines(path: Path) -> list[Line]:

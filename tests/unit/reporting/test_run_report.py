@@ -151,6 +151,24 @@ def test_wrong_input_is_one_sentence(
     assert re.search(said, sentence), sentence
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("run.json", "{}", r"run\.json holds no settings of a run: give the run\.dir"),
+        ("run.json", "[", r"run\.json cannot be read"),
+        ("metrics.jsonl", '{"step": 4}\n', r"metrics\.jsonl has no seconds at step 4: give the run\.dir"),
+        ("starts.jsonl", '{"step": 0}\n', r"starts\.jsonl has no max_steps at step 0"),
+    ],
+)
+def test_files_of_another_program_are_called_so(
+    file: str, text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (make_run(tmp_path / "run") / file).write_text(text)
+    assert cli.main(["report", str(tmp_path / "run")]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, sentence), sentence
+
+
 def test_a_jump_of_one_step_of_many_is_still_to_be_seen() -> None:
     values = np.ones(10 * MOST_POINTS + 3)
     values[777] = 50.0
