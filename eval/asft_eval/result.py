@@ -9,7 +9,8 @@ suite's name is SUITE@PROTOCOL. `n` examples, `right` completions of `n * protoc
 of right completions, or of pass@k; `stderr` its standard error over examples; `interval` 95 %, Wilson's; `tokens` generated in all;
 `cut` completions that `max_tokens` ended; `seconds` the model took; `seed` null where nothing is drawn. Beside it `samples.jsonl` holds one
 line a completion: suite, id, sample, prompt, answer, completion, num_tokens, finished, seconds, logprobs (multiple choice: of each choice),
-request (a hash of all that the completion depends on), parsed, correct, reason.
+request (a hash of all that the completion depends on), parsed, correct, reason. `for_judge` has the suites that a judge decides (`asft_eval.judge`), with
+the figures that need no verdict; they are in `suites` too as soon as one has, and until then the `correct` of their samples is null.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Result:
     versions: Mapping[str, str]
     suites: Mapping[str, SuiteResult]
     drift: Mapping[str, Any] | None = None
+    for_judge: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -94,11 +96,12 @@ def fingerprint(model_dir: Path) -> str:
 def write_result(out_dir: Path, result: Result, samples: Iterable[Mapping[str, Any]]) -> None:
     """Write `samples.jsonl`, then `results.json`, each complete or not at all."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_whole(out_dir / SAMPLES, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in samples))
-    _write_whole(out_dir / RESULTS, json.dumps(result.to_json(), indent=2) + "\n")
+    write_whole(out_dir / SAMPLES, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in samples))
+    write_whole(out_dir / RESULTS, json.dumps(result.to_json(), indent=2) + "\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there complete or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

@@ -1,0 +1,208 @@
+"""The key `drift` of `results.json`: what a model makes of held-out text, and how far it has gone from its base.
+
+docs/evaluation.md says what each figure is. What was measured is kept in `held_out.json`, with the figures of each text, and not measured
+again while model, base and text are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asft_eval.backends.hf import load_tokenizer
+from asft_eval.errors import EvaluationError
+from asft_eval.held_out import HeldOut, read_held_out
+from asft_eval.reading import Tokens, read_texts
+from asft_eval.resampling import Stratum, bootstrap
+from asft_eval.result import fingerprint, write_whole
+
+log = logging.getLogger(__name__)
+
+MEASURED = "held_out.json"
+BATCH_SIZE = 8
+_VERSION = 1
+_BINS = 10
+_HISTOGRAM = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftRequest:
+    """What is to be measured.
+
+    Attributes:
+        text: file of held-out text; see `asft_eval.held_out`.
+        base: Hugging Face directory of the model that this one was fine-tuned from; None = no KL, only what the model makes of the text.
+    """
+
+    text: Path
+    base: Path | None
+
+
+def prepare(model_dir: Path, request: DriftRequest) -> HeldOut:
+    """The text as tokens of the base's tokenizer (the model's own without a base); quick, so that what is wrong is said at once.
+
+    Raises:
+        EvaluationError: an unusable text, or a base that is no model directory.
+    """
+    source = request.base or model_dir
+    return read_held_out(request.text, load_tokenizer(source), positions=_positions(source))
+
+
+def measure(model_dir: Path, request: DriftRequest, text: HeldOut, out_dir: Path) -> dict[str, Any]:
+    """The figures, measured now or found in `out_dir`.
+
+    Args:
+        model_dir: Hugging Face model directory.
+        request: text and base.
+        text: as `prepare` read it.
+        out_dir: gets `held_out.json`.
+
+    Raises:
+        EvaluationError: a model that cannot be loaded, or two that cannot be compared.
+    """
+    base = (
+        None
+        if request.base is None
+        else {"path": str(request.base), "fingerprint": fingerprint(request.base)}
+    )
+    asked = [_VERSION, fingerprint(model_dir), base and base["fingerprint"], text.sha256, text.window]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    former = _former(out_dir / MEASURED, key)
+    if former is not None:
+        log.info("drift: measured before, kept")
+        return {**former, "text": {**former["text"], "path": text.path}}
+    started = time.perf_counter()
+    log.info("drift: %d texts of %s", len(text.encoded), text.path)
+    pad_id = load_tokenizer(request.base or model_dir).pad_token_id
+    read = read_texts(model_dir, request.base, text.encoded, pad_id=pad_id, batch_size=BATCH_SIZE)
+    found = figures(read, text, base)
+    found["seconds"] = round(time.perf_counter() - started, 3)
+    content = {"request": key, "drift": found, "texts": _texts(read)}
+    write_whole(out_dir / MEASURED, json.dumps(content) + "\n")
+    return found
+
+
+def figures(read: Tokens, text: HeldOut, base: Mapping[str, str] | None) -> dict[str, Any]:
+    """The key `drift`, but for its seconds.
+
+    Args:
+        read: every scored token.
+        text: what was read.
+        base: path and fingerprint; None = there is none.
+    """
+    return {
+        "text": {
+            "path": text.path,
+            "sha256": text.sha256,
+            "texts": len(text.encoded),
+            "window": text.window,
+            "cut": text.cut,
+            "left_out": text.left_out,
+        },
+        "tokens": len(read.text),
+        "model": _reading(read, ""),
+        "base": None if base is None else {**base, **_reading(read, "base_")},
+        "forward_kl": None if base is None else _mean(read, "forward_kl"),
+        "reverse_kl": None if base is None else _mean(read, "reverse_kl"),
+        "nll_change": None if base is None else _mean(read, "nll", minus="base_nll"),
+    }
+
+
+def _mean(read: Tokens, name: str, *, minus: str | None = None) -> dict[str, float]:
+    """Mean over tokens with its interval over texts."""
+    sums = read.by_text(name)
+    if minus is not None:
+        sums = sums - read.by_text(minus)
+    return asdict(bootstrap([Stratum(sums, read.counts())]))
+
+
+def _reading(read: Tokens, prefix: str) -> dict[str, Any]:
+    nll = _mean(read, f"{prefix}nll")
+    return {
+        "nll": nll,
+        "perplexity": math.exp(min(nll["value"], 700.0)),
+        "entropy": _mean(read, f"{prefix}entropy"),
+        "calibration": calibration(read.figures[f"{prefix}confidence"], read.figures[f"{prefix}hit"]),
+        "label_probability": histogram(read.figures[f"{prefix}label_probability"]),
+    }
+
+
+def calibration(confidence: Sequence[float] | Any, hit: Sequence[float] | Any) -> dict[str, Any]:
+    """Expected calibration error over ten bins of equal width (Guo et al. 2017, eq. 3), and the bins.
+
+    Args:
+        confidence: probability of the most probable answer, `[N]`.
+        hit: 1 where that answer is right, `[N]`.
+    """
+    sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(hit, dtype=np.float64)
+    place = np.minimum((sure * _BINS).astype(np.int64), _BINS - 1)
+    counts = np.bincount(place, minlength=_BINS)
+    mean_sure = np.bincount(place, weights=sure, minlength=_BINS) / np.maximum(counts, 1)
+    mean_right = np.bincount(place, weights=right, minlength=_BINS) / np.maximum(counts, 1)
+    bins = [
+        {
+            "low": i / _BINS,
+            "high": (i + 1) / _BINS,
+            "tokens": int(counts[i]),
+            "confidence": float(mean_sure[i]),
+            "accuracy": float(mean_right[i]),
+        }
+        for i in range(_BINS)
+    ]
+    gaps = counts * np.abs(mean_sure - mean_right)
+    return {"ece": float(gaps.sum() / counts.sum()), "bins": bins}
+
+
+def histogram(probabilities: Sequence[float] | Any) -> dict[str, list[float]]:
+    """Share of tokens in each of twenty bins of the probability of the text's token."""
+    place = np.minimum(
+        (np.asarray(probabilities, dtype=np.float64) * _HISTOGRAM).astype(np.int64), _HISTOGRAM - 1
+    )
+    counts = np.bincount(place, minlength=_HISTOGRAM)
+    return {
+        "edges": [i / _HISTOGRAM for i in range(_HISTOGRAM + 1)],
+        "shares": [float(count) for count in counts / counts.sum()],
+    }
+
+
+def _texts(read: Tokens) -> list[dict[str, float]]:
+    """Of every text its tokens and the means over them."""
+    names = [
+        name
+        for name in read.figures
+        if name.removeprefix("base_") in ("nll", "entropy") or name.endswith("_kl")
+    ]
+    counts = read.counts()
+    means = {name: read.by_text(name) / counts for name in names}
+    return [
+        {"tokens": int(counts[i]), **{name: float(values[i]) for name, values in means.items()}}
+        for i in range(len(counts))
+    ]
+
+
+def _former(path: Path, key: str) -> dict[str, Any] | None:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        return content["drift"] if content["request"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _positions(model_dir: Path) -> int:
+    try:
+        config: Any = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+        return int(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{model_dir}/config.json says no max_position_embeddings ({error}): name a complete Hugging Face model directory"
+        ) from None

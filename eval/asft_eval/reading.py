@@ -1,0 +1,174 @@
+"""What one or two models make of given text: figures of every scored token over the full vocabulary, in bounded memory.
+
+The models are run one after the other, so that only one is loaded: of the reference its final hidden states at the scored tokens are
+kept in host memory (4 bytes a hidden number: 1.6 GB for 100,000 tokens of a 7B model) and its head. Logits exist for a block of
+tokens at a time, are computed in fp32, and everything about them in fp64: a KL is a difference of nearly equal numbers, and two copies
+of one checkpoint give exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from asft_eval.backends.hf import load_model, right_padded
+from asft_eval.divergence import entropies, token_kls
+from asft_eval.errors import EvaluationError
+from asft_eval.resampling import Floats
+
+_LOGITS_AT_ONCE = 2**25
+"""Numbers in a block of logits: 256 MiB in fp64."""
+
+Encoded = tuple[list[int], int]
+"""Token ids, and how many of them are the prompt's."""
+
+_MODEL = ("nll", "entropy", "label_probability", "confidence", "hit")
+_NAMES = (*_MODEL, *(f"base_{name}" for name in _MODEL), "forward_kl", "reverse_kl")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Figures of every scored token.
+
+    Attributes:
+        text: which text each token is of, `[N]`.
+        figures: name -> `[N]`: nll, entropy (nats), label_probability (of the text's token), confidence (probability of the most probable token),
+            hit (1 where that is the text's), each of these of the base as base_NAME, forward_kl = KL(ref||policy), reverse_kl. Without a base those
+            of the base and the KLs are missing.
+    """
+
+    text: NDArray[np.int64]
+    figures: dict[str, Floats]
+
+    def by_text(self, name: str) -> Floats:
+        """Sums over each text's tokens, `[texts]`."""
+        return np.bincount(self.text, weights=self.figures[name]).astype(np.float64)
+
+    def counts(self) -> Floats:
+        """Tokens of each text, `[texts]`."""
+        return np.bincount(self.text).astype(np.float64)
+
+
+@torch.inference_mode()
+def read_texts(
+    policy_dir: Path | str,
+    ref_dir: Path | str | None,
+    encoded: Sequence[Encoded],
+    *,
+    pad_id: int,
+    batch_size: int,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tokens:
+    """Runs the reference, then the policy, over the texts.
+
+    Args:
+        policy_dir: Hugging Face model directory.
+        ref_dir: the reference's; None = only the policy is read.
+        encoded: texts; what follows the prompt is scored, at least one token of each text.
+        pad_id: fills batches.
+        batch_size: texts run together.
+        device: see `asft_eval.backends.hf.load_model`.
+        dtype: of weights and logits.
+
+    Raises:
+        EvaluationError: a directory that cannot be loaded, vocabularies of different size, or a family whose logits are more than its head's product.
+    """
+    order = sorted(range(len(encoded)), key=lambda place: len(encoded[place][0]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def opened(model_dir: Path | str) -> tuple[Any, Any]:
+        model = load_model(model_dir, dtype=dtype, device=device)
+        _require_plain_head(model, encoded[0][0][:16], model_dir)
+        return model, model.get_output_embeddings()
+
+    kept: list[torch.Tensor] = []
+    ref_head: Any = None
+    if ref_dir is not None:
+        ref, ref_head = opened(ref_dir)
+        kept = [hidden_TH.cpu() for hidden_TH, _ in _hidden(ref, encoded, batches, pad_id)]
+        del ref
+    policy, head = opened(policy_dir)
+    if ref_head is not None and ref_head.weight.shape[0] != head.weight.shape[0]:
+        sizes = f"{head.weight.shape[0]} and {ref_head.weight.shape[0]}"
+        raise EvaluationError(
+            f"policy and reference have vocabularies of {sizes} rows: compare models of one family"
+        )
+    blocks: list[torch.Tensor] = []
+    for number, (hidden_TH, labels_T) in enumerate(_hidden(policy, encoded, batches, pad_id)):
+        ref_hidden_TH = kept[number] if kept else None
+        blocks += _blocks(hidden_TH, ref_hidden_TH, labels_T, head, ref_head)
+    text = [place for batch in batches for place in batch for _ in range(_scored(encoded[place]))]
+    figures: Floats = np.asarray(torch.cat(blocks))
+    return Tokens(
+        np.array(text, dtype=np.int64), {name: figures[:, i] for i, name in enumerate(_names(ref_head))}
+    )
+
+
+def _scored(text: Encoded) -> int:
+    return len(text[0]) - text[1]
+
+
+def _names(ref_head: Any) -> Sequence[str]:
+    return _MODEL if ref_head is None else _NAMES
+
+
+def _require_plain_head(model: Any, ids: Sequence[int], model_dir: Path | str) -> None:
+    """Some families scale or cap what the head gives; there the head alone would be wrong."""
+    tokens = torch.tensor([ids], device=model.device)
+    whole = model(input_ids=tokens, use_cache=False).logits
+    parts = model.get_output_embeddings()(
+        model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    )
+    if not torch.allclose(whole, parts.to(whole), rtol=1e-4, atol=1e-4 * float(whole.abs().max())):
+        raise EvaluationError(
+            f"the logits of {model_dir} are not its head's product alone: drift is not measured for this family"
+        )
+
+
+def _hidden(
+    model: Any, encoded: Sequence[Encoded], batches: Sequence[Sequence[int]], pad_id: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Final hidden states `[T, H]` and labels `[T]` of each batch's scored tokens, text after text."""
+    for batch in batches:
+        tokens_BS, attention_BS, labels_BS, mask_BS = right_padded(
+            [encoded[place] for place in batch], pad_id=pad_id, device=model.device
+        )
+        out = model.base_model(input_ids=tokens_BS, attention_mask=attention_BS, use_cache=False)
+        hidden_BSH = out.last_hidden_state
+        yield hidden_BSH[mask_BS.to(hidden_BSH.device)], labels_BS[mask_BS]
+
+
+def _blocks(
+    hidden_TH: torch.Tensor,
+    ref_hidden_TH: torch.Tensor | None,
+    labels_T: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    ref_head: Any,
+) -> Iterator[torch.Tensor]:
+    """Figures of blocks of tokens, `[t, names]`, fp64 on the CPU."""
+    size = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])  # pyright: ignore[reportFunctionMemberAccess]
+    for start in range(0, labels_T.numel(), size):
+        place = slice(start, start + size)
+        logits_TV = head(hidden_TH[place]).double()
+        labels = labels_T[place].to(logits_TV.device)
+        columns = _of_one(logits_TV, labels)
+        if ref_hidden_TH is not None:
+            ref_logits_TV = ref_head(ref_hidden_TH[place].to(ref_head.weight.device)).to(logits_TV)
+            columns += _of_one(ref_logits_TV, labels)
+            columns += token_kls(logits_TV, ref_logits_TV)
+        yield torch.stack(columns, dim=1).cpu()
+
+
+def _of_one(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> list[torch.Tensor]:
+    """The columns of `_MODEL`, `[T]` each."""
+    log_p_TV = logits_TV.log_softmax(-1)
+    label_T = log_p_TV.gather(-1, labels_T[:, None]).squeeze(-1)
+    best_T, place_T = log_p_TV.max(-1)
+    return [-label_T, entropies(logits_TV), label_T.exp(), best_T.exp(), (place_T == labels_T).double()]
