@@ -7,8 +7,8 @@ from typing import Any
 
 from asft_nemo.config import rules
 from asft_nemo.config.schema import replace
-from asft_nemo.errors import ConfigError
-from asft_nemo.planner.gpus import GPUS
+from asft_nemo.errors import ConfigError, UserError
+from asft_nemo.planner.gpus import GPUS, Gpu
 from asft_nemo.planner.memory import reads_reference
 from asft_nemo.planner.plan import Plan, changed, plan_of
 from asft_nemo.planner.time import shape_of
@@ -42,8 +42,15 @@ def cures(plan: Plan, *, gpu_word: str = "--gpu ") -> list[str]:
         gpu_word: how the command line names another GPU.
     """
     found = [_words(settings) for settings in _changes(plan) if fits_with(plan, settings)]
-    larger = [gpu.name for gpu in GPUS.values() if gpu.memory > plan.gpu.memory]
-    return found + [f"{gpu_word}{name}" for name in larger if plan_of(plan.run, plan.spec, GPUS[name]).fits]
+    larger = [gpu for gpu in GPUS.values() if gpu.memory > plan.gpu.memory]
+    return found + [f"{gpu_word}{gpu.name}" for gpu in larger if _fits_on(plan, gpu)]
+
+
+def _fits_on(plan: Plan, other: Gpu) -> bool:
+    try:
+        return plan_of(plan.run, plan.spec, other).fits
+    except UserError:  # it does not compute in the run's precision
+        return False
 
 
 def fits_with(plan: Plan, settings: dict[str, Any]) -> bool:

@@ -98,6 +98,16 @@ def test_what_does_not_fit_is_named_with_what_would(words: list[str], part: str)
     assert plan(*words, *cure)[0] == 0
 
 
+def test_gpus_that_cannot_compute_in_fp8_are_no_cure_for_what_does() -> None:
+    """An A100 of 80 GB has a little more memory than an H100."""
+    code, out, err = plan(
+        "recipe=qwen25_72b_lora_8gpu_h100_fp8", "objective=asft", "data.sequence_length=4096"
+    )
+    assert (code, err) == (2, "")
+    assert "--gpu h200" in out.splitlines()[-1]
+    assert "a100" not in out.splitlines()[-1]
+
+
 def test_activations_that_are_too_large_ask_for_recomputation() -> None:
     code, out, _ = plan(f"recipe={LONG}", "objective=asft", "recompute.granularity=none")
     assert code == 2
