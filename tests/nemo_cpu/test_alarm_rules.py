@@ -9,7 +9,7 @@ from real_runs import alarms_of
 
 from asft_nemo.config.schema import AlarmsConfig
 from asft_nemo.nemo.alarms import Alarms, CurveAlarms
-from asft_nemo.nemo.stragglers import Place, slow_ranks
+from asft_nemo.nemo.stragglers import Place, slow_probes, slow_ranks
 
 pytestmark = pytest.mark.nemo
 
@@ -35,6 +35,13 @@ def places(*stages_and_replicas: tuple[int, int]) -> list[Place]:
 )
 def test_who_is_slow(seconds: list[float], where: list[tuple[int, int]], found: list[int]) -> None:
     assert slow_ranks(seconds, [1.0] * len(seconds), places(*where), 1.5) == found
+
+
+def test_whose_device_is_slow() -> None:
+    """Of two ranks, the slower one; of many, those far from the median."""
+    assert slow_probes([1.0, 1.6], 1.5) == [1]
+    assert slow_probes([1.0, 1.4, 1.2, 5.0, 0.9], 1.5) == [3]
+    assert slow_probes([2.0, 2.0, 2.9], 1.5) == []
 
 
 def look_at(
