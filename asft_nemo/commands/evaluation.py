@@ -6,10 +6,15 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from asft_nemo.commands.drift import add_drift_options, drift_request, drift_words
 from asft_nemo.commands.output import DONE, Add, answer
 from asft_nemo.config.schema import EvalConfig
 from asft_nemo.errors import UserError
+
+if TYPE_CHECKING:
+    from asft_eval.drift import DriftRequest
 
 
 def add_evaluation(add: Add) -> None:
@@ -70,6 +75,7 @@ def add_evaluation(add: Add) -> None:
         action="store_true",
         help="code suites: run the programs that the model wrote, in a sandbox",
     )
+    add_drift_options(evaluate)
     evaluate.add_argument("--out", type=Path, help="folder for results.json and samples.jsonl")
 
 
@@ -94,13 +100,27 @@ def _explain(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _read_text(arguments: argparse.Namespace, request: DriftRequest) -> int:
+    """The drift alone, without any suite."""
+    with evaluation_errors():
+        from asft_eval.drift import measure_alone
+
+        result = measure_alone(Path(arguments.what[0]), request, arguments.out)
+    lines = [*drift_words(result.drift), f"results: {arguments.out / 'results.json'}"]
+    answer(arguments, result.to_json(), "\n".join(lines))
+    return DONE
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.what[0] == "explain" and len(arguments.what) == 3:
         return _explain(arguments)
-    if len(arguments.what) != 1 or not arguments.suite or not arguments.out:
+    if len(arguments.what) != 1 or not (arguments.suite or arguments.drift) or not arguments.out:
         raise UserError(
-            "asft eval needs MODEL_DIR --suite SUITES --out DIR, or explain RESULT_DIR ID: see asft eval --help"
+            "asft eval needs MODEL_DIR --suite SUITES (or --drift TEXT) --out DIR, or explain RESULT_DIR ID: see asft eval --help"
         )
+    request = drift_request(arguments)
+    if request is not None and not arguments.suite:
+        return _read_text(arguments, request)
     with evaluation_errors():
         from asft_eval.backends import Options
         from asft_eval.run import evaluate
@@ -122,11 +142,13 @@ def _eval(arguments: argparse.Namespace) -> int:
             prompt=arguments.prompt,
             seed=arguments.seed,
             allow_code_execution=arguments.allow_code_execution,
+            drift=request,
         )
     lines = [
         f"{name}: {100 * suite.accuracy:.1f} % of {suite.n} right, 95 % interval "
         f"{100 * suite.interval[0]:.1f} to {100 * suite.interval[1]:.1f}"
         for name, suite in result.suites.items()
     ]
+    lines += drift_words(result.drift)
     answer(arguments, result.to_json(), "\n".join([*lines, f"results: {arguments.out / 'results.json'}"]))
     return DONE

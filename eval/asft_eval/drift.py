@@ -6,10 +6,12 @@ again while model, base and text are the same.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 import math
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+import asft_eval
 from asft_eval.backends.hf import load_tokenizer
 from asft_eval.errors import EvaluationError
 from asft_eval.held_out import HeldOut, read_held_out
 from asft_eval.reading import Tokens, read_texts
 from asft_eval.resampling import Stratum, bootstrap
-from asft_eval.result import fingerprint, write_whole
+from asft_eval.result import RESULTS, Result, fingerprint, write_result, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -47,33 +51,23 @@ class DriftRequest:
     base: Path | None
 
 
-def prepare(model_dir: Path, request: DriftRequest) -> HeldOut:
-    """The text as tokens of the base's tokenizer (the model's own without a base); quick, so that what is wrong is said at once.
-
-    Raises:
-        EvaluationError: an unusable text, or a base that is no model directory.
-    """
-    source = request.base or model_dir
-    return read_held_out(request.text, load_tokenizer(source), positions=_positions(source))
-
-
-def measure(model_dir: Path, request: DriftRequest, text: HeldOut, out_dir: Path) -> dict[str, Any]:
-    """The figures, measured now or found in `out_dir`.
+def measure(model_dir: Path, request: DriftRequest, out_dir: Path) -> dict[str, Any]:
+    """The figures, measured now or found in `out_dir`; no model is in memory afterwards.
 
     Args:
         model_dir: Hugging Face model directory.
         request: text and base.
-        text: as `prepare` read it.
         out_dir: gets `held_out.json`.
 
     Raises:
-        EvaluationError: a model that cannot be loaded, or two that cannot be compared.
+        EvaluationError: an unusable text, a model that cannot be loaded, or two that cannot be compared.
     """
-    base = (
-        None
-        if request.base is None
-        else {"path": str(request.base), "fingerprint": fingerprint(request.base)}
-    )
+    source = request.base or model_dir
+    tokenizer = load_tokenizer(source)
+    text = read_held_out(request.text, tokenizer, positions=_positions(source))
+    base = None
+    if request.base is not None:
+        base = {"path": str(request.base), "fingerprint": fingerprint(request.base)}
     asked = [_VERSION, fingerprint(model_dir), base and base["fingerprint"], text.sha256, text.window]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -81,15 +75,38 @@ def measure(model_dir: Path, request: DriftRequest, text: HeldOut, out_dir: Path
     if former is not None:
         log.info("drift: measured before, kept")
         return {**former, "text": {**former["text"], "path": text.path}}
+    (out_dir / RESULTS).unlink(missing_ok=True)  # it stands for a finished evaluation
     started = time.perf_counter()
-    log.info("drift: %d texts of %s", len(text.encoded), text.path)
-    pad_id = load_tokenizer(request.base or model_dir).pad_token_id
+    log.info("drift: reading %d texts of %s", len(text.encoded), text.path)
+    pad_id: int = tokenizer.pad_token_id
     read = read_texts(model_dir, request.base, text.encoded, pad_id=pad_id, batch_size=BATCH_SIZE)
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()  # what is evaluated next may be another process or engine
     found = figures(read, text, base)
     found["seconds"] = round(time.perf_counter() - started, 3)
     content = {"request": key, "drift": found, "texts": _texts(read)}
     write_whole(out_dir / MEASURED, json.dumps(content) + "\n")
     return found
+
+
+def measure_alone(model_dir: Path, request: DriftRequest, out_dir: Path) -> Result:
+    """`measure` without any suite: writes a `results.json` of no suites; see there."""
+    import transformers
+
+    found = measure(model_dir, request, out_dir)
+    versions = {
+        "python": platform.python_version(),
+        "asft_eval": asft_eval.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    model = {"path": str(model_dir), "fingerprint": fingerprint(model_dir)}
+    result = Result(
+        model=model, backend="hf", protocol="none", seed=None, versions=versions, suites={}, drift=found
+    )
+    write_result(out_dir, result, [])
+    return result
 
 
 def figures(read: Tokens, text: HeldOut, base: Mapping[str, str] | None) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def read_texts(
         ref_hidden_TH = kept[number] if kept else None
         blocks += _blocks(hidden_TH, ref_hidden_TH, labels_T, head, ref_head)
     text = [place for batch in batches for place in batch for _ in range(_scored(encoded[place]))]
-    figures: Floats = np.asarray(torch.cat(blocks))
+    figures: Floats = np.asarray(torch.cat(blocks), dtype=np.float64)
     return Tokens(
         np.array(text, dtype=np.int64), {name: figures[:, i] for i, name in enumerate(_names(ref_head))}
     )

@@ -6,7 +6,7 @@ import logging
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asft_eval
 from asft_eval.asking import ask
@@ -20,6 +20,9 @@ from asft_eval.scoring import figures
 from asft_eval.suites import load_suites
 from asft_eval.suites.prompts import CHAT, as_chat
 from asft_eval.types import Suite
+
+if TYPE_CHECKING:
+    from asft_eval.drift import DriftRequest
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ def evaluate(
     prompt: str | None = None,
     seed: int = 0,
     allow_code_execution: bool = False,
+    drift: DriftRequest | None = None,
 ) -> Result:
     """Completions of every suite, graded; writes `results.json` and `samples.jsonl` into `out_dir`.
 
@@ -54,6 +58,7 @@ def evaluate(
         prompt: the prompt variant of the suites named; None = each suite's own.
         seed: of what is drawn.
         allow_code_execution: whether graders may run programs that the model wrote, in a sandbox.
+        drift: held-out text that the model reads, too, and the base that its drift is measured from.
 
     Raises:
         EvaluationError: an unusable model, suite, protocol, backend, option or number.
@@ -66,6 +71,8 @@ def evaluate(
     parts = parts_of([suite.first(limit) for suite in _chosen(suites, prompt)], hows)
     for part in parts:
         require_permission(part.suite.name, part.suite.grader, allowed=allow_code_execution)
+    # Before the backend holds the model, so that the two never share memory.
+    found_drift = _drift(model_dir, drift, out_dir)
     engine = open_backend(backend, model_dir, options) if isinstance(backend, str) else backend
     if any(part.suite.choices for part in parts):
         getattr(engine, "require_logprobs", bool)()
@@ -92,9 +99,18 @@ def evaluate(
         seed=next((how.seed for how in hows if how.seed is not None), None),
         versions={"python": platform.python_version(), "asft_eval": asft_eval.__version__, **engine.versions},
         suites=found,
+        drift=found_drift,
     )
     write_result(out_dir, result, samples)
     return result
+
+
+def _drift(model_dir: Path, request: DriftRequest | None, out_dir: Path) -> dict[str, Any] | None:
+    if request is None:
+        return None
+    from asft_eval.drift import measure
+
+    return measure(model_dir, request, out_dir)
 
 
 def _chosen(suites: Sequence[Suite | Path | str], prompt: str | None) -> list[Suite]:

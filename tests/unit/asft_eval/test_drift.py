@@ -168,15 +168,14 @@ def test_what_was_measured_is_kept(
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "copy KTAB:", "response": "KTAB"}\n' * 3)
     asked = DriftRequest(text=file, base=model_dir)
-    text = drift.prepare(moved_dir, asked)
-    found = drift.measure(moved_dir, asked, text, tmp_path / "out")
+    found = drift.measure(moved_dir, asked, tmp_path / "out")
     assert found["forward_kl"]["value"] > 0
     assert (
         found["tokens"]
         == 3 * json.loads((tmp_path / "out" / "held_out.json").read_text())["texts"][0]["tokens"]
     )
     monkeypatch.setattr(drift, "read_texts", lambda *_, **__: pytest.fail("measured twice"))
-    assert drift.measure(moved_dir, asked, text, tmp_path / "out") == found
+    assert drift.measure(moved_dir, asked, tmp_path / "out") == found
     (tmp_path / "out" / "held_out.json").write_text("{torn")
     with pytest.raises(pytest.fail.Exception, match="measured twice"):
-        drift.measure(moved_dir, asked, text, tmp_path / "out")
+        drift.measure(moved_dir, asked, tmp_path / "out")
