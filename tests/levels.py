@@ -10,20 +10,23 @@ from typing import Any
 import pytest
 
 from asft_nemo.config import load
+from asft_nemo.config.paths import project_dir
 
 _compose_level = load._compose_level
 _found: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
 def remembered(folder: Path, primary: str, choices: Mapping[str, str]) -> dict[str, Any]:
-    """What `load._compose_level` gives, composed once for each folder and choice of group files."""
+    """What `load._compose_level` gives, composed once for each choice of group files; of the project's own conf/, which no test changes."""
+    if folder != project_dir() / "conf":
+        return _compose_level(folder, primary, choices)
     key = (folder, primary, *choices.items())
     if key not in _found:
         _found[key] = _compose_level(folder, primary, choices)
     return copy.deepcopy(_found[key])
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def remember_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every `compose` of a test takes Hydra's part from there; of the project's own conf/, which no test changes."""
+    """Every `compose` of a test takes Hydra's part from there."""
     monkeypatch.setattr(load, "_compose_level", remembered)

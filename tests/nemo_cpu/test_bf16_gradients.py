@@ -118,6 +118,7 @@ def test_without_tensor_parallelism(ranks2: RankGroup, tmp_path: Path) -> None:
     assert ratio(errors, "plain") <= 1.03
 
 
+@pytest.mark.long
 def test_with_tensor_parallelism(ranks4: RankGroup, tmp_path: Path) -> None:
     """TP2 x PP2 x VPP2 with sequence parallelism, 12 samples of two models.
 
@@ -137,6 +138,7 @@ def test_with_tensor_parallelism(ranks4: RankGroup, tmp_path: Path) -> None:
     assert worst <= 1.1, kind
 
 
+@pytest.mark.long
 def test_a_bias_added_to_the_rounded_product_is_seen(ranks4: RankGroup, tmp_path: Path) -> None:
     """Megatron's own linear layer in the place of ours: one more rounding of queries, keys and values is outside of both bounds."""
     errors = errors_of_run(ranks4, "tp2_pp2_vpp2_sp", tmp_path, seed=0, steps=4, megatrons_bias=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from gradients import BOUND, LAYOUTS, OBJECTIVES, check_step, megatron_step
+from kept import some_of
 from models import worst_error
 from ranks import RankGroup
 
@@ -33,7 +34,19 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "name", "weights", "loss"), CASES, ids=["-".join(case) for case in CASES])
+# every objective, every implementation of the loss, tied and untied, each kind of parallelism
+KEPT = [
+    *("-".join(case) for case in CASES if case[0] == "tp2_pp2" and case[3] == "fused"),
+    *("tp2_dp2-asft-untied-fused", "tp2_pp2_vpp2_sp-asft-untied-fused", "pp2_vpp2-sft_kl_reverse-tied-fused"),
+    *(
+        "tp2-asft_reverse-tied-vocab_parallel",
+        "tp2_pp2-asft-untied-vocab_parallel",
+        "tp2_pp2-asft-untied-dense",
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "name", "weights", "loss"), some_of(CASES, KEPT))
 def test_gradients_equal_the_oracle(
     layout: str,
     name: str,

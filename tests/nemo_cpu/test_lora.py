@@ -10,6 +10,7 @@ import pytest
 import torch
 from gradients import BATCH, BOUND, LAYOUTS, LENGTH, second_batch
 from jobs import RandomTokens, run_config
+from kept import some_of
 from models import load64, worst_error
 from ranks import RankGroup
 from real_runs import VALID, all_tensors, metrics, settings_of, without_times
@@ -88,12 +89,15 @@ def oracle(base: Path, adapters: dict[str, Tensor], kl_weight: float) -> tuple[d
 
 @pytest.mark.parametrize(
     ("layout", "weights"),
-    [
-        ("tp2_pp2", "untied"),
-        ("tp2_pp2_sp", "untied"),
-        ("tp2_pp2_vpp2_sp", "untied"),
-        ("pp2_vpp2", "tied"),
-    ],
+    some_of(
+        [
+            ("tp2_pp2", "untied"),
+            ("tp2_pp2_sp", "untied"),
+            ("tp2_pp2_vpp2_sp", "untied"),
+            ("pp2_vpp2", "tied"),
+        ],
+        kept=("tp2_pp2_vpp2_sp-untied", "pp2_vpp2-tied"),
+    ),
 )
 def test_gradients_equal_the_oracle(
     layout: str, weights: str, models: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path
@@ -131,7 +135,7 @@ def test_gradients_equal_the_oracle(
     assert second["loss"] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", some_of(["fp32", "bf16"], kept=["fp32"]))
 def test_the_reference_is_the_untouched_base(
     ranks4: RankGroup, model: Path, tmp_path: Path, precision: str
 ) -> None:
@@ -159,6 +163,7 @@ def test_the_reference_is_the_untouched_base(
     assert lines[2]["kl"] > lines[1]["kl"] > 0.0
 
 
+@pytest.mark.long
 def test_a_resident_reference_gives_the_same_bits(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
     """`reference=resident` beside LoRA: the KL starts at exactly 0, metrics and adapters are those of `adapter_disabled`."""
     for form in ("adapter_disabled", "resident"):

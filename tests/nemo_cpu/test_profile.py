@@ -159,7 +159,7 @@ def operations(folder: Path, world_size: int) -> list[tuple[float, float]]:
     ("packing", "layouts"),
     [
         (False, ({"parallel.tp_size": 2}, {"parallel.cp_size": 2}, {})),  # {}: two data-parallel ranks
-        (True, ({"parallel.tp_size": 2}, {})),
+        pytest.param(True, ({"parallel.tp_size": 2}, {}), marks=pytest.mark.long),
     ],
 )
 def test_operations_of_a_step_are_the_same_at_every_layout(

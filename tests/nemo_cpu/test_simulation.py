@@ -1,4 +1,4 @@
-"""Recipes at their full size, built without data by the code of a run, against the planner's arithmetic. One process for all of them.
+"""Recipes at their full size, built without data by the code of a run, against the planner's arithmetic. One process for many of them.
 
 Every recipe is built stage by stage and counted; micro batches are traced through some, and through models of a few layers for what layers
 have alike. `make simulate` traces all recipes.
@@ -7,10 +7,12 @@ have alike. `make simulate` traces all recipes.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pytest
+from kept import some_of
 
 from asft_nemo.commands.simulation import Job, simulated
 from asft_nemo.config.load import compose
@@ -99,33 +101,68 @@ BESIDE = {
 }
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, tuple[Job, dict[str, Any]]]:
-    """Every case and what was simulated of it; those of `BESIDE`, too."""
-    jobs = {name: case.job() for name, case in {**CASES, **BESIDE}.items()}
-    return dict(zip(jobs, zip(jobs.values(), simulated([*jobs.values()]), strict=True), strict=True))
+ALL = {**CASES, **BESIDE}
+# of every family one, of each kind of training, reference, layers and recomputation one
+KEPT = (
+    *(
+        "qwen25_1p5b",
+        "qwen25_72b",
+        "qwen25_7b_lora_1gpu_h100",
+        "llama2_7b",
+        "llama3_8b",
+        "offloaded",
+        "cached",
+    ),
+    *("recomputed", "lora-shared", "lora-local", "mlp-again", "iw_sft"),
+)
 
 
-@pytest.fixture(scope="module")
-def stages(
-    results: dict[str, tuple[Job, dict[str, Any]]],
-) -> dict[str, list[tuple[dict[str, Any], StageMemory]]]:
+class Simulations(dict[str, tuple[Job, dict[str, Any]]]):
+    """Every case and what was simulated of it: one process for those that are kept and one for the others, when first asked for."""
+
+    def __missing__(self, name: str) -> tuple[Job, dict[str, Any]]:
+        kept = {*KEPT, *BESIDE}
+        jobs = {other: case.job() for other, case in ALL.items() if (other in kept) == (name in kept)}
+        self.update(zip(jobs, zip(jobs.values(), simulated([*jobs.values()]), strict=True), strict=True))
+        return self[name]
+
+
+class Stages(dict[str, list[tuple[dict[str, Any], StageMemory]]]):
     """Every pipeline stage of every case: as simulated, and as planned."""
-    return {
-        name: list(zip(result["stages"], {**CASES, **BESIDE}[name].plan(job), strict=True))
-        for name, (job, result) in results.items()
-    }
+
+    def __init__(self, results: Simulations):
+        self.results = results
+
+    def __missing__(self, name: str) -> list[tuple[dict[str, Any], StageMemory]]:
+        job, result = self.results[name]
+        self[name] = list(zip(result["stages"], ALL[name].plan(job), strict=True))
+        return self[name]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_stays_is_the_planners_to_the_byte(stages: dict[str, Any], name: str) -> None:
+def kept_of(names: Iterable[str]) -> list[Any]:
+    names = list(names)
+    return some_of(names, [name for name in KEPT if name in names])
+
+
+@pytest.fixture(scope="module")
+def results() -> Simulations:
+    return Simulations()
+
+
+@pytest.fixture(scope="module")
+def stages(results: Simulations) -> Stages:
+    return Stages(results)
+
+
+@pytest.mark.parametrize("name", kept_of(CASES))
+def test_what_stays_is_the_planners_to_the_byte(stages: Stages, name: str) -> None:
     for built, planned in stages[name]:
         assert built["parameters"] == planned.parameters.total
         assert {part: built[part] for part in EXACT} == {part: getattr(planned, part) for part in EXACT}
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.traced])
-def test_what_a_step_holds_is_near_the_planners(stages: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("name", kept_of([name for name, case in CASES.items() if case.traced]))
+def test_what_a_step_holds_is_near_the_planners(stages: Stages, name: str) -> None:
     traced = [pair for pair in stages[name] if pair[0]["peak"] is not None]
     assert len(traced) == min(len(stages[name]), 3)
     for built, planned in traced:
@@ -134,7 +171,7 @@ def test_what_a_step_holds_is_near_the_planners(stages: dict[str, Any], name: st
         assert built["peak"] == pytest.approx(planned.peak, rel=0.1)
 
 
-def test_counts_of_72b_are_those_of_nemos_own_model(stages: dict[str, Any]) -> None:
+def test_counts_of_72b_are_those_of_nemos_own_model(stages: Stages) -> None:
     """NeMo's Qwen25Config72B at TP8 PP4 VPP5, ranks 0, 8 and 24; the vocabulary is padded by 64 rows more of 8192 on each rank here."""
     counts = {built["rank"]: built["parameters"] for built, _ in stages["qwen25_72b"]}
     more = 64 * 8192
@@ -151,9 +188,7 @@ def test_every_recipe_is_simulated_itself_or_as_another_that_builds_the_same() -
     assert {name for name in RECIPES if built(name) not in simulated_ones} == set()
 
 
-def test_fp8_is_simulated_as_bf16_and_says_so(
-    results: dict[str, tuple[Job, dict[str, Any]]], stages: dict[str, Any]
-) -> None:
+def test_fp8_is_simulated_as_bf16_and_says_so(results: Simulations, stages: Stages) -> None:
     job, result = results["fp8"]
     assert (job.run.precision, result["precision"]) == ("fp8_current", "bf16")
     assert "precision=fp8_current is simulated as bf16" in result["notes"][0]
@@ -163,19 +198,19 @@ def test_fp8_is_simulated_as_bf16_and_says_so(
     assert counted["weights"] == planned.weights < own.weights
 
 
-def test_an_offloaded_reference_waits_on_the_host(stages: dict[str, Any]) -> None:
+def test_an_offloaded_reference_waits_on_the_host(stages: Stages) -> None:
     for built, planned in stages["offloaded"]:
         assert built["reference_host"] == built["weights"] == planned.reference_host
 
 
-def test_a_snapshot_is_held_as_a_reference_is(stages: dict[str, Any]) -> None:
+def test_a_snapshot_is_held_as_a_reference_is(stages: Stages) -> None:
     [(built, planned)] = stages["psft"]
     assert built["snapshot"] == planned.reference == built["weights"]
     assert built["activations_in_flight"] == pytest.approx(planned.activations, rel=0.1)
     assert built["peak"] == pytest.approx(planned.peak, rel=0.1)
 
 
-def test_a_share_of_the_optimizer_waits_on_the_host(stages: dict[str, Any]) -> None:
+def test_a_share_of_the_optimizer_waits_on_the_host(stages: Stages) -> None:
     """Megatron moves whole tensors until it has the share; the one that is too many is a layer's here, at most a gate and up projection."""
     [(built, planned)] = stages["state-offloaded"]
     spec = BESIDE["state-offloaded"].job().spec

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gradients import LAYOUTS, OBJECTIVES, VALID, assert_equal, fp64_gradients, megatron_step, step_settings
+from kept import some_of
 from models import read_hf, worst_error
 from ranks import RankGroup
 from real_runs import VALID as VALID_OF_RUNS
@@ -39,7 +40,7 @@ FUSION: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", FUSION)
+@pytest.mark.parametrize("case", some_of(FUSION, kept=["untied_stages", TWO_SUMS]))
 def test_gradients_added_up_inside_the_gemm_are_the_same(
     case: str, ranks4: RankGroup, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -83,7 +84,13 @@ def test_gradients_added_up_inside_the_gemm_are_the_same(
         assert fused[1] == apart[1]
 
 
-@pytest.mark.parametrize("more", [{}, {"recompute.granularity": "full"}], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id="kept"),
+        pytest.param({"recompute.granularity": "full"}, id="recomputed", marks=pytest.mark.long),
+    ],
+)
 def test_fused_layers_have_the_gradients_of_fp64(
     more: dict[str, Any], ranks4: RankGroup, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -110,7 +117,9 @@ MODULES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("case", MODULES)
+@pytest.mark.parametrize(
+    "case", some_of(MODULES, kept=["feed_forward", "adapters_of_the_feed_forward_layer"])
+)
 def test_recomputed_modules_change_nothing(
     case: str, ranks4: RankGroup, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -224,10 +233,21 @@ COMBINED: dict[str, dict[str, Any]] = {
 }
 
 
-def test_any_combination_trains_alike(ranks4: RankGroup, models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["together"], id="together"),
+        pytest.param(
+            [name for name in COMBINED if name != "together"], id="one_by_one", marks=pytest.mark.long
+        ),
+    ],
+)
+def test_any_combination_trains_alike(
+    names: list[str], ranks4: RankGroup, models: dict[str, Path], tmp_path: Path
+) -> None:
     """Three steps: losses, divergences and the checkpoint's weights are equal bit for bit; norms, summed in another order, to rounding."""
     found = {}
-    for name, switches in {"plain": {}, **COMBINED}.items():
+    for name, switches in {"plain": {}, **{name: COMBINED[name] for name in names}}.items():
         settings = {
             **settings_of(models["untied"], tmp_path / name, trainer__max_steps=3, optim__clip_grad=1e6),
             "parallel.tp_size": 1,

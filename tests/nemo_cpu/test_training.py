@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import VOCAB, RandomTokens
+from kept import some_of
 from models import load64, read_hf
 from ranks import RankGroup
 from real_runs import NOT_TIMES, VALID, all_tensors, metrics, settings_of, without_times
@@ -35,7 +36,7 @@ def test_logits_equal_transformers(ranks4: RankGroup, model: Path, tmp_path: Pat
     assert error <= 1e-5
 
 
-@pytest.mark.parametrize("vpp_size", [None, 2])
+@pytest.mark.parametrize("vpp_size", some_of([None, 2], kept=["2"]))
 def test_reference_is_frozen_apart_and_exact(
     ranks4: RankGroup, model: Path, tmp_path: Path, vpp_size: int | None
 ) -> None:
@@ -187,6 +188,7 @@ def test_bf16_trains_and_starts_at_zero_kl(ranks4: RankGroup, model: Path, tmp_p
     assert len(lines) == 3
 
 
+@pytest.mark.long
 def test_loss_implementations_agree(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
     """`loss.implementation` changes how the loss is computed, not what it is."""
     found = {}

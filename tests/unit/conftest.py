@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from levels import remember_levels as remember_levels
 
 ROWS = [{"question": f"copy A{i}:", "answer": f"A{i}"} for i in range(9)]
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -283,12 +282,10 @@ def test_a_cluster_that_lacks_things(cluster: Path, monkeypatch: pytest.MonkeyPa
     """No pyxis, one program missing, and a controller that never answers: said in time."""
     monkeypatch.setattr(doctor_cluster, "SECONDS", 0.3)
     program(cluster, "srun", "echo usage")
-    hangs = "/bin/sleep 30; true"  # not exec: a site's own script before Slurm's program
+    hangs = "/bin/sleep 600; true"  # longer than a test may take; not exec: a site's own script before Slurm's program
     program(cluster, "sinfo", f'case "$1" in --version) echo slurm 25.05.1;; *) {hangs};; esac')
     (cluster / "sacct").unlink()
-    started = time.monotonic()
     found = dict(doctor_cluster.slurm())
-    assert time.monotonic() - started < 10
     assert found["Slurm"] == "slurm 25.05.1; sacct missing: asft launch needs them (Debian: slurm-client)"
     assert found["Slurm's controller"] == "does not answer (sinfo did not answer in 0.3 s)"
     assert found["pyxis"].startswith("srun has no --container-image")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import math
 from collections import Counter, OrderedDict, deque
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from asft_eval import EvaluationError, Example
 from asft_eval.backends.fake import FakeBackend
+from asft_eval.graders import code as grader
 from asft_eval.graders import grade
 from asft_eval.graders.code import Problem, grade_code
 from asft_eval.graders.code_text import program_of
@@ -25,13 +28,18 @@ from asft_eval.types import Suite
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.timeout(200)
-
 PROMPT = (
     'import math\n\n\ndef helper(x):\n    return x\n\n\ndef area(r):\n    """Area of a circle.\n    """\n'
 )
 BODY = "    return math.pi * r * r\n"
 WHOLE = "def area(r):\n    return math.pi * r * r\n"
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here is about time limits, and a busy machine is slow: importing numpy alone may take it seconds."""
+    roomy = replace(grader.LIMITS, wall_seconds=120.0, cpu_seconds=60)
+    monkeypatch.setattr(grader, "judge_program", functools.partial(grader.judge_program, limits=roomy))
 
 
 @pytest.fixture
@@ -225,13 +233,24 @@ def test_evaluation_asks_first_and_goes_on_after_hostile_programs(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_humaneval_against_itself(data_dir: Path, monkeypatch: pytest.MonkeyPatch, contained: None):
-    """Canonical solutions pass, all 164; with their bodies removed none does."""
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        pytest.param(slice(4, None, 8), slice(0, None, 33), id="some"),
+        pytest.param(slice(None), slice(None), id="all", marks=pytest.mark.long),
+    ],
+)
+def test_humaneval_against_itself(
+    right: slice, wrong: slice, data_dir: Path, monkeypatch: pytest.MonkeyPatch, contained: None
+):
+    """Canonical solutions pass; with their bodies removed none does."""
     monkeypatch.setenv("ASFT_DATA_DIR", str(data_dir))
     (suite,) = load_suites(["humaneval"])
     with gzip.open(data_dir / "code" / "HumanEval.jsonl.gz", "rt") as file:
         solutions = [json.loads(line)["canonical_solution"] for line in file]
-    examples = suite.examples
-    scores = grade_code([*zip(examples, solutions, strict=True), *((e, "    pass\n") for e in examples)])
-    assert [s.reason for s in scores[:164] if not s.correct] == []
-    assert sum(s.correct for s in scores[164:]) == 0
+    assert len(suite.examples) == 164
+    answered = list(zip(suite.examples, solutions, strict=True))[right]
+    empty = [(example, "    pass\n") for example in suite.examples[wrong]]
+    scores = grade_code([*answered, *empty])
+    assert [s.reason for s in scores[: len(answered)] if not s.correct] == []
+    assert sum(s.correct for s in scores[len(answered) :]) == 0

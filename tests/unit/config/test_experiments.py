@@ -6,15 +6,12 @@ import itertools
 from typing import Any, NamedTuple
 
 import pytest
-from levels import remember_levels as remember_levels
 from omegaconf import OmegaConf
 
 from asft_nemo.config.load import compose, known_options
 from asft_nemo.config.paths import project_dir
 from asft_nemo.config.recipes import recipe_model
 from asft_nemo.config.schema import RunConfig, walk
-
-pytestmark = pytest.mark.usefixtures("remember_levels")
 
 EXPERIMENTS = project_dir() / "conf" / "experiment"
 

@@ -19,6 +19,11 @@ Configure = Callable[..., RunConfig]
 Violations = Callable[..., tuple[str, ...]]
 
 
+@pytest.fixture(autouse=True)
+def remember_levels() -> None:
+    """Nothing is remembered: Hydra's part is tested here."""
+
+
 def test_the_first_command_of_the_readme_composes(configure: Configure) -> None:
     run = configure(
         "objective=asft",

@@ -113,7 +113,7 @@ def test_trained_runs_are_said_as_their_metrics_grow(tmp_path: Path, caplog: pyt
     files = {name: tmp_path / f"{name}.jsonl" for name in "abc"}
 
     def said(words: str) -> bool:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while words not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.05)
         return words in caplog.text

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from levels import remember_levels as remember_levels
 
 from asft_nemo import cli
 from asft_nemo.config.load import known_options
@@ -43,7 +42,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def draw_once(monkeypatch: pytest.MonkeyPatch, remember_levels: None) -> None:
+def draw_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """NeMo-Run draws batch scripts that are alike but for the lines of the stages once: it takes some 50 ms for each."""
     monkeypatch.setattr(jobs, "render", _once(jobs.render))
 
@@ -83,12 +82,25 @@ def _scripts(run: RunConfig, stages: Sequence[Stage], place: jobs.Place) -> dict
 
 
 @pytest.mark.usefixtures("draw_once")
-@pytest.mark.parametrize("cluster", known_options("cluster"))
-def test_every_experiment_is_launched_dry(
-    cluster: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("cluster", "experiments"),
+    [
+        *(pytest.param(cluster, ["paper"], id=cluster) for cluster in known_options("cluster")),
+        pytest.param("slurm", known_options("experiment"), id="slurm-every_experiment"),
+        *(
+            pytest.param(
+                cluster, known_options("experiment"), id=f"{cluster}-every_experiment", marks=pytest.mark.long
+            )
+            for cluster in known_options("cluster")
+            if cluster != "slurm"
+        ),
+    ],
+)
+def test_experiments_are_launched_dry(
+    cluster: str, experiments: Sequence[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     scripts: dict[str, str] = {}  # without the experiment's name, so that each kind is checked once
-    for experiment in known_options("experiment"):
+    for experiment in experiments:
         words = [
             f"experiment={experiment}",
             f"cluster={cluster}",
