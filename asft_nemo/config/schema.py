@@ -13,7 +13,7 @@ command line gives it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from asft_nemo.config.section import REQUIRED, Section, build, plain, walk
@@ -319,7 +319,11 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         ConfigError: keys that do not exist, values of the wrong type, required settings that are missing.
     """
     problems: list[str] = []
-    run = build(RunConfig, values, "", problems)
+    return _finished(build(RunConfig, values, "", problems), problems)
+
+
+def _finished(run: RunConfig, problems: list[str]) -> RunConfig:
+    """The run with what follows from other settings, immutable; ConfigError where there are problems or required settings are missing."""
     if not problems:
         _derive(run)
         problems = [f"{key} is not set: give {key}=..." for key, value in walk(run) if value == REQUIRED]
@@ -330,15 +334,23 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 
 def replace(run: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """A copy of `run` with some dotted keys changed, for example `replace(run, {"run.dir": "runs/a"})`."""
-    values = to_dict(run)
+    """A copy of `run` with some dotted keys changed, for example `replace(run, {"run.dir": "runs/a"})`.
+
+    Sections without a change are the same objects: they are immutable, and the planner makes hundreds of copies.
+    """
+    values: dict[str, Any] = {}
     for key, value in changes.items():
         *path, last = key.split(".")
         node = values
-        for part in path:
-            node = node.setdefault(part, {})
+        for depth, part in enumerate(path):
+            node = node.setdefault(part, {} if depth else plain(getattr(run, part, {})))
         node[last] = value
-    return from_dict(values)
+    problems: list[str] = []
+    copy = build(RunConfig, values, "", problems)
+    for item in fields(run):
+        if item.name not in values:
+            setattr(copy, item.name, getattr(run, item.name))
+    return _finished(copy, problems)
 
 
 def _derive(run: RunConfig) -> None:
