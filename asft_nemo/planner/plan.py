@@ -12,6 +12,7 @@ from asft_nemo.model.spec import ModelSpec
 from asft_nemo.planner.gpus import Gpu
 from asft_nemo.planner.memory import StageMemory, anchored, memory_of, reads_reference
 from asft_nemo.planner.precision import ByteWidths, widths_of
+from asft_nemo.planner.published import source_of_sizes
 from asft_nemo.planner.stages import pipeline_chunks
 from asft_nemo.planner.time import StepTime, step_of, time_of
 
@@ -111,6 +112,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     sft = without_reference(plan).step.seconds
     return {
         "recipe": plan.run.recipe,
+        "sizes_of": source_of_sizes(plan.run),
         "objective": plan.run.objective.name,
         "gpu": plan.gpu.name,
         "gpu_bytes": plan.gpu.memory,

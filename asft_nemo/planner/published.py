@@ -75,6 +75,13 @@ def spec_of_recipe(recipe: str) -> ModelSpec | None:
     return None if hub_id is None else published_spec(hub_id)
 
 
+def source_of_sizes(run: RunConfig) -> str:
+    """Where `spec_of_run` takes the sizes from, in words."""
+    if Path(run.model.path).is_dir():
+        return f"model.path={run.model.path}"
+    return f"{recipe_model(run.recipe)} as published"
+
+
 def spec_of_run(run: RunConfig) -> ModelSpec:
     """The architecture: of the directory at model.path where there is one, else of the model the recipe is made for.
 

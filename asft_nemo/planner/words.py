@@ -12,6 +12,7 @@ from asft_nemo.planner.balance import explain
 from asft_nemo.planner.cures import cures, largest_part
 from asft_nemo.planner.memory import StageMemory
 from asft_nemo.planner.plan import FRAGMENTS, Plan, reference_forms, without_reference
+from asft_nemo.planner.published import source_of_sizes
 
 GIB = 2**30
 _ROWS = (
@@ -53,7 +54,7 @@ def _title(plan: Plan) -> str:
     recompute = run.recompute.granularity
     return (
         f"{run.recipe}, {run.objective.name}, {parameter_count(plan.spec):,} parameters, {run.precision}, peft={run.peft.name}, "
-        f"reference={run.reference.form}\n{run.run.world_size} x {plan.gpu.name}: {' '.join(sizes)}, "
+        f"reference={run.reference.form}; sizes of {source_of_sizes(run)}\n{run.run.world_size} x {plan.gpu.name}: {' '.join(sizes)}, "
         f"sequence_parallel={str(layout.sequence_parallel).lower()}, recompute={recompute}; {num_microbatches(run)} micro batches of "
         f"{run.trainer.micro_batch_size} x {run.data.sequence_length:,} tokens a step"
     )

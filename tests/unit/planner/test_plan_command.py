@@ -40,6 +40,7 @@ def test_a_recipe_is_planned_without_its_weights() -> None:
     code, out, err = plan("recipe=qwen25_72b", "objective=asft")
     assert (code, err) == (0, "")
     assert "72,706,203,648 parameters" in out
+    assert "; sizes of Qwen/Qwen2.5-72B as published\n" in out
     assert "32 x h100-80gb: TP8 PP4 VPP5 DP1" in out
     assert "fits: " in out
     for form in ("resident", "offloaded", "cached"):
@@ -212,6 +213,7 @@ def test_a_recipe_is_planned_for_its_own_gpu() -> None:
 def test_the_tiny_model_is_counted_as_its_run_counts_it() -> None:
     """`policy_parameter_bytes` in the summary.json of a run of this recipe on one rank, and the file the weights come from, which is in bf16 and has a header."""
     values = values_of("recipe=tiny_cpu", "objective=asft")
+    assert values["sizes_of"].endswith("/assets/tiny-base")
     [stage] = values["stages"]
     file = project_dir() / "assets" / "tiny-base" / "model.safetensors"
     assert 2 * stage["parameters"] == pytest.approx(file.stat().st_size, rel=0.01)
