@@ -138,6 +138,27 @@ def test_rows_of_suites_that_are_rarely_here(name: str, row: dict[str, object], 
     assert (asked.question, asked.answer) == ("p", answer)
 
 
+PAGE = Path(__file__).resolve().parents[3] / "eval" / "asft_eval" / "suites" / "README.md"
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="no README here: not a clone")
+def test_the_page_has_every_suite_of_the_table():
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ") and "`" in line
+    ]
+    found = {
+        cells[1].strip("`"): (cells[0], cells[2].split(",")[0], cells[3].split(" ")[0], cells[4].strip("`"))
+        for cells in rows
+    }
+    absent = "none: put it there"
+    assert found == {
+        name: (suite.group, str(suite.rows), suite.file, suite.download or absent)
+        for name, suite in SUITES.items()
+    }
+
+
 def test_a_chat_puts_the_begin_token_in_once(model_dir: Path, tmp_path: Path):
     folder = tmp_path / "model"
     folder.mkdir()
