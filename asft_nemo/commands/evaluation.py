@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asft_nemo.commands.drift import add_drift_options, drift_request, drift_words
+from asft_nemo.commands.judging import chosen_judge, judged, options_of, require_judged_suite, unjudged
 from asft_nemo.commands.output import DONE, Add, answer
 from asft_nemo.config.schema import EvalConfig
 from asft_nemo.errors import UserError
@@ -24,8 +25,8 @@ def add_evaluation(add: Add) -> None:
     evaluate.add_argument(
         "what",
         nargs="+",
-        metavar="MODEL_DIR | explain RESULT_DIR ID",
-        help="the model; or, of a finished evaluation, why example ID (or SUITE:ID) was judged as it was",
+        metavar="MODEL_DIR | explain RESULT_DIR ID | judge RESULT_DIR",
+        help="the model; or, of a finished evaluation, why example ID (or SUITE:ID) was judged as it was; or the score of alpaca_eval by --judge",
     )
     evaluate.add_argument(
         "--suite",
@@ -44,7 +45,9 @@ def add_evaluation(add: Add) -> None:
         default=defaults.prompt,
         help="prompt variant: alpaca, alpaca_newline, chat, question_answer, qwen_boxed, raw; default: each suite's own",
     )
-    evaluate.add_argument("--seed", type=int, default=0, help="of what is drawn; default: %(default)s")
+    evaluate.add_argument(
+        "--seed", type=int, default=defaults.seed, help="of what is drawn; default: %(default)s"
+    )
     evaluate.add_argument(
         "--limit", type=int, default=defaults.limit, help="only the first examples of each suite"
     )
@@ -75,6 +78,10 @@ def add_evaluation(add: Add) -> None:
         action="store_true",
         help="code suites: run the programs that the model wrote, in a sandbox",
     )
+    evaluate.add_argument(
+        "--judge",
+        help="alpaca_eval: who decides which answer is better: a model directory, a model of a server, or alpaca_eval[:CONFIG], the package",
+    )
     add_drift_options(evaluate)
     evaluate.add_argument("--out", type=Path, help="folder for results.json and samples.jsonl")
 
@@ -100,6 +107,14 @@ def _explain(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _judge(arguments: argparse.Namespace) -> int:
+    with evaluation_errors():
+        judge = chosen_judge(arguments.judge, options_of(arguments), backend=arguments.backend)
+        values, words = judged(Path(arguments.what[1]), judge)
+    answer(arguments, values, "\n".join(words))
+    return DONE
+
+
 def _read_text(arguments: argparse.Namespace, request: DriftRequest) -> int:
     """The drift alone, without any suite."""
     with evaluation_errors():
@@ -114,29 +129,29 @@ def _read_text(arguments: argparse.Namespace, request: DriftRequest) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     if arguments.what[0] == "explain" and len(arguments.what) == 3:
         return _explain(arguments)
+    if arguments.what[0] == "judge" and len(arguments.what) == 2 and arguments.judge:
+        return _judge(arguments)
     if len(arguments.what) != 1 or not (arguments.suite or arguments.drift) or not arguments.out:
         raise UserError(
-            "asft eval needs MODEL_DIR --suite SUITES (or --drift TEXT) --out DIR, or explain RESULT_DIR ID: see asft eval --help"
+            "asft eval needs MODEL_DIR --suite SUITES (or --drift TEXT) --out DIR, explain RESULT_DIR ID, or judge RESULT_DIR --judge MODEL: see asft eval --help"
         )
+    suites = arguments.suite.split(",") if arguments.suite else []
+    if arguments.judge:
+        require_judged_suite(suites)
     request = drift_request(arguments)
     if request is not None and not arguments.suite:
         return _read_text(arguments, request)
     with evaluation_errors():
-        from asft_eval.backends import Options
         from asft_eval.run import evaluate
 
+        judge = chosen_judge(arguments.judge, backend=EvalConfig().backend) if arguments.judge else None
         result = evaluate(
             arguments.what[0],
-            arguments.suite.split(","),
+            suites,
             backend=arguments.backend,
             out_dir=arguments.out,
             max_tokens=arguments.max_tokens,
-            options=Options(
-                batch_size=arguments.batch_size,
-                tensor_parallel_size=arguments.tensor_parallel_size,
-                base_url=arguments.base_url,
-                api=arguments.api,
-            ),
+            options=options_of(arguments),
             limit=arguments.limit,
             protocol=arguments.protocol,
             prompt=arguments.prompt,
@@ -144,11 +159,14 @@ def _eval(arguments: argparse.Namespace) -> int:
             allow_code_execution=arguments.allow_code_execution,
             drift=request,
         )
+        values, words = (
+            judged(arguments.out, judge) if judge else (result.to_json(), unjudged(result, arguments.out))
+        )
     lines = [
         f"{name}: {100 * suite.accuracy:.1f} % of {suite.n} right, 95 % interval "
         f"{100 * suite.interval[0]:.1f} to {100 * suite.interval[1]:.1f}"
         for name, suite in result.suites.items()
     ]
-    lines += drift_words(result.drift)
-    answer(arguments, result.to_json(), "\n".join([*lines, f"results: {arguments.out / 'results.json'}"]))
+    lines += [*drift_words(result.drift), *words]
+    answer(arguments, values, "\n".join([*lines, f"results: {arguments.out / 'results.json'}"]))
     return DONE

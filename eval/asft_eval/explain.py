@@ -44,7 +44,7 @@ def _words(sample: Mapping[str, Any], *, first: bool) -> str:
         "",
         f"right answer: {sample['answer']}",
     ]
-    verdict = "right" if sample["correct"] else "wrong"
+    verdict = {None: "not judged", True: "right", False: "wrong"}[sample["correct"]]
     cut = "" if sample["finished"] else f", cut after {sample['num_tokens']} tokens"
     lines = [
         "",

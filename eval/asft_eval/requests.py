@@ -12,10 +12,11 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from asft_eval.graders import JUDGED
 from asft_eval.types import Completion, Example, Protocol, Suite
 
 log = logging.getLogger(__name__)
@@ -84,10 +85,12 @@ class Request:
 
 
 def parts_of(suites: Sequence[Suite], protocols: Sequence[Protocol]) -> list[Part]:
-    """Every suite under every protocol; suites of multiple choice once."""
+    """Every suite under every protocol; suites of multiple choice once, and those that a judge decides with one completion an example."""
     found: list[Part] = []
     for suite in suites:
         hows = (CHOICES,) if suite.choices else protocols
+        if suite.grader == JUDGED:
+            hows = [replace(how, n=1, k=None) for how in hows]
         found += [Part(suite, how) for how in hows]
     return found
 

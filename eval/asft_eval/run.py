@@ -12,7 +12,8 @@ import asft_eval
 from asft_eval.asking import ask
 from asft_eval.backends import OWN, Backend, Options, open_backend
 from asft_eval.errors import EvaluationError
-from asft_eval.graders import grade, require_permission
+from asft_eval.graders import JUDGED, grade, require_permission
+from asft_eval.judge import NO_JUDGE, without_score, write_outputs
 from asft_eval.protocols import protocols
 from asft_eval.requests import Journal, Part, Request, parts_of, requests_of
 from asft_eval.result import RESULTS, SAMPLES, Result, SuiteResult, fingerprint, write_result
@@ -85,12 +86,17 @@ def evaluate(
     (out_dir / RESULTS).unlink(missing_ok=True)  # it stands for a finished evaluation
     journal = Journal(out_dir / SAMPLES, (request.key for requests in asked for request in requests))
     found: dict[str, SuiteResult] = {}
+    for_judge: dict[str, dict[str, Any]] = {}
     samples: list[dict[str, Any]] = []
     for part, requests in zip(parts, asked, strict=True):
         ask(engine, part, [x for x in requests if x.key not in journal.rows], journal)
         rows = _graded(part, requests, journal)
-        found[part.name] = figures(part, rows)
         samples += rows
+        if part.suite.grader == JUDGED:
+            for_judge[part.name] = without_score(figures(part, rows))
+            write_outputs(out_dir, part, rows, generator=str(model_dir))
+            continue
+        found[part.name] = figures(part, rows)
         log.info("%s: %.1f %% of %d", part.name, 100 * found[part.name].accuracy, found[part.name].n)
     result = Result(
         model={"path": str(model_dir), "fingerprint": model},
@@ -100,6 +106,7 @@ def evaluate(
         versions={"python": platform.python_version(), "asft_eval": asft_eval.__version__, **engine.versions},
         suites=found,
         drift=found_drift,
+        for_judge=for_judge,
     )
     write_result(out_dir, result, samples)
     return result
@@ -136,6 +143,8 @@ def _prompts(suite: Suite, engine: Backend, model_dir: Path) -> list[str]:
 
 def _graded(part: Part, requests: Sequence[Request], journal: Journal) -> list[dict[str, Any]]:
     rows = [journal.rows[request.key] for request in requests]
+    if part.suite.grader == JUDGED:
+        return [{**row, "parsed": "", "correct": None, "reason": NO_JUDGE} for row in rows]
     pairs = [(request.example, str(row["completion"])) for request, row in zip(requests, rows, strict=True)]
     scores = grade(part.suite.grader, pairs, allow_code_execution=True)  # refused before anything was asked
     return [

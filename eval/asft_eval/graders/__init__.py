@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from asft_eval.errors import EvaluationError
-from asft_eval.graders.exact import answered, choice, exact_match
+from asft_eval.graders.exact import choice, exact_match
 from asft_eval.types import Example, Score
 
 Grader = Callable[[str, str], Score]
@@ -32,10 +32,11 @@ def _code(pairs: Sequence[tuple[Example, str]]) -> list[Score]:
     return grade_code(pairs)
 
 
-GRADERS: Mapping[str, Grader] = MappingProxyType(
-    {"exact_match": exact_match, "choice": choice, "answered": answered}
-)
+GRADERS: Mapping[str, Grader] = MappingProxyType({"exact_match": exact_match, "choice": choice})
 BATCH_GRADERS: Mapping[str, BatchGrader] = MappingProxyType({"math": _math, "code": _code})
+
+JUDGED = "judge"
+"""In place of a grader: no rule decides, but a judge that is asked later (`asft_eval.judge`)."""
 
 CODE_FLAG = "--allow-code-execution"
 
@@ -89,6 +90,7 @@ __all__ = [
     "BATCH_GRADERS",
     "CODE_FLAG",
     "GRADERS",
+    "JUDGED",
     "BatchGrader",
     "Grader",
     "grade",

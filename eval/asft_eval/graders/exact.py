@@ -21,12 +21,3 @@ def choice(completion: str, answer: str) -> Score:
     return Score(
         parsed == right, parsed, f"{words} and right" if parsed == right else f"{words}, right is {right}"
     )
-
-
-def answered(completion: str, answer: str) -> Score:
-    """Whether there is an answer at all; how good it is a judge must say, who is asked apart."""
-    del answer
-    parsed = completion.strip()
-    return Score(
-        bool(parsed), parsed[:80], "answered; a judge decides how well" if parsed else "empty completion"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -101,8 +102,9 @@ def mmlu(row: Record) -> Asked:
 
 
 def alpaca_eval(row: Record) -> Asked:
-    """`instruction`, and the reference `output`, which the judge compares with."""
-    return Asked("", row["instruction"], row["output"])
+    """`instruction`, and the reference `output`, which a judge compares with; the id begins with `dataset`."""
+    digest = hashlib.sha256(row["instruction"].encode()).hexdigest()
+    return Asked(f"{row['dataset']}/{digest[:8]}", row["instruction"], row["output"])
 
 
 def _place(place: object) -> int:
