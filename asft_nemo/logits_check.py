@@ -65,8 +65,8 @@ class LogitsReport:
 class LogitsCheck:
     """Runs both models in fp32 over the same tokens and compares their logits.
 
-    The weights are read as fp32, whatever dtype they are stored in, so that a difference is an error of the conversion or of the model and
-    not of a precision. Both models are whole in memory, one after the other: 4 bytes a parameter. Settings, text and tokenizer are
+    The weights are those of the export, computed with in fp32 whatever dtype they are stored in, so that a difference is an error of the
+    conversion or of the model and not of a precision. Both models are whole in memory, one after the other: 4 bytes a parameter. Settings, text and tokenizer are
     looked at when it is made, the models when it runs.
 
     Args:

@@ -98,7 +98,12 @@ def write_logits(run: RunConfig, *, weights_dir: Path, tokens_file: Path, out_fi
     quiet_upstream()
     spec = read_model_spec(hf_dir(run))
     logits_job.write_logits(
-        run, spec=spec, weights_dir=weights_dir, tokens_file=tokens_file, out_file=out_file
+        run,
+        spec=spec,
+        hf_dir=hf_dir(run),
+        weights_dir=weights_dir,
+        tokens_file=tokens_file,
+        out_file=out_file,
     )
 
 

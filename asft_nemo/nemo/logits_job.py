@@ -8,6 +8,7 @@ import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from safetensors.torch import load_file, save_file
 
+from asft_nemo.checkpoint.safetensors_io import SafetensorsReader
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.model import ModelSpec
 from asft_nemo.nemo.cache import this_place
@@ -18,13 +19,14 @@ from asft_nemo.reference.resident import ResidentReference
 
 
 def write_logits(
-    run: RunConfig, *, spec: ModelSpec, weights_dir: Path, tokens_file: Path, out_file: Path
+    run: RunConfig, *, spec: ModelSpec, hf_dir: Path, weights_dir: Path, tokens_file: Path, out_file: Path
 ) -> None:
     """Runs the checkpoint forward, one sequence a micro batch, and writes the logits. Called on every rank.
 
     Args:
         run: layout and precision; `data.sequence_length` is that of the tokens.
         spec: architecture of the checkpoint.
+        hf_dir: its export, whose logits these are compared with.
         weights_dir: its torch distributed checkpoint.
         tokens_file: safetensors with `tokens`, int64 [N, S].
         out_file: safetensors with `logits_0` to `logits_<N-1>`, each [S, V] in the run's compute dtype, without padding of the vocabulary;
@@ -38,6 +40,7 @@ def write_logits(
         weights_dir=weights_dir,
         dtype=precision_row(run.precision).compute_dtype,
     )
+    _round_as_exported(model, hf_dir)
     tokens_NS = load_file(tokens_file)["tokens"].to(torch.cuda.current_device())
     position_ids = torch.arange(tokens_NS.shape[1], device=tokens_NS.device)[None]
     batches = [{"tokens": row_S[None], "position_ids": position_ids} for row_S in tokens_NS]
@@ -55,3 +58,18 @@ def write_logits(
         ):
             save_file(found, out_file)
     torch.distributed.barrier()
+
+
+@torch.no_grad()
+def _round_as_exported(model: ResidentReference, hf_dir: Path) -> None:
+    """Rounds the weights to the export's dtype: an fp32 run from a bf16 base is exported in bf16, and no computation gives that back.
+
+    That each weight was rounded rightly is for `asft_nemo.checkpoint.verify`, bit by bit. An export in several dtypes is left as it is.
+    """
+    with SafetensorsReader(hf_dir) as reader:
+        dtypes = {entry.dtype for entry in reader.tensors.values()}
+    if len(dtypes) == 1:
+        (stored,) = dtypes
+        for chunk in model.chunks:
+            for weight in chunk.parameters():
+                weight.copy_(weight.to(stored))

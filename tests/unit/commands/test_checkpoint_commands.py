@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,29 @@ pytestmark = pytest.mark.usefixtures("keep_logging_and_warnings")
 TINY = project_dir() / "assets" / "tiny-base"
 
 
-def test_import_verify_export_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The shipped model in fp32, with weights that bf16 has not: what an fp32 run makes of a bf16 base."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(TINY, tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    save_file({name: weight.float() * 1.001 for name, weight in load_file(file).items()}, file)
+    return tmp_path / "source"
+
+
+def test_import_verify_export_and_back(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint, exported = tmp_path / "checkpoint", tmp_path / "exported"
-    assert cli.main(["import", "--json", str(TINY), str(checkpoint)]) == 0
+    assert cli.main(["import", "--json", str(source), str(checkpoint)]) == 0
     imported = json.loads(capsys.readouterr().out)
     assert imported["family"] == "qwen2"
     report = ["--out", str(tmp_path / "report")]
-    assert cli.main(["verify", str(checkpoint), str(TINY), "--weights-only", *report]) == 0
+    assert cli.main(["verify", str(checkpoint), str(source), "--weights-only", *report]) == 0
     assert capsys.readouterr().out.startswith("weights identical: ")
-    assert cli.main(["export", "--json", str(checkpoint), str(exported), "--max-shard-size", "3MB"]) == 0
+    words = ["--max-shard-size", "3MB", "--dtype", "bf16"]
+    assert cli.main(["export", "--json", str(checkpoint), str(exported), *words]) == 0
     assert json.loads(capsys.readouterr().out)["num_tensors"] == imported["num_tensors"]
     assert len(list(exported.glob("*.safetensors"))) > 1
     assert cli.main(["verify", "--json", str(checkpoint), str(exported), *report]) == 0
