@@ -109,16 +109,25 @@ def _pictures(
 
 
 def markdown(comparison: Comparison) -> str:
-    """`comparison.md`: the scores, what the marks mean, what was left out or forced."""
+    """`comparison.md`: scores, drift, what the marks mean, what was left out or forced."""
     from asft_eval.compare import markdown_table
+    from asft_eval.drift_figures import drift_table
 
     header, rows = comparison.table()
     first = next(iter(comparison.results))
-    lines = [
-        markdown_table(header, rows),
-        f"Right answers in per cent [95 % bootstrap interval over examples]. ▲ ▼: better or worse than {first}, paired, corrected by Holm.",
-        *(f"Not measured alike, compared by force: {text}." for text in comparison.warnings),
-    ]
+    parts = [f"Not measured alike, compared by force: {text}.\n" for text in comparison.warnings]
+    if comparison.suites:
+        meaning = (
+            "Right answers in per cent [95 % bootstrap interval over examples; Wilson's where all score alike]. "
+            f"▲ ▼: better or worse than {first}, paired, corrected by Holm.\n"
+        )
+        parts += [markdown_table(header, rows), meaning]
+    drift = drift_table(comparison.results)
+    if drift is not None:
+        parts += [
+            markdown_table(*drift),
+            "On held-out text, in nats per token [95 % bootstrap interval over texts].\n",
+        ]
     if comparison.left_out:
-        lines.append(f"Left out, because some result lacks them: {', '.join(comparison.left_out)}.")
-    return "\n".join(lines) + "\n"
+        parts.append(f"Left out, because some result lacks them: {', '.join(comparison.left_out)}.\n")
+    return "\n".join(parts)

@@ -95,7 +95,7 @@ def _scores(comparison: Comparison) -> str:
             cells.append(_cell(share(score.value), share(score.low), share(score.high), mark))
         rows.append(row_of(_column(comparison, column), cells, own=column in comparison.means))
     caption = (
-        f"Right answers in per cent; small: 95 % bootstrap intervals over examples. ▲ ▼: better or worse than "
+        f"Right answers in per cent; small: 95 % bootstrap intervals over examples (Wilson’s where all score alike). ▲ ▼: better or worse than "
         f"{escaped(next(iter(comparison.results)))}, adjusted p below {LEVEL:.2f} and interval of the difference without zero."
     )
     return "<h2>Scores</h2>" + table_of(("", *_heads(comparison)), rows, caption, dense=True)
@@ -120,7 +120,7 @@ def _differences(comparison: Comparison) -> str:
     rows: list[str] = []
     for (name, column), one in comparison.differences.items():
         change = comparison.changes.get((name, column))
-        counts = ("–", "–") if change is None else (str(change.gained), str(change.lost))
+        counts = ("–", "–") if change is None else [_count(x, one.n) for x in (change.gained, change.lost)]
         cells = [
             _cell(points(one.value), points(one.low), points(one.high), _mark(one)),
             *(f"<td>{count}</td>" for count in counts),
@@ -135,6 +135,10 @@ def _differences(comparison: Comparison) -> str:
     )
     heads = ("", "Difference", "Gained", "Lost", "p")
     return "<h2>Differences</h2>" + table_of(heads, rows, caption, dense=True)
+
+
+def _count(number: int, n: int) -> str:
+    return f"{number}<small>{share(number / n)} %</small>"
 
 
 def _p(value: float) -> str:
