@@ -87,6 +87,7 @@ def in_words(simulation: dict[str, Any]) -> str:
     """A table of the stages in GB, and what was simulated instead of what was asked for."""
     layers = {"te": "Transformer Engine's layers (stand-ins)", "local": "Megatron's own layers"}
     lines = [f"simulated: {layers[simulation['kernels']]}, {simulation['precision']}", *simulation["notes"]]
+    lines.append("GB on each GPU of a stage, and its parameters; - where no micro batch was traced:")
     lines.append("  ".join(["stage", *(words for _, words in _COLUMNS), "parameters"]))
     for stage in simulation["stages"]:
         cells = [f"{stage['stage']:5}"]

@@ -253,6 +253,26 @@ def test_groups_over_the_network_are_told_and_context_parallel_rings_take_time()
     assert speeds[1] < speeds[0]
 
 
+def test_a_simulation_is_told_in_gb_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ("weights", "gradients", "optimizer", "reference", "reference_hidden")
+    stage = dict.fromkeys(keys, 2 * 10**9) | {"stage": 1, "parameters": 10**9}
+    untraced = stage | dict.fromkeys(("activations_in_flight", "loss", "peak"))
+    asked: list[Any] = []
+
+    def simulated(jobs: Any) -> list[dict[str, Any]]:
+        asked.extend(jobs)
+        return [{"kernels": "te", "precision": "bf16", "notes": ["as its twin"], "stages": [untraced]}]
+
+    monkeypatch.setattr("asft_nemo.commands.simulation.simulated", simulated)
+    code, out, _ = plan.__wrapped__("recipe=qwen25_7b", "objective=sft", "--simulate")
+    assert code == 0
+    assert (asked[0].run.recipe, asked[0].kernels) == ("qwen25_7b", "te")
+    told = out.partition("\n\nsimulated: ")[2].splitlines()
+    assert told[1] == "as its twin"
+    assert told[2].startswith("GB on each GPU")
+    assert told[4].split() == ["1", *["2.00"] * 5, "-", "-", "-", "1,000,000,000"]
+
+
 def test_layouts_are_searched_for_the_cluster_s_nodes() -> None:
     small = values_of(
         "recipe=qwen25_7b", "objective=sft", "--search", "cluster.gpus_per_node=2", "run.world_size=8"
