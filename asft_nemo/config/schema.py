@@ -267,6 +267,7 @@ class EvalConfig(Section):
     tensor_parallel_size: int | None = None  # vllm: GPUs; None = all that can share the heads
     allow_code_execution: bool = False  # code suites run the programs that the model wrote, in a sandbox
     limit: int | None = None  # examples per suite; None = all
+    seed: int = 0  # of what a protocol draws
 
 
 @dataclass(unsafe_hash=True)

@@ -89,6 +89,7 @@ RANGES: dict[str, tuple[float, float | None, bool]] = {
     "eval.batch_size": (1, None, True),
     "eval.tensor_parallel_size": (1, None, True),
     "eval.limit": (1, None, True),
+    "eval.seed": (0, None, True),
 }
 
 

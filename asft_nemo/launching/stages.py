@@ -168,6 +168,8 @@ def _eval(launch: Launch) -> list[str]:
         settings.backend,
         "--protocol",
         settings.protocol,
+        "--seed",
+        str(settings.seed),
     ]
     given = {
         "--batch-size": settings.batch_size,
