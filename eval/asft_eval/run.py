@@ -12,6 +12,7 @@ import asft_eval
 from asft_eval.asking import ask
 from asft_eval.backends import OWN, Backend, Options, open_backend
 from asft_eval.errors import EvaluationError
+from asft_eval.evalplus import write_evalplus
 from asft_eval.graders import JUDGED, grade, require_permission
 from asft_eval.judge import NO_JUDGE, without_score, write_outputs
 from asft_eval.protocols import protocols
@@ -96,6 +97,7 @@ def evaluate(
             for_judge[part.name] = without_score(figures(part, rows))
             write_outputs(out_dir, part, rows, generator=str(model_dir))
             continue
+        write_evalplus(out_dir, part, rows)
         found[part.name] = figures(part, rows)
         log.info("%s: %.1f %% of %d", part.name, 100 * found[part.name].accuracy, found[part.name].n)
     result = Result(
