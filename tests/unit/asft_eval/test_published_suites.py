@@ -149,12 +149,18 @@ def test_the_page_has_every_suite_of_the_table():
         if line.startswith("| ") and "`" in line
     ]
     found = {
-        cells[1].strip("`"): (cells[0], cells[2].split(",")[0], cells[3].split(" ")[0], cells[4].strip("`"))
+        cells[1].strip("`"): (
+            cells[0],
+            cells[2].split(",")[0],
+            cells[3].split(" ")[0],
+            cells[4].strip("`"),
+            cells[5].split()[-1],
+        )
         for cells in rows
     }
     absent = "none: put it there"
     assert found == {
-        name: (suite.group, str(suite.rows), suite.file, suite.download or absent)
+        name: (suite.group, str(suite.rows), suite.file, suite.download or absent, suite.grader)
         for name, suite in SUITES.items()
     }
 
