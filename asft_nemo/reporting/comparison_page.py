@@ -17,6 +17,9 @@ from asft_nemo.reporting.page_style import CSS, RUNS_CSS
 #: sections of pictures: heading -> (SVG, caption); empty where nothing can be drawn
 Pictures = Mapping[str, Sequence[tuple[str, str]]]
 
+_LONGEST_ANSWER = 80  # characters of what was read out of a completion
+_MOST_NARROW = 5  # models that a phone's screen has columns for; tables of more scroll within the page
+
 _CSS = """
 .mark { font-weight: 650; } .better { color: var(--yes); } .worse { color: var(--no); }
 .asked { border-left: 3px solid var(--line); padding-left: 12px; margin: 18px 0 26px; }
@@ -46,7 +49,7 @@ def comparison_page(
         _differences(comparison),
         _drift(comparison, pictures),
         _pictures(pictures, "Training"),
-        _examples(examples),
+        _examples(comparison, examples),
         _measured(comparison),
     ]
     return document(f"{names}: comparison", CSS + RUNS_CSS + _CSS, parts)
@@ -98,7 +101,8 @@ def _scores(comparison: Comparison) -> str:
         f"Right answers in per cent; small: 95 % bootstrap intervals over examples (Wilson’s where all score alike). ▲ ▼: better or worse than "
         f"{escaped(next(iter(comparison.results)))}, adjusted p below {LEVEL:.2f} and interval of the difference without zero."
     )
-    return "<h2>Scores</h2>" + table_of(("", *_heads(comparison)), rows, caption, dense=True)
+    narrow = len(comparison.results) <= _MOST_NARROW
+    return "<h2>Scores</h2>" + table_of(("", *_heads(comparison)), rows, caption, dense=narrow)
 
 
 def _column(comparison: Comparison, column: str) -> str:
@@ -168,7 +172,8 @@ def _drift(comparison: Comparison, pictures: Pictures) -> str:
     )
     order = list(comparison.results)
     heads = ("", *(_key(order.index(name), name) for name in drifts))
-    table = table_of(heads, rows, caption, dense=True)
+    narrow = len(drifts) <= _MOST_NARROW
+    table = table_of(heads, rows, caption, dense=narrow)
     return "<h2>Drift</h2>" + table + _grid(pictures.get("Drift", ()))
 
 
@@ -191,30 +196,31 @@ def _grid(drawn: Sequence[tuple[str, str]]) -> str:
     return figures if alone else f'<div class="pictures">{figures}</div>' if figures else ""
 
 
-def _examples(examples: Sequence[Told]) -> str:
+def _examples(comparison: Comparison, examples: Sequence[Told]) -> str:
     if not examples:
         return ""
+    first = next(iter(comparison.results))
     parts = ["<h2>Gained and lost, to read</h2>"]
     for (model, suite), group in groupby(examples, key=lambda one: (one.model, one.suite)):
-        told = list(group)
-        gained = sum(one.difference > 0 for one in told)
-        title = f"{model}, {suite}: {gained} gained, {len(told) - gained} lost"
-        parts.append(f"<details><summary>{escaped(title)}</summary>{''.join(map(_example, told))}</details>")
+        change = comparison.changes[model, suite]
+        title = f"{model}, {suite}: some of {change.gained} gained and {change.lost} lost"
+        told = "".join(_example(one, first) for one in group)
+        parts.append(f"<details><summary>{escaped(title)}</summary>{told}</details>")
     return "".join(parts)
 
 
-def _example(one: Told) -> str:
-    kind = "better" if one.difference > 0 else "worse"
+def _example(one: Told, first: str) -> str:
+    kind, verb = ("better", "gained") if one.difference > 0 else ("worse", "lost")
     return (
-        f'<div class="asked"><h4><span class="{kind}">{"gained" if one.difference > 0 else "lost"}</span> {escaped(one.id)}</h4>'
+        f'<div class="asked"><h4><span class="{kind}">{verb}</span> {escaped(one.id)}</h4>'
         f"<pre>{escaped(one.prompt)}</pre><p>Right answer:</p><pre>{escaped(one.answer)}</pre>"
-        f"{_wrote('The first model', one.first)}{_wrote(one.model, one.own)}</div>"
+        f"{_wrote(first, one.first)}{_wrote(one.model, one.own)}</div>"
     )
 
 
 def _wrote(who: str, one: Written) -> str:
     verdict = "right" if one.correct else "wrong"
-    read = f", read as {one.parsed}" if one.parsed else ""
+    read = f", read as {one.parsed[:_LONGEST_ANSWER]}" if one.parsed else ""
     return f"<p>{escaped(who)} ({verdict}: {escaped(one.reason)}{escaped(read)}):</p><pre>{escaped(one.completion)}</pre>"
 
 
