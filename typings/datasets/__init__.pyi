@@ -1,0 +1,13 @@
+"""What the project uses of datasets; the library's own __init__ leads a type checker to every file format and the hub's client."""
+
+from typing import Any
+
+class Dataset:
+    cache_files: list[dict[str, Any]]
+    @classmethod
+    def from_json(cls, path_or_paths: str, *, cache_dir: str = ...) -> Dataset: ...
+
+def load_dataset(
+    path: str, name: str | None = ..., *, split: str | None = ..., trust_remote_code: bool = ...
+) -> Any: ...
+def disable_progress_bars() -> None: ...
