@@ -10,6 +10,7 @@ Runs in a process of its own and imports the standard library alone. Three proce
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -18,13 +19,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from asft_eval.sandbox import kernel
 
 SCRATCH = "/scratch"
-_NEW_ROOT = "/tmp"  # any directory serves: the new root is mounted over it in a mount namespace of its own
+# Any directory serves that holds nothing to be shown: the new root is mounted over it in a mount namespace of its own.
+_PLACES = ("/tmp", "/mnt", "/srv", "/media")
 _FIRST_USER = (
     200_000  # runs of root become users of their own, so that one run's processes are not counted to another
 )
@@ -125,27 +127,37 @@ def _map_user(user: int, group: int) -> None:
 def _build_root(order: Order) -> None:
     """An empty read-only root with the system's programs, the interpreter, a few devices and the scratch directory."""
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
-    kernel.mount("tmpfs", _NEW_ROOT, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=755")
+    root = _place(order["read_only"])
+    kernel.mount("tmpfs", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=755")
     for path in ("/usr", "/bin", "/lib", "/lib64", *order["read_only"]):
-        _show(path)
+        _show(path, root)
     for name in ("proc", "dev", SCRATCH.lstrip("/")):
-        os.mkdir(f"{_NEW_ROOT}/{name}")
+        os.mkdir(f"{root}/{name}")
     for name in _DEVICES:
-        with open(f"{_NEW_ROOT}/dev/{name}", "w"):
+        with open(f"{root}/dev/{name}", "w"):
             pass
-        kernel.mount(f"/dev/{name}", f"{_NEW_ROOT}/dev/{name}", "", kernel.MS_BIND)
+        kernel.mount(f"/dev/{name}", f"{root}/dev/{name}", "", kernel.MS_BIND)
     closed = kernel.MS_NOSUID | kernel.MS_NODEV
-    kernel.mount("proc", f"{_NEW_ROOT}/proc", "proc", closed | kernel.MS_NOEXEC)
+    kernel.mount("proc", f"{root}/proc", "proc", closed | kernel.MS_NOEXEC)
     size = order["limits"]["disk_bytes"]
-    kernel.mount("tmpfs", _NEW_ROOT + SCRATCH, "tmpfs", closed, f"size={size},nr_inodes=4096,mode=777")
-    os.symlink(SCRATCH, f"{_NEW_ROOT}/tmp")
-    kernel.become_root_of(_NEW_ROOT)
+    kernel.mount("tmpfs", root + SCRATCH, "tmpfs", closed, f"size={size},nr_inodes=4096,mode=777")
+    if not os.path.lexists(f"{root}/tmp"):  # as it is where packages below /tmp are shown
+        os.symlink(SCRATCH, f"{root}/tmp")
+    kernel.become_root_of(root)
     kernel.mount("none", "/", "", kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | closed)
 
 
-def _show(path: str) -> None:
+def _place(shown: Sequence[str]) -> str:
+    """Where the new root is mounted: none of what is shown lies below it, as an environment under /tmp would."""
+    for place in _PLACES:
+        if os.path.isdir(place) and not any(f"{path}/".startswith(f"{place}/") for path in shown):
+            return place
+    raise OSError(errno.ENOENT, f"no directory for the new root, {' nor '.join(_PLACES)}")
+
+
+def _show(path: str, root: str) -> None:
     """The same path, read-only, in the new root; a link stays a link."""
-    target = _NEW_ROOT + path
+    target = root + path
     if not os.path.exists(path) or os.path.lexists(target):
         return
     if os.path.islink(path):

@@ -174,6 +174,16 @@ def test_files_outside_are_not_there(sandbox: Sandbox, tmp_path: Path):
     assert secret.read_text() == "x"
 
 
+def test_packages_of_an_environment_below_tmp_are_shown(tmp_path: Path):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "one.py").write_text("")
+    (tmp_path / "own.txt").touch()
+    with open_sandbox([tmp_path / "packages"]) as own:
+        assert finds(own, f"os.path.exists({str(tmp_path / 'packages' / 'one.py')!r})")
+        assert finds(own, f"os.listdir({str(tmp_path)!r}) == ['packages']")
+        assert finds(own, "__import__('tempfile').mkstemp() != ''")
+
+
 def test_nothing_but_the_scratch_directory_is_writable(sandbox: Sandbox):
     walk = (
         "found = set()\n"
