@@ -14,6 +14,7 @@ import pytest
 from asft_eval.backends.fake import FakeBackend
 from asft_eval.errors import EvaluationError
 from asft_eval.protocols import protocols
+from asft_eval.result import read_result
 from asft_eval.suites import SUITES
 from asft_eval.suites.load import find_file
 from asft_eval.suites.published import spread
@@ -188,6 +189,9 @@ def test_evaluations_and_the_comparison_run(
     done: list[str] = []
     for words in OURS:
         arguments = cli.parser().parse_args(words[1:])
+        if words[1:3] == ["eval", "judge"]:
+            assert read_result(Path(arguments.what[1])).for_judge  # judges have tests of their own
+            continue
         if words[1] == "eval":
             Path(arguments.what[0]).mkdir(parents=True, exist_ok=True)
             suites = [name for name in spread(arguments.suite.split(",")) if ready(name)]
@@ -196,7 +200,7 @@ def test_evaluations_and_the_comparison_run(
         if words[1] in ("eval", "compare"):
             assert cli.main(words[1:]) == 0, capsys.readouterr().err
             done.append(str(arguments.out))
-    assert len(done) == 9
+    assert len(done) == 10
     assert json.loads((tmp_path / "outputs/asft/results.json").read_text())["protocol"] == "paper"
     assert {"sft", "dft", "asft"} <= set(
         json.loads((tmp_path / done[-1] / "comparison.json").read_text())["results"]
