@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from asft_nemo.config.facts import Facts
-from asft_nemo.config.named_paths import FILES, FOLDERS, is_path, named_paths
+from asft_nemo.config.named_paths import FILES, FOLDERS, entries_of, is_path, named_paths
 from asft_nemo.config.paths import hub_home
 from asft_nemo.config.schema import RunConfig, walk
 
@@ -36,7 +36,7 @@ def variables(run: RunConfig) -> dict[str, Path]:
     The latter only for a container, which may have another home; and only where they are, for pyxis mounts nothing that is not there.
     """
     settings = dict(walk(run))
-    named = {key: [entry for entry in settings[key] if not is_path(key, entry)] for key in FILES}
+    named = {key: [entry for entry in entries_of(settings[key]) if not is_path(key, entry)] for key in FILES}
     found: dict[str, Path] = {}
     if named["eval.suites"] and (folder := _variable(run, "ASFT_DATA_DIR")):
         found["ASFT_DATA_DIR"] = Path(os.path.abspath(folder))

@@ -267,6 +267,7 @@ class EvalConfig(Section):
     tensor_parallel_size: int | None = None  # vllm: GPUs; None = all that can share the heads
     allow_code_execution: bool = False  # code suites run the programs that the model wrote, in a sandbox
     limit: int | None = None  # examples per suite; None = all
+    drift: str | None = None  # file of held-out text on which KL to model.path is measured; None = it is not
     seed: int = 0  # of what a protocol draws
 
 

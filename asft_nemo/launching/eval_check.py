@@ -30,7 +30,7 @@ def check_evaluation(run: RunConfig, *, look_for_files: bool) -> None:
     """Checks the settings of the stage `eval`.
 
     Args:
-        run: the settings; `eval.suites` is not empty.
+        run: the settings; something is to be measured.
         look_for_files: also look for the suites' files.
 
     Raises:
@@ -51,6 +51,11 @@ def _names(run: RunConfig) -> Iterator[str]:
     if settings.prompt is not None and settings.prompt not in PROMPTS:
         yield f"eval.prompt={settings.prompt} is unknown: {suggest(settings.prompt, tuple(PROMPTS))}"
     yield from _suites(run)
+    if settings.drift is not None and (Path(run.model.path) / "weights").is_dir():
+        yield (
+            "eval.drift measures how far the model goes from a Hugging Face base, and model.path is a NeMo checkpoint: name the directory that it was "
+            "imported from as model.path, or leave eval.drift out"
+        )
 
 
 def _backend(run: RunConfig) -> Iterator[str]:
@@ -94,6 +99,9 @@ def _files(run: RunConfig) -> Iterator[str]:
     for name in run.eval.suites:
         if name not in published and is_path("eval.suites", name) and not Path(name).is_file():
             yield f"eval.suites has {name}, which does not exist: correct it, or leave it out"
+    drift = run.eval.drift
+    if drift is not None and not Path(drift).is_file():
+        yield f"eval.drift={drift} does not exist: correct it, or leave it out"
     if any(word.startswith(_DATA_VARIABLES) for word in run.cluster.env):
         return
     for name in published:

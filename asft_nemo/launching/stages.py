@@ -161,9 +161,8 @@ def _verify(launch: Launch) -> list[str]:
 def _eval(launch: Launch) -> list[str]:
     _, find = _step(launch)
     settings = launch.run.eval
-    words = [
-        "--suite",
-        ",".join(settings.suites),
+    words = ["--suite", ",".join(settings.suites)] if settings.suites else []
+    words += [
         "--backend",
         settings.backend,
         "--protocol",
@@ -172,6 +171,8 @@ def _eval(launch: Launch) -> list[str]:
         str(settings.seed),
     ]
     given = {
+        "--drift": settings.drift,
+        "--base": settings.drift and launch.run.model.path,
         "--batch-size": settings.batch_size,
         "--tensor-parallel-size": settings.tensor_parallel_size,
         "--prompt": settings.prompt,
@@ -193,8 +194,9 @@ def _eval(launch: Launch) -> list[str]:
 def _compare(launch: Launch) -> list[str]:
     _, find = _step(launch)
     base, tuned = shlex.quote(f"base={launch.folder / 'eval' / 'base'}"), _of_step(launch.folder / "eval")
-    out = _of_step(launch.folder / "compare")
-    return [find, f"{launch.command('compare')} {base} {launch.run.objective.name}={tuned} --out {out}"]
+    name, out = launch.run.objective.name, _of_step(launch.folder / "compare")
+    curves = shlex.quote(f"{name}={launch.folder}")
+    return [find, f"{launch.command('compare')} {base} {name}={tuned} --run {curves} --out {out}"]
 
 
 def _of_step(folder: Path) -> str:
@@ -213,7 +215,8 @@ def _nemo_base(run: RunConfig) -> bool:
 
 
 def _no_suites(run: RunConfig) -> str | None:
-    return None if run.eval.suites else "eval.suites is empty: set eval.suites=[suite.jsonl]"
+    measured = run.eval.suites or run.eval.drift
+    return None if measured else "eval.suites is empty: set eval.suites=[suite.jsonl]"
 
 
 def _always(run: RunConfig) -> None:

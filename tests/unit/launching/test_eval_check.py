@@ -20,6 +20,7 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
     """The sentences that a launch's settings of the evaluation lead to."""
     monkeypatch.setenv("ASFT_DATA_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "nemo" / "weights").mkdir(parents=True)
 
     def call(*overrides: str, look_for_files: bool = False) -> tuple[str, ...]:
         run = compose(
@@ -48,6 +49,7 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
         (["eval.suites=[medqa]", "eval.protocol=pass@0"], "pass@K with K from 1"),
         (["eval.suites=[medqa]", "eval.prompt=alpca"], "eval.prompt=alpca is unknown: did you mean 'alpaca'"),
         (["eval.suites=[medqqa]"], "eval.suites has 'medqqa', which is no suite and no JSON Lines file: did you mean 'medqa'"),
+        (["eval.drift=held_out.jsonl", "model.path=nemo"], "eval.drift measures how far the model goes from a Hugging Face base"),
         (["eval.suites=[code]"], "the model's programs are run to grade them: set eval.allow_code_execution=true"),
     ],
 )  # fmt: skip
@@ -73,6 +75,8 @@ def test_what_is_known_passes(checked: Checked, overrides: list[str]) -> None:
 def test_files_are_looked_for_when_jobs_are_submitted(checked: Checked, tmp_path: Path) -> None:
     words = ["eval.suites=[mine.jsonl,medqa]"]
     assert checked(*words) == ()
+    (text,) = checked("eval.drift=held_out.jsonl", look_for_files=True)
+    assert text.endswith("held_out.jsonl does not exist: correct it, or leave it out")
     missing, published = checked(*words, look_for_files=True)
     assert "eval.suites has mine.jsonl, which does not exist: correct it" in missing
     assert published.startswith("eval.suites=medqa cannot be used: suite medqa is not here: ")

@@ -64,6 +64,17 @@ def test_what_does_not_apply_is_left_out_with_the_reason() -> None:
     assert "reference=resident" in idle["cache-reference"]
 
 
+def test_held_out_text_is_read_by_the_base_and_by_what_became_of_it() -> None:
+    (evaluate,) = stages(tiny("eval.drift=held.jsonl", "model.path=m"), ["eval"])
+    for line in (evaluate.lines[0], evaluate.lines[-1]):
+        words = shlex.split(line.replace("\\\n", " "))
+        given = [Path(words[words.index(flag) + 1]).name for flag in ("--drift", "--base")]
+        assert given == ["held.jsonl", "m"]
+        assert "--suite" not in words
+    (compare,) = stages(tiny("eval.drift=held.jsonl"), ["compare"])
+    assert "--run asft=/run " in compare.lines[-1].replace("\\\n", " ")
+
+
 def test_merged_adapters_are_exported_and_not_held_against_the_checkpoint() -> None:
     found = {stage.name: stage for stage in stages(tiny("peft=lora", "reference=adapter_disabled"))}
     assert "verify" not in found
