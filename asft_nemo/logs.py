@@ -44,4 +44,6 @@ def quiet_upstream() -> None:
         return
     for name in (*UPSTREAM, *logging.root.manager.loggerDict):
         if name.split(".")[0] in UPSTREAM or name in UPSTREAM:
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logger = logging.getLogger(name)
+            if logger.level != logging.ERROR:  # setting a level clears what every logger remembers: some ms each, with NeMo loaded
+                logger.setLevel(logging.ERROR)
