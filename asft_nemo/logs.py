@@ -45,5 +45,6 @@ def quiet_upstream() -> None:
     for name in (*UPSTREAM, *logging.root.manager.loggerDict):
         if name.split(".")[0] in UPSTREAM or name in UPSTREAM:
             logger = logging.getLogger(name)
-            if logger.level != logging.ERROR:  # setting a level clears what every logger remembers: some ms each, with NeMo loaded
+            # setting a level clears what every logger remembers: some ms each, with NeMo loaded
+            if logger.level != logging.ERROR:
                 logger.setLevel(logging.ERROR)
