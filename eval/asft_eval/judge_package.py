@@ -36,8 +36,8 @@ class PackageJudge:
         command = shutil.which(COMMAND, path=path)
         if command is None:
             raise EvaluationError(
-                "the alpaca_eval package is not here: pip install alpaca_eval, in an environment of its own whose bin folder is on PATH, or name a "
-                "model as the judge"
+                "the alpaca_eval package is not here: pip install alpaca_eval 'setuptools<81', in an environment of its own whose bin folder is on PATH, "
+                "or name a model as the judge"
             )
         self._command = command
 
