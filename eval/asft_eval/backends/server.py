@@ -19,6 +19,7 @@ SECONDS = 600.0
 """For one answer; a server that writes 4096 tokens for many at once takes minutes."""
 _SECONDS_TO_CONNECT = 10.0
 _TRIES = 8
+_SLOW_TRIES = 2  # a request that took too long twice will again
 _LONGEST_WAIT = 60.0
 
 _Answer = TypeVar("_Answer")
@@ -97,22 +98,24 @@ class Server:
         return [found[place] for place in range(count)]
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, tries: int) -> dict[str, Any]:
-        why = "was not asked"
+        why, slow, number = "was not asked", 0, 0
         for number in range(tries):
             wait = min(self._first_wait * 2**number, _LONGEST_WAIT) * random.uniform(0.75, 1.0)
             try:
                 response = self._client.request(method, path.lstrip("/"), json=body)
             except self._httpx.TransportError as error:  # time-outs among them
                 why = f"does not answer ({type(error).__name__}: {error})"
+                slow += isinstance(error, self._httpx.ReadTimeout)
             else:
                 if response.status_code != 429 and response.status_code < 500:
                     return self._read(response)
                 why = f"answers {response.status_code} ({self._words(response)})"
                 wait = _asked_for(response.headers.get("retry-after"), wait)
-            if number + 1 < tries and self._given_up.wait(wait):
+            if slow == _SLOW_TRIES or (number + 1 < tries and self._given_up.wait(wait)):
                 break
         raise EvaluationError(
-            f"the server {self.url} {why}, asked {tries} times: see whether it runs and how busy it is, and start again: answers so far are kept"
+            f"the server {self.url} {why}, tries: {number + 1}: see whether it runs and how busy it is (--batch-size is what we ask at once), and "
+            "start again: answers so far are kept"
         )
 
     def _read(self, response: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,7 @@ class FakeServer(ThreadingHTTPServer):
         failures: status and headers of the next answers, None for a connection that is cut; then it answers properly.
         dead_after: proper answers after which it is down for good.
         models: their names.
+        seconds: before an answer.
         owner: who runs it, as `/models` says.
         logprobs: whether it gives log probabilities of a given text.
         width: characters of a token.
@@ -33,7 +35,7 @@ class FakeServer(ThreadingHTTPServer):
         self.keys: set[str | None] = set()
         self.failures: list[tuple[int, dict[str, str]] | None] = []
         self.dead_after: int | None = None
-        self.models = [MODEL]
+        self.models, self.seconds = [MODEL], 0.0
         self.owner, self.logprobs, self.width = "someone", True, 1
         self.lock = threading.Lock()
 
@@ -66,6 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
             if server.dead_after is not None:
                 failure = (503, {}) if server.dead_after <= 0 else failure
                 server.dead_after -= 1
+        time.sleep(server.seconds)
         if failure is None:
             self.close_connection = True
         elif failure:

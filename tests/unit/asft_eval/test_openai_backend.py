@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from asft_eval import EvaluationError, Protocol
 from asft_eval.backends import Options
+from asft_eval.backends import server as server_module
 from asft_eval.backends.openai import OpenAIBackend
 from asft_eval.backends.server import KEY_VARIABLE, URL_VARIABLE
 from asft_eval.run import evaluate
@@ -122,6 +123,15 @@ def test_a_busy_or_broken_server_is_asked_again(server: FakeServer):
     answers = opened(server, batch_size=1).generate(["ab", "cd"], protocol=GREEDY)
     assert [answer.text for answer in answers] == ["AB", "CD"]
     assert len(server.asked) == 6
+
+
+def test_a_server_that_takes_too_long_is_asked_twice(server: FakeServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_module, "SECONDS", 0.3)
+    backend = opened(server)
+    server.seconds = 1.0
+    with pytest.raises(EvaluationError, match=r"does not answer \(ReadTimeout: .*tries: 2: see whether"):
+        backend.generate(["ab"], protocol=GREEDY)
+    assert len(server.asked) == 2
 
 
 def test_what_is_answered_before_the_server_dies_is_not_asked_again(server: FakeServer, tmp_path: Path):
