@@ -84,6 +84,11 @@ def test_a_whole_run_is_told_in_hours_and_its_cache_in_bytes() -> None:
     [
         (["recipe=qwen25_72b", "--gpu", "A100-40GB"], "the optimizer's state"),
         (["recipe=qwen25_72b", "data.sequence_length=16384"], "the activations"),
+        # twice as many stages are not enough, four times as many are
+        (
+            ["recipe=qwen25_72b", "parallel.pp_size=1", "parallel.vpp_size=null", "run.world_size=8"],
+            "the optimizer's state",
+        ),
         (["recipe=qwen25_7b", "parallel.tp_size=1", "parallel.sequence_parallel=false"], "the gradients"),
     ],
 )
