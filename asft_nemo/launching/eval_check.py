@@ -10,6 +10,7 @@ from pathlib import Path
 
 from asft_eval.backends import BACKENDS, Options, check_options
 from asft_eval.errors import EvaluationError
+from asft_eval.graders import JUDGED
 from asft_eval.protocols import protocols
 from asft_eval.suites import SUITES
 from asft_eval.suites.load import find_file
@@ -39,6 +40,12 @@ def check_evaluation(run: RunConfig, *, look_for_files: bool) -> None:
     found = [*_names(run), *(_files(run) if look_for_files else ())]
     if found:
         raise ConfigError(found)
+
+
+def await_judge(run: RunConfig) -> bool:
+    """Whether all suites are of the kind that has no score until a judge is asked, which no launch does."""
+    suites = spread(run.eval.suites)
+    return bool(suites) and all(name in SUITES and SUITES[name].grader == JUDGED for name in suites)
 
 
 def _names(run: RunConfig) -> Iterator[str]:

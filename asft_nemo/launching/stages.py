@@ -18,6 +18,7 @@ from asft_nemo.config.recipes import suggest
 from asft_nemo.config.run_folder import BASE_FOLDER
 from asft_nemo.config.schema import DataConfig, RunConfig, replace, walk
 from asft_nemo.errors import UserError
+from asft_nemo.launching.eval_check import await_judge
 from asft_nemo.launching.prepared import entries, prepared_dir, prepared_names
 from asft_nemo.launching.settings import settings_file
 from asft_nemo.launching.words import setting, shell_line
@@ -219,6 +220,14 @@ def _no_suites(run: RunConfig) -> str | None:
     return None if measured else "eval.suites is empty: set eval.suites=[suite.jsonl]"
 
 
+def _not_compared(run: RunConfig) -> str | None:
+    if _nemo_base(run):
+        return "the base is a NeMo checkpoint, which is not evaluated"
+    if await_judge(run) and not run.eval.drift:
+        return "a judge decides eval.suites: asft eval judge for each folder of eval/, then asft compare"
+    return _no_suites(run)
+
+
 def _always(run: RunConfig) -> None:
     return None
 
@@ -245,13 +254,7 @@ STAGES: dict[str, _Row] = {
         after=("export",),
     ),
     "eval": _Row(_no_suites, _eval, after=("export",), gpus=True),
-    "compare": _Row(
-        lambda run: (
-            "the base is a NeMo checkpoint, which is not evaluated" if _nemo_base(run) else _no_suites(run)
-        ),
-        _compare,
-        after=("eval",),
-    ),
+    "compare": _Row(_not_compared, _compare, after=("eval",)),
 }
 
 

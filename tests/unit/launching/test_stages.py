@@ -64,6 +64,17 @@ def test_what_does_not_apply_is_left_out_with_the_reason() -> None:
     assert "reference=resident" in idle["cache-reference"]
 
 
+def test_what_awaits_a_judge_is_not_compared() -> None:
+    for suites, text in (
+        ("[alpaca_eval]", "asft eval judge"),
+        ("[instruct]", "asft eval judge"),
+        ("[instruct,medqa]", None),
+    ):
+        names, idle = choose(compose(tiny(f"eval.suites={suites}"), check_inputs=False, launched=True), None)
+        assert "eval" in names
+        assert (text in idle["compare"]) if text else ("compare" in names)
+
+
 def test_held_out_text_is_read_by_the_base_and_by_what_became_of_it() -> None:
     (evaluate,) = stages(tiny("eval.drift=held.jsonl", "model.path=m"), ["eval"])
     for line in (evaluate.lines[0], evaluate.lines[-1]):
