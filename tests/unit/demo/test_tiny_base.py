@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from asft_eval.backends import Options
 from asft_eval.run import evaluate
 from asft_eval.suites import suite_from_pairs
 from safetensors import safe_open
@@ -71,7 +72,9 @@ def test_the_base_has_the_old_skills_and_half_knows_the_new_one(tmp_path: Path):
     torch.set_num_threads(1)
     suites = [suite_from_pairs(name, samples) for name, samples in skills.old_skill_tests(40, 1).items()]
     suites.append(suite_from_pairs(skills.NEW_SKILL, skills.new_skill_test(100, 1)))
-    result = evaluate(BASE, suites, backend="hf", out_dir=tmp_path, max_tokens=12, batch_size=128)
+    result = evaluate(
+        BASE, suites, backend="hf", out_dir=tmp_path, max_tokens=12, options=Options(batch_size=128)
+    )
     for name in skills.OLD_SKILLS:
         assert result.suites[name].accuracy >= 0.85, name
     assert 0.3 < result.suites[skills.NEW_SKILL].accuracy < 0.8
