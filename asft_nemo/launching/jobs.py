@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -191,7 +192,7 @@ def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
         signal=f"USR1@{cluster.signal_seconds}" if stage.ranks else None,
         container_image=image(_image_of(stage, cluster), place.start),
         container_mounts=mounts(run) if cluster.container_image else [],
-        srun_args=[*cores, *cluster.srun_args],
+        srun_args=[*cores, *map(shlex.quote, cluster.srun_args)],  # NeMo-Run writes them as they are
         additional_parameters=_parameters(cluster.sbatch_args),
         job_name_prefix=prefix,
         setup_lines=batch_setup(stage, cluster, folder=place.folder, log=f'"{log}"'),

@@ -63,8 +63,11 @@ class CheckpointCallback(Callback):
             self.save(trainer, step, best=best)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Finds what was best before a resume."""
+        """Finds what was best before a resume, and removes what writes that were killed have left: each may be as large as a checkpoint."""
         self.keep.restore()
+        if trainer.is_global_zero:
+            for left in self.dir.glob("partial_step_*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def save(self, trainer: Any, step: int, *, best: bool) -> None:
         """Writes the checkpoint of `step`. Collective over all ranks."""

@@ -46,7 +46,8 @@ CASES = {
     "slurm_72b": [*BIG, "cluster=slurm", "cluster.exclusive=true", "cluster.cpus_per_task=12", "cluster.cpu_partition=cpu"],
     "pyxis_72b": [
         *(*BIG, "cluster=slurm_pyxis", "cluster.container_image=nvcr.io/nvidia/nemo:25.11", "cluster.mem='0'"),
-        *("cluster.container_mounts=[/models:/models]", 'cluster.env=["NCCL_DEBUG=WARN"]', 'cluster.sbatch_args=["mail-type=END"]'),
+        *("cluster.container_mounts=[/models:/models]", 'cluster.env=["NCCL_DEBUG=WARN"]', 'cluster.sbatch_args=["comment=two words"]'),
+        'cluster.srun_args=[--no-container-mount-home,"--comment=two words"]',
     ],
 }  # fmt: skip
 
