@@ -1,9 +1,11 @@
-"""What all tests share: groups of ranks that live for the whole session, and the folder of real data."""
+"""What all tests share: groups of ranks that live for the whole session, the folder of real data, a guard for commands."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +45,14 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data sets at {folder}: set ASFT_DATA_DIR")
     return folder
+
+
+@pytest.fixture
+def keep_logging_and_warnings() -> Iterator[None]:
+    """The command sets up logging and warning filters for its whole process; here it is only a guest."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    with warnings.catch_warnings():
+        yield
+    root.handlers[:] = handlers
+    root.setLevel(level)

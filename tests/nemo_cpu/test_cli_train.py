@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from asft_nemo import cli
 from asft_nemo.config.paths import project_dir
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
@@ -20,9 +21,9 @@ pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 LIMIT = 240  # seconds for one command, imports of NeMo on four ranks included
 
 
-def asft(*words: str, limit: int = LIMIT) -> subprocess.CompletedProcess[str]:
+def asft(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "asft_nemo", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=project_dir())
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, cwd=project_dir())
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -68,7 +69,9 @@ def cmdline(pid: int) -> bytes:
 
 
 @pytest.mark.timeout(900)
-def test_gsm8k_interleaved_with_sequence_parallel_and_resume(data_dir: Path, tmp_path: Path) -> None:
+def test_gsm8k_interleaved_with_sequence_parallel_and_resume(
+    data_dir: Path, tmp_path: Path, keep_logging_and_warnings: None
+) -> None:
     """Killed after the first checkpoint and resumed: fp32 at TP2 x PP2 x VPP2 with sequence parallelism, as typed."""
     run_dir = tmp_path / "run"
     words = [
@@ -85,12 +88,12 @@ def test_gsm8k_interleaved_with_sequence_parallel_and_resume(data_dir: Path, tmp
         "parallel.vpp_size=2",
         "parallel.sequence_parallel=true",
         "trainer.checkpoint_every=1",
-        "trainer.max_steps=10",
+        "trainer.max_steps=6",
         f"run.dir={run_dir}",
     ]
     kill_after_first_checkpoint(words, run_dir)
     before = metrics(run_dir)
-    assert len(before) < 10
+    assert len(before) < 6
     assert before[0]["kl"] == 0.0
     refused = asft(*words)
     assert refused.returncode == 2
@@ -98,16 +101,15 @@ def test_gsm8k_interleaved_with_sequence_parallel_and_resume(data_dir: Path, tmp
     assert "Traceback" not in refused.stderr
     resumed = asft(*words, "trainer.resume=must")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "step 10/10" in resumed.stderr  # progress is shown without a terminal, too
+    assert "step 6/6" in resumed.stderr  # progress is shown without a terminal, too
     lines = metrics(run_dir)
-    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["step"] for line in lines] == list(range(1, 7))
     assert lines[0] == before[0]
-    assert lines[9]["kl"] > 0.0
+    assert lines[-1]["kl"] > 0.0
     finished = asft(*words, "trainer.resume=must")
     assert finished.returncode == 0
-    assert "is finished: step 10 of 10" in finished.stderr
-    exported = asft("export", str(run_dir / "checkpoints" / "latest"), str(tmp_path / "hf"))
-    assert exported.returncode == 0, exported.stderr
+    assert "is finished: step 6 of 6" in finished.stderr
+    assert cli.main(["export", str(run_dir / "checkpoints" / "latest"), str(tmp_path / "hf")]) == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
 
@@ -129,21 +131,23 @@ def test_gsm8k_interleaved_with_sequence_parallel_and_resume(data_dir: Path, tmp
         (["data.train=[{tmp}/good.jsonl]", "objektive.kl_weight=1"], "objektive"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(words: list[str], said: str, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    keep_logging_and_warnings: None,
+) -> None:
+    """Before any rank is started."""
     (tmp_path / "good.jsonl").write_text('{"instruction": "Say a.", "response": "a"}\n' * 4)
     (tmp_path / "bad.jsonl").write_text(
         '{"instruction": "Say a.", "response": "a"}\n{"instruction": "Say b."}\n'
     )
     run_dir = tmp_path / "run"
-    done = asft(
-        "train",
-        "recipe=tiny_cpu",
-        "objective=asft",
-        f"run.dir={run_dir}",
-        *(word.replace("{tmp}", str(tmp_path)) for word in words),
-        limit=90,
-    )
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert re.search(said, done.stderr), done.stderr
-    assert "Traceback" not in done.stderr
+    given = [word.replace("{tmp}", str(tmp_path)) for word in words]
+    code = cli.main(["train", "recipe=tiny_cpu", "objective=asft", f"run.dir={run_dir}", *given])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert re.search(said, error), error
+    assert "Traceback" not in error
     assert not run_dir.exists()

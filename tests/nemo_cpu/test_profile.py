@@ -116,6 +116,7 @@ def test_a_full_disk_ends_a_ranks_profile_and_not_the_run(
     assert "no range asft/step" in told[2]
 
 
+@pytest.mark.long
 def test_resumed_within_its_steps_and_after_them(ranks4: RankGroup, model: Path, tmp_path: Path) -> None:
     """With virtual stages: a rank's two chunks take turns."""
     run = tmp_path / "run"

@@ -63,7 +63,8 @@ def test_the_prepared_file_trains_packed_and_not(
         assert first["kl"] == 0.0 < second["kl"]
 
 
-@pytest.mark.parametrize("name", some_of(FILES, kept=["gsm8k"]))
+@pytest.mark.long
+@pytest.mark.parametrize("name", FILES)
 def test_packed_steps_are_the_steps_of_their_examples(
     name: str, ranks4: RankGroup, data_dir: Path, tmp_path: Path
 ) -> None:

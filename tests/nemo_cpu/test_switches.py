@@ -207,6 +207,7 @@ def test_optimizer_state_in_host_memory_trains_alike(
         torch.testing.assert_close(found[1.0][1][key], found[0.0][1][key], rtol=1e-2, atol=1e-4, msg=key)
 
 
+@pytest.mark.long
 def test_offloaded_state_resumes(ranks4: RankGroup, models: dict[str, Path], tmp_path: Path) -> None:
     """Two steps, a checkpoint, two more: bit for bit the run that never ended, in metrics, weights and optimizer state."""
     settings = {**settings_of(models["untied"], tmp_path), **OFFLOADED, "optim.cpu_offload": 0.5}

@@ -28,7 +28,9 @@ LAYOUT = {"parallel.tp_size": 1, "parallel.pp_size": 2, "run.world_size": 2, "pr
 SFT = {"objective__name": "sft", "reference__form": "none"}
 
 
-@pytest.fixture(scope="module", params=["bf16", "fp8_delayed", "made_here"])
+@pytest.fixture(
+    scope="module", params=["bf16", "fp8_delayed", pytest.param("made_here", marks=pytest.mark.long)]
+)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param != "made_here":
         folder = FIXTURE / request.param

@@ -41,7 +41,7 @@ def seconds_of_help() -> float:
     """Processor time, not the clock: other work on the machine must not decide."""
     before = os.times()
     help_text = subprocess.run(
-        [sys.executable, "-m", "asft_nemo", "--help"], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-m", "asft_nemo", "--help"], capture_output=True, text=True, timeout=240, check=True
     ).stdout
     assert "usage: asft" in help_text
     after = os.times()

@@ -93,7 +93,7 @@ def test_what_never_ends_is_stopped_and_the_rest_goes_on():
 def test_the_time_limit_holds_in_daemonic_workers():
     pairs = [("42", TOWER), ("2x", r"\boxed{x+x}")]
     with get_context("spawn").Pool(1) as pool:
-        scores = pool.apply_async(grade_math, (pairs,), {"processes": 1, "seconds": 1.0}).get(timeout=60)
+        scores = pool.apply_async(grade_math, (pairs,), {"processes": 1, "seconds": 1.0}).get(timeout=240)
     assert [score.correct for score in scores] == [False, True]
 
 

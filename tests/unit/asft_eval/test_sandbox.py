@@ -314,7 +314,7 @@ def in_user_namespace(script: str) -> str:
     unshare = ["unshare", "--user", "--map-root-user", "sh", "-c", f'{script}; exec "$@"', "sh"]
     source = Path(open_sandbox.__code__.co_filename).parents[2]
     run = [*unshare, sys.executable, "-c", REFUSING, str(source)]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=110, check=False)
     if done.returncode and "unshare" in done.stderr:
         pytest.skip(done.stderr)
     return done.stdout.strip() or done.stderr

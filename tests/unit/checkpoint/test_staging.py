@@ -49,7 +49,7 @@ def test_a_second_writer_is_refused_and_does_no_harm(tmp_path):
     with staged_directory(tmp_path / "out", needed_bytes=0) as staging:
         (staging / "file").write_text("x")
         done = subprocess.run(
-            [sys.executable, "-c", script], timeout=60, check=False, capture_output=True, text=True
+            [sys.executable, "-c", script], timeout=240, check=False, capture_output=True, text=True
         )
         assert "another process is writing" in done.stderr
         assert (staging / "file").read_text() == "x"

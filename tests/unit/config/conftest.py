@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sentences import sentences
 
 from asft_nemo.config.load import compose
 from asft_nemo.config.schema import RunConfig
-from asft_nemo.errors import ConfigError
 
 SHAPE = {
     "num_hidden_layers": 4,
@@ -59,10 +59,6 @@ def violations(configure: Callable[..., RunConfig]) -> Callable[..., tuple[str, 
     """The sentences that overrides lead to; none when they are fine."""
 
     def call(*overrides: str) -> tuple[str, ...]:
-        try:
-            configure(*overrides)
-        except ConfigError as error:
-            return error.violations
-        return ()
+        return sentences(lambda: configure(*overrides))
 
     return call

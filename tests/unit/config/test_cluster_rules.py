@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sentences import sentences
 
 from asft_nemo.config.cluster_rules import nodes, ranks_per_node, time_seconds
 from asft_nemo.config.load import compose, known_options
@@ -22,13 +23,8 @@ def launched(model_dir: Path, data_file: Path, tmp_path: Path) -> Callable[..., 
 
     def call(*overrides: str, check_inputs: bool = False) -> tuple[str, ...]:
         base = ["recipe=tiny_cpu", "objective=sft", f"model.path={model_dir}", f"data.train=[{data_file}]"]
-        try:
-            compose(
-                [*base, f"run.dir={tmp_path / 'run'}", *overrides], check_inputs=check_inputs, launched=True
-            )
-        except ConfigError as error:
-            return error.violations
-        return ()
+        words = [*base, f"run.dir={tmp_path / 'run'}", *overrides]
+        return sentences(lambda: compose(words, check_inputs=check_inputs, launched=True))
 
     return call
 

@@ -64,7 +64,7 @@ with CudaMeansCpu():
     assert torch.ones(2).type() == "torch.cuda.FloatTensor"
     assert torch.ones(2).to(torch.float16).dtype == torch.float16
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
 
@@ -80,9 +80,9 @@ assert isinstance(torch.ones(1), torch.cuda.FloatTensor) and not isinstance(torc
 assert torch.cuda.BFloat16Tensor([1.0]).dtype == torch.bfloat16
 state = torch.cuda.get_rng_state(); a = torch.rand(3); torch.cuda.set_rng_state(state); assert torch.equal(a, torch.rand(3))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("CPU backend active") == 1
     late = "import megatron.core.tensor_parallel\nfrom asft_nemo.cpu import backend\nbackend.install()"
-    done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, timeout=240)
     assert "megatron was imported before the CPU backend" in done.stderr

@@ -42,7 +42,7 @@ def test_two_attempts_for_nothing_are_enough(words: list[str | None], requeued: 
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert ("requeue 7" in (tmp_path / "asked").read_text()) == requeued
     assert done.returncode == (0 if requeued else STOPPED_EXIT)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sentences import sentences
 
 from asft_nemo import cli
 from asft_nemo.config.load import compose
-from asft_nemo.errors import ConfigError
 from asft_nemo.launching.eval_check import check_evaluation
 
 Checked = Callable[..., tuple[str, ...]]
@@ -28,11 +28,7 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
             check_inputs=False,
             launched=True,
         )
-        try:
-            check_evaluation(run, look_for_files=look_for_files)
-        except ConfigError as error:
-            return error.violations
-        return ()
+        return sentences(lambda: check_evaluation(run, look_for_files=look_for_files))
 
     return call
 

@@ -235,7 +235,7 @@ def test_it_imports_no_torch_and_answers_in_a_second() -> None:
     )
     before = os.times()  # processor time: other work on the machine must not decide
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240
     )
     after = os.times()
     assert done.stdout.splitlines()[-1] == "[]"

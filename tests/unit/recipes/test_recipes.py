@@ -205,4 +205,4 @@ import fiddle
 run = from_dict(to_dict(fiddle.build(again).keywords["run"]))
 assert run.parallel.tp_size == 8 and run.optim.lr == 1e-5 and run.run.world_size == 32, run
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=240)

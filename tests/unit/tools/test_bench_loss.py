@@ -97,7 +97,7 @@ def test_the_command_writes_json_and_table(tmp_path: Path) -> None:
         str(tmp_path),
     ]
     command += ["--contenders", "authors", "fused", "--repeats", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "bench_loss.json").read_text())
     (result,) = written["results"]
