@@ -16,7 +16,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "slurm_sandbox"
 SECONDS = 300.0
-STEPS = 8  # of a whole run
+TINY = (
+    "experiment=tiny",
+    "cluster=slurm_sandbox",
+)  # a whole run: two data-parallel and two tensor-parallel ranks
+STEPS = 8  # of it
 _TIMED = re.compile("second|tflops|mfu")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 

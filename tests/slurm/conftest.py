@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cluster import STEPS, TOOL, Cluster
+from cluster import TINY, TOOL, Cluster
 
 PORT = 30000 + 100 * (os.getpid() % 200)  # two sessions of tests on one machine are in nobody's way
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -52,27 +51,10 @@ def h100(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The settings of whole runs but their folder: small data, two data-parallel and two tensor-parallel ranks."""
-    folder = tmp_path_factory.mktemp("data")
-    sums = [(i, j) for i in range(12) for j in range(8)]
-    rows = [{"question": f"What is {i} + {j}?", "answer": f"It is {i + j}. #### {i + j}"} for i, j in sums]
-    tests = [{"prompt": "What is 1 + 1?", "answer": "2"}, {"prompt": "What is 2 + 1?", "answer": "3"}]
-    for name, lines in (("train", rows), ("suite", tests)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    return [
-        *("experiment=tiny_gsm8k", "cluster=slurm_sandbox", "run.world_size=4", "parallel.tp_size=2"),
-        *(f"data.train=[{folder}/train.jsonl]", "data.sequence_length=256", f"trainer.max_steps={STEPS}"),
-        *("trainer.global_batch_size=4", "trainer.micro_batch_size=2", "reference=cached"),
-        *(f"eval.suites=[{folder}/suite.jsonl]", "eval.max_tokens=4"),
-    ]
-
-
-@pytest.fixture(scope="session")
-def whole_run(sandbox: Cluster, words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_run(sandbox: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All stages of a run that nothing interrupts, submitted."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    sandbox.asft("launch", *words, f"run.dir={folder}")
+    sandbox.asft("launch", *TINY, f"run.dir={folder}")
     return folder
 
 

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
             "cluster=slurm_pyxis runs containers by pyxis, and this srun has no --container-image: set cluster=slurm",
         ),
         (
-            ["cluster=slurm_sandbox", "cluster.gpus_per_node=4", "run.world_size=4"],
+            ["cluster=slurm_sandbox", "cluster.gpus_per_node=4"],
             "the cluster refuses train_sbatch.sh: allocation failure: Requested node configuration is not available",
         ),
     ],
@@ -27,13 +27,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 def test_refused_before_anything_is_submitted(
     sandbox: Cluster, words: list[str], sentence: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    given = [
-        "experiment=tiny_gsm8k",
-        f"data.train=[{tmp_path}/train.jsonl]",
-        f"run.dir={tmp_path}/run",
-        *words,
-    ]
+    given = ["experiment=tiny", f"run.dir={tmp_path}/run", *words]
     before = sandbox.run("sacct", "-n", "-X", "-o", "JobID").stdout
     assert sentence in sandbox.asft("launch", *given, "--stages=train", code=2).stderr
     assert sandbox.run("sacct", "-n", "-X", "-o", "JobID").stdout == before

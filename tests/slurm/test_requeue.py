@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import TINY, Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -30,6 +30,11 @@ exit 0
 """
 # Its shell ignores both signals until the rank listens, and what is ignored at its start bash cannot listen to.
 RANK_COMMAND = "env --default-signal=USR1,TERM bash"
+# Behind an unquoted space srun would find the command.
+SPACES = (
+    'cluster.sbatch_args=["comment=two words"]',
+    'cluster.srun_args=["--wait=30","--comment=two words"]',
+)
 
 
 class Jobs:
@@ -82,18 +87,11 @@ class Jobs:
 def jobs(h100: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     """A launch whose first stage does not end; many jobs of its size fit the cluster at once."""
     folder = tmp_path_factory.mktemp("requeue")
-    (folder / "train.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     (folder / "rank.sh").write_text(RANK)
     told = {**h100.environment, "DOES": "stop", "RUNS": str(folder)}
     Cluster(told, h100.folder).asft(
-        *("launch", "experiment=tiny_gsm8k", f"data.train=[{folder}/train.jsonl]", "run.world_size=4"),
-        *("parallel.tp_size=2", "cluster=slurm_sandbox", "cluster.request_gpus=false"),
-        *(
-            "cluster.max_requeues=1",
-            f'cluster.asft="{RANK_COMMAND} {folder}/rank.sh"',
-            f"run.dir={folder}/run",
-        ),
-        "--stages=prepare,train",
+        *("launch", *TINY, "--stages=prepare,train", f"run.dir={folder}/run", "cluster.max_requeues=1"),
+        *("cluster.request_gpus=false", f'cluster.asft="{RANK_COMMAND} {folder}/rank.sh"', *SPACES),
     )
     yield Jobs(h100, folder / "run", folder)
     h100.run("scancel", "--user=root", code=None)
@@ -130,9 +128,8 @@ def test_cancel_ends_the_jobs_for_good_and_those_that_wait_for_them(jobs: Jobs) 
     cluster, folder = jobs.cluster, jobs.launched
     states = cluster.status(folder)
     assert [stage["state"] for stage in states.values()] == ["RUNNING", "PENDING"]
-    again = ["launch", "experiment=tiny_gsm8k", "cluster=slurm_sandbox", "run.world_size=4"]
-    again += [f"data.train=[{folder.parent}/train.jsonl]", f"run.dir={folder}"]
-    assert "belongs to jobs that wait or run" in cluster.asft(*again, code=2).stderr
+    again = cluster.asft("launch", *TINY, f"run.dir={folder}", code=2)
+    assert "belongs to jobs that wait or run" in again.stderr
     cluster.asft("cancel", str(folder))
     states = cluster.wait(folder)
     assert [stage["state"] for stage in states.values()] == ["CANCELLED", "CANCELLED"]

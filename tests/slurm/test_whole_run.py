@@ -1,7 +1,7 @@
 """`asft launch` on a real Slurm of two nodes x two ranks.
 
-One run goes through all stages and nothing interrupts it. Another is told to stop, comes back, loses a rank, fails, and is launched again:
-its steps must be those of the first, number for number.
+One run goes through all stages and nothing interrupts it. Another, which begins when that one has trained, is told to stop while it writes a
+checkpoint, comes back, loses a rank, fails, and is launched again: its steps must be those of the first, number for number.
 """
 
 from __future__ import annotations
@@ -13,45 +13,36 @@ import signal
 from pathlib import Path
 
 import pytest
-from cluster import STEPS, Cluster, metrics
+from cluster import STEPS, TINY, Cluster, metrics
+
+from asft_nemo.launching.settings import settings_file
 
 pytestmark = [pytest.mark.slurm, pytest.mark.nemo, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(scope="module")
-def straight(sandbox: Cluster, whole_run: Path) -> Path:
-    """All stages, submitted once; they have ended."""
-    sandbox.wait(whole_run)
-    return whole_run
-
-
-def test_all_stages_end_in_a_comparison(sandbox: Cluster, straight: Path) -> None:
-    states = sandbox.status(straight)
-    assert {stage["state"] for stage in states.values()} == {"COMPLETED"}, sandbox.logs(straight)
-    assert list(states) == "prepare import cache-reference train export verify eval compare".split()  # noqa: SIM905
-    (comparison,) = straight.glob(f"compare/step_{STEPS}/comparison.json")
-    assert set(json.loads(comparison.read_text())["results"]) == {"base", "asft"}
-    assert [line["step"] for line in metrics(straight)] == list(range(1, STEPS + 1))
-    assert metrics(straight)[-1]["kl"] > 0
-
-
 def test_a_run_that_is_stopped_and_killed_has_the_numbers_of_one_that_is_not(
-    sandbox: Cluster, words: list[str], straight: Path, tmp_path: Path
+    sandbox: Cluster, whole_run: Path, tmp_path: Path
 ) -> None:
+    straight = sandbox.jobs(whole_run)["train"]
+    trained = lambda: attempts(sandbox, straight)[:1] not in ([], ["PENDING"], ["RUNNING"])  # noqa: E731
+    sandbox.wait_for("the training that nothing interrupts", whole_run, trained)
+    assert attempts(sandbox, straight) == ["COMPLETED"], sandbox.logs(whole_run)
     folder = tmp_path / "run"
-    cache = f"reference.cache_dir={straight / 'reference_cache'}"
-    mine = [*words, cache, "trainer.checkpoint_every=4", f"run.dir={folder}"]
-    sandbox.asft("launch", *mine, "--stages=train,export")
+    cache = f"reference.cache_dir={whole_run / 'reference_cache'}"
+    # without GPUs: the other run's evaluation has one meanwhile
+    mine = [*TINY, cache, f"run.dir={folder}", "cluster.request_gpus=false"]
+    sandbox.asft("launch", *mine, "trainer.checkpoint_every=2", "--stages=train,export")
     job = sandbox.jobs(folder)["train"]
 
-    sandbox.wait_for_step(folder, 1)
-    sandbox.run("scancel", "--signal=USR1", job)
+    writing = folder / "checkpoints" / "partial_step_2"
+    sandbox.wait_for("a checkpoint that is being written", folder, writing.exists)
+    for name in ("TERM", "USR1"):  # its helper processes get them, too
+        sandbox.run("scancel", f"--signal={name}", job)
     requeued = lambda: attempts(sandbox, job)[0] == "REQUEUED"  # noqa: E731
     sandbox.wait_for("a job that goes back to the queue", folder, requeued)
-    (stopped_behind,) = (int(path.name.removeprefix("step_")) for path in folder.glob("checkpoints/step_*"))
-    assert stopped_behind < 5
+    assert [path.name for path in folder.glob("checkpoints/*step_*")] == ["step_2"]
 
-    sandbox.wait_for_step(folder, 5)  # behind the checkpoint of step 4
+    sandbox.wait_for_step(folder, 3)
     os.kill(_a_rank(folder), signal.SIGKILL)
     states = sandbox.wait(folder)
     assert attempts(sandbox, job) == ["REQUEUED", "FAILED"]  # and does not come back
@@ -67,7 +58,18 @@ def test_a_run_that_is_stopped_and_killed_has_the_numbers_of_one_that_is_not(
     assert f"run.dir={folder} holds another run" in refused
     sandbox.asft("launch", *mine, "trainer.resume=must", "--stages=train")
     assert sandbox.wait(folder)["train"]["state"] == "COMPLETED", sandbox.logs(folder)
-    assert metrics(folder) == metrics(straight)
+    assert metrics(folder) == metrics(whole_run)
+    assert not [*folder.glob("checkpoints/partial_*")]
+
+
+def test_all_stages_end_in_a_comparison(sandbox: Cluster, whole_run: Path) -> None:
+    states = sandbox.wait(whole_run)
+    assert {stage["state"] for stage in states.values()} == {"COMPLETED"}, sandbox.logs(whole_run)
+    assert list(states) == "prepare import cache-reference train export verify eval compare".split()  # noqa: SIM905
+    (comparison,) = whole_run.glob(f"compare/step_{STEPS}/comparison.json")
+    assert set(json.loads(comparison.read_text())["results"]) == {"base", "asft"}
+    assert [line["step"] for line in metrics(whole_run)] == list(range(1, STEPS + 1))
+    assert metrics(whole_run)[-1]["kl"] > 0
 
 
 def attempts(sandbox: Cluster, job: str) -> list[str]:
@@ -83,6 +85,7 @@ def _a_rank(folder: Path) -> int:
             variables = (entry / "environ").read_bytes().split(b"\0")
         except OSError:  # it has gone
             continue
-        if b"train" in command and f"run.dir={folder}".encode() in command and b"SLURM_PROCID=3" in variables:
+        mine = str(settings_file(folder)).encode() in command
+        if mine and b"train" in command and b"SLURM_PROCID=3" in variables:
             return int(entry.name)
     raise AssertionError(f"no rank 3 of {folder} runs")
