@@ -74,16 +74,9 @@ class ImportReport:
 
 
 @dataclass(frozen=True)
-class ExportReport:
-    """What an export wrote; fields as in `ImportReport`, `shards` counting the safetensors files."""
+class ExportReport(ImportReport):
+    """What an export wrote; `shards` counts the safetensors files."""
 
-    path: Path
-    family: str
-    num_tensors: int
-    nbytes: int
-    dtype: torch.dtype
-    seconds: float
-    files: tuple[str, ...]
     shards: int
 
 

@@ -125,6 +125,17 @@ class HeadVisit:
                 None if scratch is None else scratch[: chunk.stop - chunk.start],  # or the few rows it has
             )
 
+    def _local_statistics(self, chunk: _Chunk) -> tuple[Tensor, Exponentials | RawLogits]:
+        """This rank's statistics of a chunk, and what they leave behind for its gradient."""
+        return local_statistics(
+            self.objective,
+            chunk.logits_NV,
+            chunk.ref_logits_NV,
+            chunk.own_N,
+            chunk.label_index_N,
+            chunk.scratch_NV,
+        )
+
     def _add_gradients(
         self,
         chunk: _Chunk,
@@ -154,19 +165,7 @@ class HeadVisit:
     def statistics(self) -> TokenStatistics:
         """Statistics of all valid tokens. GEMMs: one a model. One all-gather a chunk."""
         parts = [
-            exchange(
-                self.objective,
-                local_statistics(
-                    self.objective,
-                    chunk.logits_NV,
-                    chunk.ref_logits_NV,
-                    chunk.own_N,
-                    chunk.label_index_N,
-                    chunk.scratch_NV,
-                )[0],
-                self.shard,
-            )
-            for chunk in self._chunks()
+            exchange(self.objective, self._local_statistics(chunk)[0], self.shard) for chunk in self._chunks()
         ]
         if not parts:
             shape = (1, 0, floats_per_token(self.objective))
@@ -191,14 +190,7 @@ class HeadVisit:
         loss_sum = self.operands.hidden_TH.new_zeros((), dtype=self.dtype)
         metrics_MN = loss_sum.new_empty(len(metric_names(self.objective)), self.tokens.count)
         for chunk in self._chunks():
-            packed_NK, left = local_statistics(
-                self.objective,
-                chunk.logits_NV,
-                chunk.ref_logits_NV,
-                chunk.own_N,
-                chunk.label_index_N,
-                chunk.scratch_NV,
-            )
+            packed_NK, left = self._local_statistics(chunk)
             part = exchange(self.objective, packed_NK, self.shard)
             loss_N, weight_N, metrics_MN[:, chunk.tokens] = token_losses(
                 self.objective, part, self.tokens, chunk.tokens

@@ -57,61 +57,43 @@ class Definition:
 _LETTERS = tuple(f" {letter}" for letter in records.LETTERS)
 
 
-def _math(file: str, read: Callable[[Record], Asked], rows: int, **more: object) -> Definition:
-    settings = {"field": "problem", **more}
-    return Definition(file=f"math/{file}", read=read, grader="math", group="math", rows=rows, **settings)  # type: ignore[arg-type]
+def _math(name: str, read: Callable[[Record], Asked], rows: int, **more: object) -> dict[str, Definition]:
+    settings = {"file": f"math/{name}_test.jsonl", "field": "problem", **more}
+    return {name: Definition(read=read, grader="math", group="math", rows=rows, **settings)}  # type: ignore[arg-type]
 
 
-def _medical(file: str, read: Callable[[Record], Asked], rows: int, **more: object) -> Definition:
-    return Definition(
-        file=f"medical/{file}", field="question", read=read, grader="choice", group="medical", rows=rows,
-        prompt="raw", wraps=False, choices=_LETTERS, **more,  # type: ignore[arg-type]
-    )  # fmt: skip
+def _medical(name: str, read: Callable[[Record], Asked], rows: int, **more: object) -> dict[str, Definition]:
+    return {
+        name: Definition(
+            file=f"medical/{name}_test.jsonl", field="question", read=read, grader="choice", group="medical", rows=rows,
+            prompt="raw", wraps=False, choices=_LETTERS, **more,  # type: ignore[arg-type]
+        )
+    }  # fmt: skip
 
 
-def _code(
-    file: str, read: Callable[[Record], Asked], rows: int, *, field: str = "prompt", download: str = ""
-) -> Definition:
-    return Definition(
-        file=f"code/{file}", field=field, read=read, grader="code", group="code", rows=rows, prompt="raw",
-        download=download,
-    )  # fmt: skip
+def _code(name: str, read: Callable[[Record], Asked], rows: int, **more: object) -> dict[str, Definition]:
+    settings = {"file": f"code/{name}_test.jsonl", "field": "prompt", **more}
+    return {name: Definition(read=read, grader="code", group="code", rows=rows, prompt="raw", **settings)}  # type: ignore[arg-type]
 
 
+_MATH500 = Hub("HuggingFaceH4/MATH-500", "test.jsonl")
+_MEDQA = Hub("GBaker/MedQA-USMLE-4-options", "phrases_no_exclude_test.jsonl")
 SUITES: Mapping[str, Definition] = MappingProxyType(
     {
-        "math500": _math(
-            "math500_test.jsonl",
-            records.math500,
-            500,
-            download="math500",
-            hub=Hub("HuggingFaceH4/MATH-500", "test.jsonl"),
-        ),
-        "gsm8k": _math("gsm8k_test.jsonl", records.gsm8k, 1319, field="question", download="gsm8k"),
-        "aime24": _math("aime24_test.jsonl", records.aime24, 30, download="aime24"),
-        "aime25": _math("aime25_test.jsonl", records.aime25, 30, hub=Hub("math-ai/aime25", "test.jsonl")),
-        "amc23": _math(
-            "amc23_test.jsonl",
-            records.amc23,
-            40,
-            field="question",
-            hub=Hub("math-ai/amc23", "test.jsonl"),
-        ),
-        "minerva": _math("minerva_test.jsonl", records.minerva, 272),
-        "olympiadbench": _math("olympiadbench_test.jsonl", records.olympiad, 675, field="question"),
-        "medqa": _medical(
-            "medqa_test.jsonl",
-            records.medqa,
-            1273,
-            download="medqa",
-            hub=Hub("GBaker/MedQA-USMLE-4-options", "phrases_no_exclude_test.jsonl"),
-        ),
-        "medmcqa": _medical("medmcqa_test.jsonl", records.medmcqa, 4183, download="medmcqa"),
-        "mmlu_medical": _medical("mmlu_medical_test.jsonl", records.mmlu, 2739, download="mmlu"),
-        "humaneval": _code("HumanEval.jsonl.gz", code.humaneval, 164, download="humaneval"),
-        "humaneval_plus": _code("humaneval_plus_test.jsonl", code.humaneval, 164),
-        "mbpp": _code("mbpp_test.jsonl", code.mbpp, 500, field="text"),
-        "mbpp_plus": _code("mbpp_plus_test.jsonl", code.mbpp, 378),
+        **_math("math500", records.math500, 500, download="math500", hub=_MATH500),
+        **_math("gsm8k", records.gsm8k, 1319, field="question", download="gsm8k"),
+        **_math("aime24", records.aime24, 30, download="aime24"),
+        **_math("aime25", records.aime25, 30, hub=Hub("math-ai/aime25", "test.jsonl")),
+        **_math("amc23", records.amc23, 40, field="question", hub=Hub("math-ai/amc23", "test.jsonl")),
+        **_math("minerva", records.minerva, 272),
+        **_math("olympiadbench", records.olympiad, 675, field="question"),
+        **_medical("medqa", records.medqa, 1273, download="medqa", hub=_MEDQA),
+        **_medical("medmcqa", records.medmcqa, 4183, download="medmcqa"),
+        **_medical("mmlu_medical", records.mmlu, 2739, download="mmlu"),
+        **_code("humaneval", code.humaneval, 164, file="code/HumanEval.jsonl.gz", download="humaneval"),
+        **_code("humaneval_plus", code.humaneval, 164),
+        **_code("mbpp", code.mbpp, 500, field="text"),
+        **_code("mbpp_plus", code.mbpp, 378),
         "alpaca_eval": Definition(
             file="instruct/alpaca_eval.json",
             field="instruction",
