@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help demo test test-long simulate test-slurm test-rl test-compat test-container check format venv clean
+.PHONY: help demo test test-long simulate test-slurm test-vllm test-rl test-compat test-container check format venv clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,6 +27,9 @@ test-slurm: $(STAMP)  ## the tests on a real Slurm, at most 8 minutes; installs 
 
 simulate: $(STAMP)  ## every recipe at full size without data against the planner; written into benchmarks/results
 	OMP_NUM_THREADS=1 $(BIN)/python tools/simulate_recipes.py --out benchmarks/results $(ARGS)
+
+test-vllm: $(STAMP)  ## real vLLM (its build for CPUs, in .venv-vllm) against transformers, at most 8 minutes once that is installed
+	tools/test_vllm $(BIN)/python $(ARGS)
 
 test-rl: $(STAMP)  ## a few steps of TRL's GRPO on an exported model, in a venv of its own (1 minute, and 4 to install)
 	tools/test_rl $(BIN)/python $(ARGS)
