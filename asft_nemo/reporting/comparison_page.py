@@ -26,7 +26,7 @@ _CSS = """
 .asked h4 { margin: 0 0 6px; font-size: 15px; overflow-wrap: anywhere; }
 td.words { overflow-wrap: anywhere; } summary { padding: 6px 0; overflow-wrap: anywhere; }
 .notice { color: #3b2f00; }
-th[scope=row] { overflow-wrap: anywhere; }
+h1, th { overflow-wrap: anywhere; } tbody th small { white-space: normal; }
 """
 
 
@@ -83,7 +83,7 @@ def _mark(difference: Difference | None) -> str:
     if difference is None or not difference.mark:
         return ""
     kind, words = ("better", "better") if difference.value > 0 else ("worse", "worse")
-    return f'&nbsp;<span class="mark {kind}" title="{words} than the first">{difference.mark}</span>'
+    return f' <span class="mark {kind}" title="{words} than the first">{difference.mark}</span>'
 
 
 def _scores(comparison: Comparison) -> str:

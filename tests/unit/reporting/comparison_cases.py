@@ -24,7 +24,7 @@ from asft_eval.types import Completion
 MODELS: Mapping[str, tuple[float, float]] = {
     "base": (0.4, 0.0),
     "sft": (0.42, 0.2),
-    "dft": (0.05, 0.5),
+    "dft_of_a_long_name_and_seed0": (0.05, 0.5),
     "asft": (0.75, 0.07),
 }
 SUITES = [
@@ -36,6 +36,7 @@ SUITES = [
 
 _PROBE = """<script>addEventListener("load", () => parent.postMessage(JSON.stringify({
   width: innerWidth, content: document.documentElement.scrollWidth, paper: getComputedStyle(document.body).backgroundColor,
+  cells: [...document.querySelectorAll("th, td")].filter(x => x.scrollWidth > x.clientWidth).map(x => x.textContent),
   inner: [...document.querySelectorAll(".scroll")].map(x => x.scrollWidth - x.clientWidth)}), "*"))</script>"""
 _FRAME = """<!doctype html><title>none</title><body style="margin:0">
 <iframe src="probe.html" style="border:0;width:{width}px;height:{height}px"></iframe>
@@ -135,7 +136,7 @@ class Browser:
         self._scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
 
     def measured(self) -> dict[str, Any]:
-        """Widths of the frame and of the page's content, how far tables overflow theirs, colour of the paper."""
+        """Widths of the frame and of the page's content, how far tables overflow theirs, texts wider than their cells, colour of the paper."""
         dom = self._run("--dump-dom", "--virtual-time-budget=5000")
         title = re.search(r"<title>(.*?)</title>", dom)
         assert title, dom[:300]

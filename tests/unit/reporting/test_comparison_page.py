@@ -59,7 +59,7 @@ def test_the_three_files_say_the_same(out: Path):
         assert shown[0] in text
         assert f"{shown[1]} to {shown[2]}" in text
     marked = {(row["model"], row["value"] > 0) for row in values["differences"] if row["significant"]}
-    assert marked == {("asft", True), ("dft", False)}
+    assert marked == {("asft", True), ("dft_of_a_long_name_and_seed0", False)}
     assert ("▲" in table, "▼" in table) == (True, True)
     for one in values["examples"]:
         assert one["id"] in text
@@ -73,6 +73,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(out: Path, tmp_path: Path):
     found = Browser(out / "comparison.html", tmp_path, width=360, dark=True).measured()
     assert found["width"] == 360
     assert found["content"] <= 360
+    assert found["cells"] == []
     assert found["inner"]
     assert max(found["inner"]) <= 0
     assert found["paper"] == "rgb(20, 23, 26)"
