@@ -44,7 +44,7 @@ check: $(STAMP)  ## the fast checks: style, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --config pyproject.toml
-	$(BIN)/pyright --threads 2
+	$(BIN)/python tools/typecheck.py
 
 format: $(STAMP)  ## style
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from asft_eval.backends import Options
 from asft_eval.run import evaluate
 from asft_eval.suites import suite_from_pairs
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -217,7 +218,12 @@ def measure(model_dir: Path, n: int) -> dict[str, float]:
     suites = [suite_from_pairs(name, samples) for name, samples in tests.items()]
     with tempfile.TemporaryDirectory() as folder:
         result = evaluate(
-            model_dir, suites, backend="hf", out_dir=folder, max_tokens=MAX_NEW_TOKENS, batch_size=256
+            model_dir,
+            suites,
+            backend="hf",
+            out_dir=folder,
+            max_tokens=MAX_NEW_TOKENS,
+            options=Options(batch_size=256),
         )
     return {name: figures.accuracy for name, figures in result.suites.items()}
 
