@@ -1,14 +1,9 @@
-"""What `test_precision_table.py` looks at, found in a process of its own: NeMo's imports and the CPU backend stay out of the tests'.
-
-Run as a program with a Hugging Face directory and an empty folder; prints one JSON object. One process, no other ranks.
-"""
+"""What `test_precision_table.py` looks at, found on one rank of its own: NeMo's imports and the CPU backend stay out of the tests'."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +70,10 @@ def outside() -> dict[str, bool]:
     }
 
 
-def main(model: str, folder: str) -> None:
-    """Everything, as JSON."""
+def everything(model: str, folder: str) -> dict[str, Any]:
+    """For a Hugging Face directory and an empty folder."""
     from jobs import run_config
 
-    import asft_nemo.nemo  # noqa: F401  (installs the CPU backend before megatron is imported)
     from asft_nemo.config.fp8 import FP8
     from asft_nemo.model import read_model_spec
     from asft_nemo.nemo.precision import PRECISIONS
@@ -97,8 +91,4 @@ def main(model: str, folder: str) -> None:
             )
             found[f"{name} {distributed}"] = configs(run, spec, Path(folder))
     needs = {name: row.fp8 is FP8.get(name) for name, row in PRECISIONS.items()}
-    print(json.dumps({"configs": found, "outside": outside(), "needs": needs}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return {"configs": found, "outside": outside(), "needs": needs}

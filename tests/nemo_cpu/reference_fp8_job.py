@@ -1,14 +1,9 @@
-"""What `test_reference_fp8.py` looks at, found in a process of its own: NeMo's imports and the CPU backend stay out of the tests'.
-
-Run as a program with a Hugging Face directory and an empty folder; prints one JSON object. One process, no other ranks.
-"""
+"""What `test_reference_fp8.py` looks at, found on one rank of its own: NeMo's imports and the CPU backend stay out of the tests'."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,11 +147,10 @@ def parking() -> dict[str, Any]:
     }
 
 
-def main(model: str, folder: str) -> None:
-    """Everything, as JSON."""
+def everything(model: str, folder: str) -> dict[str, Any]:
+    """For a Hugging Face directory and an empty folder."""
     from jobs import run_config
 
-    import asft_nemo.nemo  # noqa: F401  (installs the CPU backend before megatron is imported)
     from asft_nemo.model import read_model_spec
 
     spec = read_model_spec(model)
@@ -172,9 +166,4 @@ def main(model: str, folder: str) -> None:
         "parking": parking(),
         "loading": loading(fp8, spec, Path(folder)),
     }
-    print(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return found

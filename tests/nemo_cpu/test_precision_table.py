@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_alone
 
 pytestmark = [pytest.mark.nemo, pytest.mark.slow]
 
@@ -18,27 +15,8 @@ FP8 = ("fp8_current", "fp8_blockwise", "fp8_delayed")
 
 @pytest.fixture(scope="module")
 def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            here / "precision_job.py",
-            model,
-            tmp_path_factory.mktemp("precision"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={
-            **os.environ,
-            "ASFT_DEVICE": "cpu",
-            "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1]))),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    folder = tmp_path_factory.mktemp("precision")
+    return run_alone("precision_job:everything", model=str(model), folder=str(folder))[0]
 
 
 @pytest.mark.parametrize("distributed", [False, True])

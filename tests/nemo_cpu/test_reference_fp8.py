@@ -5,15 +5,11 @@ Not seen here: any FP8 kernel. `tools/gpu_check.py` runs one where Transformer E
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from models import make_model
+from ranks import run_alone
 
 pytestmark = [pytest.mark.nemo, pytest.mark.slow]
 
@@ -22,21 +18,7 @@ pytestmark = [pytest.mark.nemo, pytest.mark.slow]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("fp8")
     model = make_model(folder / "hf", tied=False)
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", here / "reference_fp8_job.py", model, folder],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={
-            **os.environ,
-            "ASFT_DEVICE": "cpu",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1]))),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_alone("reference_fp8_job:everything", model=str(model), folder=str(folder))[0]
 
 
 def test_on_a_cpu_it_is_refused_by_the_rank_too(found: dict[str, Any]) -> None:

@@ -1,11 +1,10 @@
 """One of four gloo ranks: Megatron's own GPTModel at TP2 x PP2 loads an import, computes, and saves.
 
-Started by test_megatron.py as `megatron_ranks.py RANK FOLDER...`, with hf, ckpt and tokens.pt in every folder.
+A job of test_megatron.py, with hf, ckpt and tokens.pt in every folder.
 """
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -113,23 +112,14 @@ def run_case(rank: int, folder: Path) -> None:
     dist.barrier()
 
 
-def main(rank: int, folders: list[Path]) -> None:
-    """Starts the backend once and runs every case."""
-    from asft_nemo.cpu import backend
-
-    backend.install()
+def run_cases(folders: list[str]) -> None:
+    """Every case on four ranks."""
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folders[0].parent / "rendezvous"), TP_SIZE * PP_SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=TP_SIZE * PP_SIZE)
+    dist.init_process_group("gloo")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     parallel_state.initialize_model_parallel(TP_SIZE, PP_SIZE)
     model_parallel_cuda_manual_seed(0)
     for folder in folders:
-        run_case(rank, folder)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]])
+        run_case(dist.get_rank(), Path(folder))

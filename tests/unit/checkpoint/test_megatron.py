@@ -1,49 +1,18 @@
 """Megatron's own model at TP2 x PP2 reads an import, agrees with transformers, and what it saves exports unchanged."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from hf_cases import CONVERTED_ONLY, VARIANTS, VOCAB, assert_same_bits, config_of, read_hf, write_variant
+from ranks import run_alone
 
 from asft_nemo.checkpoint import export_hf, import_hf, verify
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.nemo, pytest.mark.slow]
-RANKS = Path(__file__).with_name("megatron_ranks.py")
-WORLD_SIZE, TIME_OUT_SECONDS = 4, 180
-
-
-def run_ranks(folders: list[Path]) -> None:
-    """Starts the ranks and waits; the first that fails ends them all."""
-    environment = os.environ | {"ASFT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    logs = [folders[0].parent / f"log.{rank}" for rank in range(WORLD_SIZE)]
-    processes = []
-    try:
-        for rank, path in enumerate(logs):
-            with path.open("w") as log:
-                command = [sys.executable, str(RANKS), str(rank), *map(str, folders)]
-                processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-        deadline = time.monotonic() + TIME_OUT_SECONDS
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if any(process.poll() not in (None, 0) for process in processes):
-                break
-            time.sleep(0.05)
-        codes = [process.poll() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0] * WORLD_SIZE, "\n".join(
-        f"rank {rank} ended with {code}: {logs[rank].read_text()[-3000:]}"
-        for rank, code in enumerate(codes)
-        if code != 0
-    )
+WORLD_SIZE = 4
 
 
 TRAINED = [variant for variant in VARIANTS if variant not in CONVERTED_ONLY]
@@ -63,7 +32,8 @@ def cases(tmp_path_factory):
     """All cases, loaded into fp32 models at TP2 x PP2 and saved by them; the ranks are started once."""
     root = tmp_path_factory.mktemp("ranks")
     made = {variant: (root / variant, make_case(root / variant, variant)) for variant in TRAINED}
-    run_ranks([folder for folder, _ in made.values()])
+    folders = [str(folder) for folder, _ in made.values()]
+    run_alone("megatron_ranks:run_cases", world_size=WORLD_SIZE, folders=folders)
     for folder, _ in made.values():
         shutil.copytree(folder / "ckpt" / "context", folder / "trained" / "context")
     return made
