@@ -89,7 +89,7 @@ def suite_file(folder: Path) -> Path:
     return folder / "copy.jsonl"
 
 
-def test_asft_eval_gives_the_same_results_and_asks_nothing_twice(
+def test_asft_eval_gives_the_same_results(
     vllm_python: Path, exported: Path, environment: dict[str, str], tmp_path: Path
 ):
     suite = suite_file(tmp_path)

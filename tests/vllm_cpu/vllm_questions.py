@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SERVED, KEY = "tiny", "key-of-the-test"
-SECONDS = 240  # for vLLM to start and answer, on a machine that does other things meanwhile
+SECONDS = 420  # for vLLM to start and answer, on a machine that does other things meanwhile
 MAX_TOKENS = 24
 SKILLS = [f"copy {word}:" for word in ("KTAB", "QZ", "MOTOR", "A")]
 SKILLS += [f"reverse {word}:" for word in ("ABC", "QWERTZ", "XY")]
