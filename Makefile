@@ -31,7 +31,7 @@ simulate: $(STAMP)  ## every recipe at full size without data against the planne
 test-vllm: $(STAMP)  ## real vLLM (its build for CPUs, in .venv-vllm) against transformers, at most 8 minutes once that is installed
 	tools/test_vllm $(BIN)/python $(ARGS)
 
-test-rl: $(STAMP)  ## a few steps of TRL's GRPO on an exported model, in a venv of its own (1 minute, and 4 to install)
+test-rl: $(STAMP)  ## a few steps of TRL's GRPO on an exported model, in a venv of its own (1 minute, and 2 to 4 to install)
 	tools/test_rl $(BIN)/python $(ARGS)
 
 test-compat: $(STAMP)  ## trains at TP2 x PP2 on the other pairs of NeMo and Megatron-core that are promised (10 minutes)
