@@ -2,10 +2,10 @@
 
     python tools/typecheck.py [--all]
 
-A file's state is a digest of its text, of the texts of the project's files that it imports, directly or not, and of what else decides: pyproject.toml,
-typings/ and requirements/. What pyright found no fault with is remembered in .venv, by digest, so nothing is taken on trust
-after a checkout or a merge either. `--all` forgets it, for an environment
-that was changed by hand. Reading everything takes pyright the better part of a minute, most of it for libraries.
+A file's state is a digest of its text, of the texts of the project's files that it imports, directly or not, and of what else decides: pyright's
+part of pyproject.toml, typings/ and the pins. What pyright found no fault with is remembered in .venv, by digest, so nothing is taken on trust
+after a checkout or a merge either. `--all` forgets it, for an environment that was changed by hand. Reading everything takes pyright
+the better part of a minute, most of it for libraries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 #: `include` of pyproject.toml, and where imports of their modules begin
 FOLDERS = {"asft_nemo": ".", "eval": "eval", "recipes": ".", "tools": "tools"}
-DECIDES = ("pyproject.toml", "typings/**/*.pyi", "requirements/*.txt")
+DECIDES = ("typings/**/*.pyi", "requirements/base.txt", "requirements/dev.txt")
 #: in the environment whose libraries the types are of; it goes with it
 MEMORY = Path(sys.prefix) / ".typecheck"
 KEPT = 20_000  # digests
@@ -56,7 +56,8 @@ def digests(root: Path) -> dict[Path, str]:
     known = modules(root)
     texts = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in known.items()}
     direct = {name: _of_project(imported(name, file), known) for name, file in known.items()}
-    common = [sys.version]
+    settings = (root / "pyproject.toml").read_text().partition("[tool.pyright]\n")[2].partition("\n[")[0]
+    common = [sys.version, settings]
     for pattern in DECIDES:
         common += [f"{file.name} {file.read_text()}" for file in sorted(root.glob(pattern))]
     shared = hashlib.sha256("\n".join(common).encode()).hexdigest()

@@ -31,7 +31,7 @@ TREE = {
     "tools/bench_step.py": "from bench import measure\nfrom asft_nemo import late_one\n",
     "typings/wandb/__init__.pyi": "",
     "requirements/base.txt": "torch==2\n",
-    "pyproject.toml": "",
+    "pyproject.toml": "[tool.pyright]\n",
 }
 
 
@@ -54,6 +54,8 @@ def tree(tmp_path: Path) -> Path:
         ("tools/bench_step.py", ["tools/bench_step.py"]),
         ("asft_nemo/late_one.py", ["asft_nemo/late_one.py", "tools/bench_step.py"]),
         ("pyproject.toml", None),
+        ("requirements/vllm.txt", []),
+        ("tests/test_x.py", []),
         ("requirements/base.txt", None),
         ("typings/wandb/__init__.pyi", None),
         ("typings/new/__init__.pyi", None),
@@ -62,7 +64,7 @@ def tree(tmp_path: Path) -> Path:
 def test_what_is_checked_again(tree: Path, changed: str, again: list[str] | None) -> None:
     before = typecheck.digests(tree)
     (tree / changed).parent.mkdir(exist_ok=True)
-    (tree / changed).write_text("Y = 2\n")
+    (tree / changed).write_text("[tool.pyright]\nY = 2\n" if changed == "pyproject.toml" else "Y = 2\n")
     after = typecheck.digests(tree)
     differ = sorted(str(file.relative_to(tree)) for file in after if after[file] != before.get(file))
     every = sorted(name for name in TREE if name.endswith(".py"))
