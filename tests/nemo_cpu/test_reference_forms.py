@@ -150,6 +150,7 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     return {**logged, "weights": math.hypot(*apart)}
 
 
+@pytest.mark.long
 def test_a_cache_serves_another_layout(
     ranks4: RankGroup, model: Path, data: dict[str, str], tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def test_every_contender_has_a_title() -> None:
     assert set(report.TITLES) == set(contenders.CONTENDERS)
 
 
+@pytest.mark.long
 def test_the_command_writes_json_and_table(tmp_path: Path) -> None:
     command = [
         sys.executable,
