@@ -13,7 +13,7 @@ from asft_eval.asking import ask
 from asft_eval.backends import OWN, Backend, Options, open_backend
 from asft_eval.errors import EvaluationError
 from asft_eval.evalplus import write_evalplus
-from asft_eval.graders import JUDGED, grade, require_permission
+from asft_eval.graders import JUDGED, grade, require_library, require_permission
 from asft_eval.judge import NO_JUDGE, without_score, write_outputs
 from asft_eval.protocols import protocols
 from asft_eval.requests import Journal, Part, Request, parts_of, requests_of
@@ -73,6 +73,7 @@ def evaluate(
     parts = parts_of([suite.first(limit) for suite in _chosen(suites, prompt)], hows)
     for part in parts:
         require_permission(part.suite.name, part.suite.grader, allowed=allow_code_execution)
+        require_library(part.suite.name, part.suite.grader)
     # Before the backend holds the model, so that the two never share memory.
     found_drift = _drift(model_dir, drift, out_dir)
     engine = open_backend(backend, model_dir, options) if isinstance(backend, str) else backend

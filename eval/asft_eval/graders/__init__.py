@@ -7,6 +7,7 @@ processes, is a row of `BATCH_GRADERS`. Everything heavy is imported by the grad
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from types import MappingProxyType
 
 from asft_eval.errors import EvaluationError
@@ -53,6 +54,18 @@ def require_permission(suite: str, grader_name: str, *, allowed: bool) -> None:
         )
 
 
+def require_library(suite: str, grader_name: str) -> None:
+    """Refuse, before anything is asked, a suite whose grader is not installed; vLLM's image brings none.
+
+    Raises:
+        EvaluationError: it is not.
+    """
+    if grader_name == "math" and find_spec("math_verify") is None:
+        raise EvaluationError(
+            f"suite {suite} is graded by math-verify, which this Python lacks: pip install 'math-verify[antlr4_9_3]'"
+        )
+
+
 def grader(name: str) -> Grader:
     """The grader of single completions of that name.
 
@@ -95,5 +108,6 @@ __all__ = [
     "Grader",
     "grade",
     "grader",
+    "require_library",
     "require_permission",
 ]

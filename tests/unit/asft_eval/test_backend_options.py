@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from asft_eval import EvaluationError
 from asft_eval.backends import BACKENDS, Options, check_options
+from asft_eval.backends.fake import FakeBackend
 from asft_eval.backends.vllm import shared_by
+from asft_eval.run import evaluate
+from asft_eval.types import Example, Suite
 
 from asft_nemo import cli
 
@@ -51,6 +54,17 @@ def test_where_vllm_is_not_installed_one_sentence_says_how_to_get_it(
     assert "docs/evaluation.md" in said
     assert "Dockerfile's target eval" in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_grader_that_is_not_installed_is_said_before_anything_is_asked(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    suite = Suite("sums", "1", "math", (Example("1", "1+1", "2"),))
+    backend = FakeBackend(str.upper)
+    with pytest.raises(EvaluationError, match="suite sums is graded by math-verify, which this Python lacks"):
+        evaluate(model_dir, [suite], backend=backend, out_dir=tmp_path, max_tokens=8)
+    assert backend.asked == []
 
 
 @pytest.mark.parametrize(
