@@ -8,8 +8,11 @@ import sys
 import pytest
 import torch
 
+from asft_nemo.config.paths import project_dir
 from asft_nemo.cpu import backend
 from asft_nemo.cpu.backend import PATCHES, Patch, UpstreamMovedError
+
+PAGE = project_dir() / "docs" / "cpu_backend.md"
 
 
 def test_every_row_says_why_and_for_which_version() -> None:
@@ -86,3 +89,9 @@ state = torch.cuda.get_rng_state(); a = torch.rand(3); torch.cuda.set_rng_state(
     late = "import megatron.core.tensor_parallel\nfrom asft_nemo.cpu import backend\nbackend.install()"
     done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, timeout=240)
     assert "megatron was imported before the CPU backend" in done.stderr
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="no docs here: not a clone")
+def test_the_page_quotes_the_line_of_a_run() -> None:
+    # what is no symbol, `CudaMeansCpu`, counts too
+    assert f"CPU backend active: {len(PATCHES) + 1} patches let NeMo and Megatron run" in PAGE.read_text()
