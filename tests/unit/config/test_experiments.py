@@ -39,6 +39,7 @@ class Row(NamedTuple):
     kl_weight: float = 0.05
     lora: tuple[int, int] | None = None  # rank, alpha
     max_steps: int | None = None
+    on_too_long: str = "drop"
 
 
 ROWS_OF = {
@@ -77,9 +78,13 @@ def rows() -> dict[str, Row]:
         found[f"medical_{model}_lora"] = Row(
             MEDICAL_LORA, model, ROWS_OF["medical"].format("10k"), lora=(8, 16)
         )
-    found["full"] = Row(MEDICAL_LORA, "qwen25_1p5b", ROWS_OF["medical"].format("10k"), lora=(8, 16))
+    found["full"] = Row(
+        MEDICAL_LORA, "qwen25_1p5b", ROWS_OF["math"].format("10k"), lora=(8, 16), on_too_long="truncate"
+    )
     found["quick"] = found["full"]._replace(max_steps=200)
-    found["paper"] = Row(MATH, "qwen25_7b", ROWS_OF["math"].format("100k"), lora=(32, 64))
+    found["paper"] = Row(
+        MATH, "qwen25_7b", ROWS_OF["math"].format("100k"), lora=(32, 64), on_too_long="truncate"
+    )
     anchored = {name: row for name, row in found.items() if row.method in ("asft", "sft_kl")}
     return found | {f"{name}_kl003": row._replace(kl_weight=0.03) for name, row in anchored.items()}
 
@@ -109,6 +114,7 @@ def test_an_experiment_is_its_row(name: str) -> None:
         "forward",
     )
     assert run.data.train == (row.train,)
+    assert run.data.on_too_long == row.on_too_long
     assert run.trainer.max_steps == row.max_steps
     assert recipe_model(run.recipe) == HUB[row.model]
     assert (run.experiment, run.precision, run.data.packing) == (name, "bf16", False)
