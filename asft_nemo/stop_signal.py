@@ -2,7 +2,8 @@
 
 Slurm signals every process of a step, also those that a rank started. Both signals are therefore blocked, which children inherit and so
 survive, and taken by a thread that waits for them; a handler would be lost in children that start a program of their own. There is a handler
-all the same, for a library that unblocks a signal behind our back.
+all the same, for a library that unblocks a signal behind our back: it hands the signal on to that thread and does nothing else, since it may
+interrupt the main thread anywhere, also where that holds a lock which acting on the signal would take.
 """
 
 from __future__ import annotations
@@ -36,25 +37,28 @@ def listen(*, at_once: Callable[[], None] | None = None) -> None:
     # It starts with the first helper process, of a checkpoint, and leaves SIGTERM unblocked in the thread that started it: it starts here.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    for number in SIGNALS:
-        signal.signal(
-            number, lambda number, _: _hear(number, at_once)
-        )  # a shell may have left SIGUSR1 ignored
+    # The thread inherits the mask: it is there, and waits, whatever the main thread's mask becomes.
+    listener = threading.Thread(target=_wait, args=(at_once,), name="stop-signal", daemon=True)
+    listener.start()
+    for number in SIGNALS:  # a shell may have left SIGUSR1 ignored
+        signal.signal(number, lambda number, _: _hand_on(number, listener))
     _listening.set()
-    threading.Thread(target=_wait, args=(at_once,), name="stop-signal", daemon=True).start()
+
+
+def _hand_on(number: int, listener: threading.Thread) -> None:
+    """The handler. It waits for no lock and logs nothing; a forked child has no listener, and nobody asks it to stop."""
+    if listener.ident is not None and listener.is_alive():
+        signal.pthread_kill(listener.ident, number)
 
 
 def _wait(at_once: Callable[[], None] | None) -> None:
     while True:
-        _hear(signal.sigwait(SIGNALS), at_once)
-
-
-def _hear(number: int, at_once: Callable[[], None] | None) -> None:
-    if at_once is not None:
-        at_once()
-    if not _heard.is_set():
-        logger.info("%s: training stops behind the step it is in", signal.Signals(number).name)
-    _heard.set()
+        number = signal.sigwait(SIGNALS)
+        if at_once is not None:
+            at_once()
+        if not _heard.is_set():
+            logger.info("%s: training stops behind the step it is in", signal.Signals(number).name)
+        _heard.set()
 
 
 def listening() -> bool:

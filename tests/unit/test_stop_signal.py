@@ -73,6 +73,35 @@ assert stop_signal.heard(within=20)
     assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
 
 
+def test_a_signal_within_the_question_is_heard_and_blocks_nothing() -> None:
+    """An unblocked signal ahead of every line that `heard` runs, its locks held or not: the handler waits for none of them."""
+    code = """
+import faulthandler, os, signal, sys
+from asft_nemo import stop_signal
+
+lines = 0
+
+def interrupt(frame, event, argument):
+    global lines
+    if event == "line":
+        lines += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass  # here Python calls the handler
+    return interrupt
+
+stop_signal.listen()
+signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signal.SIGNALS)
+faulthandler.dump_traceback_later(60, exit=True)
+sys.settrace(interrupt)
+stop_signal.heard()
+sys.settrace(None)
+assert lines > 0
+assert stop_signal.heard(within=20)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
+
+
 def test_word_is_left_for_the_batch_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from asft_nemo import stop_signal
 
