@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from asft_eval.backends.server import KEY_VARIABLE, without_key
 from asft_eval.errors import EvaluationError
 from asft_eval.judge import Duel, Judgement, Verdict
 
@@ -78,6 +79,7 @@ class PackageJudge:
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode != 0:
             last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+            last = without_key(last, os.environ.get(KEY_VARIABLE, "").strip())
             raise EvaluationError(
                 f"alpaca_eval ended with exit code {done.returncode} ({last[:300]}): see that its key (OPENAI_API_KEY) is set and its hub files can be "
                 "fetched, or name a model as the judge"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import threading
@@ -34,7 +35,7 @@ class Server:
         first_wait: seconds before the second try; doubled before each further one.
 
     Raises:
-        EvaluationError: there is no address.
+        EvaluationError: there is no address, or the key cannot be one.
     """
 
     def __init__(self, base_url: str | None, *, at_once: int, first_wait: float = 1.0):
@@ -46,7 +47,7 @@ class Server:
                 f"the server's address is {base_url or 'not given'}: set --base-url or {URL_VARIABLE}, e.g. to http://127.0.0.1:8000/v1"
             )
         self.url = _without_user(base_url)
-        self._key = os.environ.get(KEY_VARIABLE, "")
+        self._key = _key()
         self._httpx = httpx
         self._at_once, self._first_wait = at_once, first_wait
         self._given_up = threading.Event()
@@ -104,7 +105,7 @@ class Server:
             try:
                 response = self._client.request(method, path.lstrip("/"), json=body)
             except self._httpx.TransportError as error:  # time-outs among them
-                why = f"does not answer ({type(error).__name__}: {error})"
+                why = f"does not answer ({type(error).__name__}: {self._line(error)})"
                 slow += isinstance(error, self._httpx.ReadTimeout)
             else:
                 if response.status_code != 429 and response.status_code < 500:
@@ -142,8 +143,29 @@ class Server:
             words = error if isinstance(error, str) else error.get("message") or error.get("detail")
         except (ValueError, AttributeError):
             words = response.text
-        line = " ".join(str(words or "no reason given").split())[:300]
-        return line.replace(self._key, "***") if self._key else line
+        return self._line(words or "no reason given")
+
+    def _line(self, words: object) -> str:
+        """One line without the key, which is hidden before anything is cut off: the start of a key is no word either."""
+        return " ".join(without_key(str(words), self._key).split())[:300]
+
+
+def without_key(text: str, key: str) -> str:
+    """The text with stars for the key, also where quotes and backslashes in it were escaped, as repr and JSON do."""
+    for form in sorted({key, repr(key)[1:-1], json.dumps(key)[1:-1]} - {""}, key=len, reverse=True):
+        text = text.replace(form, "***")
+    return text
+
+
+def _key() -> str:
+    """The key, "" for none. HTTP libraries show a header that they refuse, so what no header can carry is not given to them."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise EvaluationError(
+            f"the key in {KEY_VARIABLE} holds a blank, a line break or a character beyond ASCII, which no key has: set it again "
+            "(it is not shown here)"
+        )
+    return key
 
 
 def _asked_for(header: str | None, otherwise: float) -> float:

@@ -228,10 +228,10 @@ def test_suites_without_a_judge_do_not_hinder_the_others(here: Path) -> None:
 
 
 PACKAGE = """#!{python}
-import json, pathlib, sys
+import json, os, pathlib, sys
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if words.get("--annotators_config") == "broken":
-    sys.exit("no key")
+    sys.exit("no key: " + repr(os.environ["OPENAI_API_KEY"]))
 folder = pathlib.Path(words["--output_path"], "annotator")
 folder.mkdir(parents=True)
 rows = json.load(open(words["--model_outputs"]))
@@ -259,7 +259,8 @@ def test_the_package_is_called(
     assert "length-controlled 51.5 %" in said
     assert "4 verdicts could not be read" in said
     assert read_result(folder).suites["alpaca_eval"].right == 4
-    with pytest.raises(EvaluationError, match=r"exit code 1 \(no key\).*OPENAI_API_KEY"):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n0815")
+    with pytest.raises(EvaluationError, match=r"exit code 1 \(no key: '\*\*\*'\).*OPENAI_API_KEY"):
         judge_result(folder, PackageJudge("broken"))
 
 

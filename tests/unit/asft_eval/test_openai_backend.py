@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from asft_eval import EvaluationError, Protocol
 from asft_eval.backends import Options
@@ -173,6 +175,46 @@ def test_what_another_try_does_not_mend_is_one_sentence_without_the_key(
     written = [said.out, said.err, caplog.text, *(file.read_text() for file in out.iterdir())]
     assert len(written) == 5
     assert not any(KEY in text for text in written)
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\nx", f"{KEY} x", f"{KEY}é", f"{KEY}\x7f", f"“{KEY}”"])
+def test_a_key_that_no_header_can_carry_is_refused_unseen(
+    server: FakeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    key: str,
+):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(
+        EvaluationError, match=f"the key in {KEY_VARIABLE} holds a blank.*set it again"
+    ) as caught:
+        opened(server)
+    assert KEY not in str(caught.value) + caplog.text
+
+
+def test_blanks_around_a_key_are_not_of_it(server: FakeServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(KEY_VARIABLE, f" {KEY}\n")
+    opened(server).generate(["ab"], protocol=GREEDY)
+    assert server.keys == {f"Bearer {KEY}"}
+
+
+def test_what_the_connection_says_is_shown_without_the_key(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+):
+    """As it is, as repr shows it, and where the line is cut off within it."""
+    key = "sk-a\\b'c\"d"
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    backend = opened(server)
+    for words in (f"Illegal header value {key.encode()!r}", f"with {key}", "x" * 295 + key, json.dumps(key)):
+
+        def refused(*_: Any, words: str = words, **__: Any) -> None:
+            raise httpx.LocalProtocolError(words)
+
+        monkeypatch.setattr(httpx.Client, "request", refused)
+        with pytest.raises(EvaluationError, match=r"LocalProtocolError: .*\*\*") as caught:
+            backend.generate(["ab"], protocol=GREEDY)
+        assert "sk-" not in str(caught.value)
 
 
 def test_an_address_where_nobody_answers(server: FakeServer):
