@@ -163,10 +163,12 @@ def _folder_name(facts: Facts) -> Iterator[str]:
 
 
 def _only_slurm(facts: Facts) -> Iterator[str]:
+    # the planner reads what this machine has: which GPUs, and how many of them are next to each other
+    here = ("name", "executor", "env", "setup", "asft", "gpu", "gpus_per_node")
     given = [
         f"cluster.{name}"
         for name in ClusterConfig.__dataclass_fields__
-        if name not in ("name", "executor", "env", "setup", "asft") and facts.asked(f"cluster.{name}")
+        if name not in here and facts.asked(f"cluster.{name}")
     ]
     if given:
         yield f"{', '.join(given)} does nothing with cluster={facts.run.cluster.name}, which is this machine: leave it out, or set cluster=slurm"

@@ -81,6 +81,10 @@ def test_gpus_of_this_machine_are_planned_for_too(monkeypatch: pytest.MonkeyPatc
     assert plan is not None
     with pytest.raises(ConfigError, match=r"on h100-80gb does not fit: .*add --force"):
         refuse_too_large(plan)
+    with_h200 = [*BIG, *TOO_LARGE, "cluster.gpu=h200", "cluster.gpus_per_node=4"]  # as the sentence says
+    plan = training_plan(compose(with_h200, check_inputs=False, launched=True, shape_of=published_shape))
+    assert plan is not None
+    assert (plan.gpu.name, plan.run.cluster.gpus_per_node) == ("h200", 4)
     monkeypatch.setenv("ASFT_DEVICE", "cpu")
     assert training_plan(here) is None
     tiny = compose(["experiment=tiny"], check_inputs=False, launched=True)
