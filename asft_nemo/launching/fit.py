@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from asft_nemo.config.cluster_rules import on_slurm
+from asft_nemo.config.cluster_rules import on_slurm, ranks_per_node
 from asft_nemo.config.model_shape import ModelShape
 from asft_nemo.config.recipes import recipe_gpu, recipe_model
 from asft_nemo.config.schema import RunConfig
@@ -66,7 +66,25 @@ def warnings(run: RunConfig, plan: Plan | None) -> list[str]:
         found.append("training will run out of memory, if the plan is right")
     if on_slurm(run):
         found += slow_groups(run)
+        found += [] if plan is None else _left_to_slurm(run)
     return found
+
+
+def _left_to_slurm(run: RunConfig) -> list[str]:
+    """A sentence where nothing says how many cores and how much memory the ranks on GPUs get; none where anything does."""
+    cluster, each = run.cluster, ranks_per_node(run)
+    by_words = any(
+        word.lower().replace("_", "-").startswith(("mem-per-", "cpus-per-")) for word in cluster.sbatch_args
+    )
+    whole_nodes = cluster.exclusive or not cluster.request_gpus
+    if whole_nodes or cluster.mem or cluster.cpus_per_task or by_words or run.run.world_size == 1:
+        return []
+    return [
+        f"the training asks for neither cores nor memory, and a Slurm without defaults of its own gives each of a node's ranks ({each}) one core "
+        "and the memory of that core (DefMemPerCPU), too little for a checkpoint, which is copied to host memory to be written: set "
+        f"cluster.exclusive=true cluster.mem=\"'0'\" cluster.cpus_per_task=<cores of a node / {each}>, or where nodes are shared the part of "
+        "them that you need"
+    ]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from asft_nemo.launching.fit import published_shape, refuse_too_large, training_
 from asft_nemo.planner.gpus import GPUS
 
 BIG = ["experiment=medical_qwen25_72b", "model.path=/models/base", "run.dir=/shared/run"]
-SLURM = ["cluster=slurm", "cluster.partition=gpu", "cluster.account=llm"]
+SLURM = ["cluster=slurm", "cluster.partition=gpu", "cluster.account=llm", "cluster.exclusive=true"]
 TOO_LARGE = ["parallel.pp_size=1", "parallel.vpp_size=null", "run.world_size=8"]
 
 
@@ -106,3 +106,32 @@ def test_tensor_groups_beyond_a_node_are_slow_and_said_to_be() -> None:
     plans = [training_plan(run) for run in (whole, half)]
     seconds = [plan.step.seconds for plan in plans if plan is not None]
     assert seconds[1] > 1.1 * seconds[0]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("cluster.exclusive=true", "cluster.mem='0'", "cluster.cpus_per_task=12", "cluster.request_gpus=false"),
+        *('cluster.sbatch_args=["mem-per-gpu=200G"]', 'cluster.sbatch_args=["CPUs_per_gpu=12"]'),
+    ],
+)  # fmt: skip
+def test_cores_and_memory_left_to_slurm_are_warned_of(said: str) -> None:
+    nothing = run_of("cluster.exclusive=false")
+    (warning,) = warnings(nothing, training_plan(nothing))
+    assert "gives each of a node's ranks (8) one core and the memory of that core" in warning
+    assert (
+        "set cluster.exclusive=true cluster.mem=\"'0'\" cluster.cpus_per_task=<cores of a node / 8>"
+        in warning
+    )
+    assert warnings(nothing, None) == []  # no training on GPUs
+    asked = run_of("cluster.exclusive=false", said)
+    assert warnings(asked, training_plan(asked)) == []
+
+
+@pytest.mark.usefixtures("guest")
+def test_a_launch_shows_the_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", *BIG, *SLURM, "cluster.exclusive=false", "--stages", "train", "--dry-run"]
+    assert cli.main(words) == 0
+    assert "\nwarning: the training asks for neither cores nor memory" in capsys.readouterr().out
+    here = compose(BIG, check_inputs=False, launched=True, shape_of=published_shape)
+    assert warnings(here, training_plan(here)) == []
