@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import threading
@@ -35,28 +36,31 @@ class Server:
         first_wait: seconds before the second try; doubled before each further one.
 
     Raises:
-        EvaluationError: there is no address, or the key cannot be one.
+        EvaluationError: there is no address, it or a proxy's is malformed, or the key cannot be one.
     """
 
     def __init__(self, base_url: str | None, *, at_once: int, first_wait: float = 1.0):
         import httpx
 
-        base_url = base_url or os.environ.get(URL_VARIABLE) or ""
-        if urlsplit(base_url).scheme not in ("http", "https"):
-            raise EvaluationError(
-                f"the server's address is {base_url or 'not given'}: set --base-url or {URL_VARIABLE}, e.g. to http://127.0.0.1:8000/v1"
-            )
+        base_url = (base_url or os.environ.get(URL_VARIABLE) or "").strip()
+        _require_address(base_url)
         self.url = _without_user(base_url)
         self._key = _key()
         self._httpx = httpx
         self._at_once, self._first_wait = at_once, first_wait
         self._given_up = threading.Event()
-        self._client = httpx.Client(
-            base_url=base_url,
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx.Timeout(SECONDS, connect=_SECONDS_TO_CONNECT),
-            limits=httpx.Limits(max_connections=at_once),
-        )
+        try:
+            self._client = httpx.Client(
+                base_url=base_url,
+                headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+                timeout=httpx.Timeout(SECONDS, connect=_SECONDS_TO_CONNECT),
+                limits=httpx.Limits(max_connections=at_once),
+            )
+        except (ValueError, ImportError, httpx.InvalidURL):  # what it says may hold a proxy's password
+            raise EvaluationError(
+                f"no connection to {self.url} can be set up: see that this address and those of proxies in the environment (HTTP_PROXY, HTTPS_PROXY, "
+                "ALL_PROXY, NO_PROXY) are right; a SOCKS proxy also needs pip install socksio"
+            ) from None
 
     def get(self, path: str, *, tries: int = _TRIES) -> dict[str, Any]:
         """The answer to a GET; see `post`."""
@@ -104,7 +108,7 @@ class Server:
             wait = min(self._first_wait * 2**number, _LONGEST_WAIT) * random.uniform(0.75, 1.0)
             try:
                 response = self._client.request(method, path.lstrip("/"), json=body)
-            except self._httpx.TransportError as error:  # time-outs among them
+            except self._httpx.HTTPError as error:  # time-outs and unreadable content among them
                 why = f"does not answer ({type(error).__name__}: {self._line(error)})"
                 slow += isinstance(error, self._httpx.ReadTimeout)
             else:
@@ -171,9 +175,29 @@ def _key() -> str:
 def _asked_for(header: str | None, otherwise: float) -> float:
     """Seconds that the server asks to wait (Retry-After as a number), at most a minute."""
     try:
-        return min(max(float(header or ""), 0.0), _LONGEST_WAIT)
+        seconds = float(header or "")
     except ValueError:
         return otherwise
+    return min(max(seconds, 0.0), _LONGEST_WAIT) if math.isfinite(seconds) else otherwise
+
+
+def _require_address(url: str) -> None:
+    """What the environment or a user gave is an address of a server, as far as can be seen without asking it.
+
+    Raises:
+        EvaluationError: it is none; the sentence shows it without user and password.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is none
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable()
+    except ValueError:
+        usable = False
+    if not usable:
+        raise EvaluationError(
+            f"the server's address is {ascii(url.rpartition('@')[2])[1:-1] or 'not given'}: set --base-url or {URL_VARIABLE}, e.g. to "
+            "http://127.0.0.1:8000/v1"
+        )
 
 
 def _without_user(url: str) -> str:

@@ -205,7 +205,7 @@ def test_what_the_connection_says_is_shown_without_the_key(
     """As it is, as repr shows it, and where the line is cut off within it."""
     key = "sk-a\\b'c\"d"
     monkeypatch.setenv(KEY_VARIABLE, key)
-    backend = opened(server)
+    backend = opened(server, first_wait=0.0001)
     for words in (f"Illegal header value {key.encode()!r}", f"with {key}", "x" * 295 + key, json.dumps(key)):
 
         def refused(*_: Any, words: str = words, **__: Any) -> None:
@@ -215,6 +215,46 @@ def test_what_the_connection_says_is_shown_without_the_key(
         with pytest.raises(EvaluationError, match=r"LocalProtocolError: .*\*\*") as caught:
             backend.generate(["ab"], protocol=GREEDY)
         assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[bad/v1",
+        "http://user:word@[bad/v1",
+        "http://host:port/v1",
+        "http://host:99999/v1",
+        "http:///v1",
+        "http://ho\x01st/v1",
+        "host:8000/v1",
+    ],
+)
+def test_a_malformed_address_is_one_sentence(url: str, server: FakeServer):
+    with pytest.raises(EvaluationError, match=r"the server's address is .*: set --base-url or") as caught:
+        opened(server, base_url=url)
+    assert "word" not in str(caught.value)
+
+
+def test_a_malformed_proxy_is_one_sentence(server: FakeServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ALL_PROXY", "ftp://user:word@proxy")
+    with pytest.raises(EvaluationError, match=r"no connection to .* can be set up: see that") as caught:
+        opened(server)
+    assert "word" not in str(caught.value)
+
+
+def test_an_answer_that_cannot_be_decoded_is_asked_for_again(server: FakeServer):
+    backend = opened(server, first_wait=0.0001)
+    server.failures = [(200, {"Content-Encoding": "gzip"})]
+    assert [answer.text for answer in backend.generate(["ab"], protocol=GREEDY)] == ["AB"]
+    server.failures = [(200, {"Content-Encoding": "gzip"})] * 10
+    with pytest.raises(EvaluationError, match=r"does not answer \(DecodingError: .*tries: 8: see whether"):
+        backend.generate(["ab"], protocol=GREEDY)
+
+
+@pytest.mark.parametrize("asked", ["nan", "inf", "-inf", "soon", ""])
+def test_a_wait_that_is_no_number_is_our_own(server: FakeServer, asked: str):
+    server.failures = [(503, {"Retry-After": asked})]
+    assert opened(server).generate(["ab"], protocol=GREEDY)[0].text == "AB"
 
 
 def test_an_address_where_nobody_answers(server: FakeServer):
