@@ -6,7 +6,6 @@ again while model, base and text are the same.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
@@ -25,7 +24,7 @@ import asft_eval
 from asft_eval.backends.hf import load_tokenizer
 from asft_eval.errors import EvaluationError
 from asft_eval.held_out import HeldOut, read_held_out
-from asft_eval.reading import Tokens, read_texts
+from asft_eval.reading import Tokens, free_gpus, read_texts, reading_dtype
 from asft_eval.resampling import Stratum, bootstrap
 from asft_eval.result import RESULTS, Result, fingerprint, write_result, write_whole
 
@@ -68,7 +67,9 @@ def measure(model_dir: Path, request: DriftRequest, out_dir: Path) -> dict[str, 
     base = None
     if request.base is not None:
         base = {"path": str(request.base), "fingerprint": fingerprint(request.base)}
-    asked = [_VERSION, fingerprint(model_dir), base and base["fingerprint"], text.sha256, text.window]
+    dtype = reading_dtype(model_dir)
+    name = str(dtype).removeprefix("torch.")
+    asked = [_VERSION, fingerprint(model_dir), base and base["fingerprint"], text.sha256, text.window, name]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     out_dir.mkdir(parents=True, exist_ok=True)
     former = _former(out_dir / MEASURED, key)
@@ -77,13 +78,13 @@ def measure(model_dir: Path, request: DriftRequest, out_dir: Path) -> dict[str, 
         return {**former, "text": {**former["text"], "path": text.path}}
     (out_dir / RESULTS).unlink(missing_ok=True)  # it stands for a finished evaluation
     started = time.perf_counter()
-    log.info("drift: reading %d texts of %s", len(text.encoded), text.path)
+    log.info("drift: reading %d texts of %s in %s", len(text.encoded), text.path, name)
     pad_id: int = tokenizer.pad_token_id
-    read = read_texts(model_dir, request.base, text.encoded, pad_id=pad_id, batch_size=BATCH_SIZE)
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()  # what is evaluated next may be another process or engine
-    found = figures(read, text, base)
+    read = read_texts(
+        model_dir, request.base, text.encoded, pad_id=pad_id, batch_size=BATCH_SIZE, dtype=dtype
+    )
+    free_gpus()  # what is evaluated next may be another process or engine
+    found: dict[str, Any] = {"dtype": name, **figures(read, text, base)}
     found["seconds"] = round(time.perf_counter() - started, 3)
     content = {"request": key, "drift": found, "texts": _texts(read)}
     write_whole(out_dir / MEASURED, json.dumps(content) + "\n")
@@ -110,7 +111,7 @@ def measure_alone(model_dir: Path, request: DriftRequest, out_dir: Path) -> Resu
 
 
 def figures(read: Tokens, text: HeldOut, base: Mapping[str, str] | None) -> dict[str, Any]:
-    """The key `drift`, but for its seconds.
+    """The key `drift`, but for its dtype and seconds.
 
     Args:
         read: every scored token.

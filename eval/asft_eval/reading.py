@@ -1,14 +1,15 @@
 """What one or two models make of given text: figures of every scored token over the full vocabulary, in bounded memory.
 
 The models are run one after the other, so that only one is loaded: of the reference its final hidden states at the scored tokens are
-kept in host memory (4 bytes a hidden number: 1.6 GB for 100,000 tokens of a 7B model) and its head. Logits exist for a block of
-tokens at a time, are computed in fp32, and everything about them in fp64: a KL is a difference of nearly equal numbers, and two copies
-of one checkpoint give exactly 0.
+kept in host memory (in fp32 4 bytes a hidden number: 1.6 GB for 100,000 tokens of a 7B model) and its head. Logits exist for a block of
+tokens at a time, are computed in fp32 whatever the weights' dtype, and everything about them in fp64: a KL is a difference of nearly
+equal numbers, and two copies of one checkpoint give exactly 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import gc
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from asft_eval.backends.hf import load_model, right_padded
+from asft_eval.backends.placement import stored_dtype
 from asft_eval.divergence import entropies, token_kls
 from asft_eval.errors import EvaluationError
 from asft_eval.resampling import Floats
@@ -55,6 +58,43 @@ class Tokens:
         return np.bincount(self.text).astype(np.float64)
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What makes logits of final hidden states: weights `[V, H]`, and a bias `[V]` where there is one."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, model: Any) -> Head:
+        """A loaded model's."""
+        module = model.get_output_embeddings()
+        return cls(module.weight, getattr(module, "bias", None))
+
+    def to(self, device: torch.device | str) -> Head:
+        """The same on another device."""
+        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+
+    def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """Logits `[T, V]` in fp32, in fp64 where the weights are: a logit of 20 has steps of 1/8 in bf16."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        hidden_TH = hidden_TH.to(self.weight.device, wide)
+        if self.weight.dtype == wide:
+            return functional.linear(hidden_TH, self.weight, self.bias)
+        rows = max(1, _LOGITS_AT_ONCE // self.weight.shape[1])  # a wide copy of all rows may be 5 GB
+        parts: list[torch.Tensor] = []
+        for start in range(0, self.weight.shape[0], rows):
+            place = slice(start, start + rows)
+            bias = None if self.bias is None else self.bias[place].to(wide)
+            parts.append(functional.linear(hidden_TH, self.weight[place].to(wide), bias))
+        return torch.cat(parts, dim=-1)
+
+
+def reading_dtype(model_dir: Path) -> torch.dtype:
+    """What a model and its base are read in: fp32 on a CPU, on GPUs the dtype that the model is stored in, which is that it is run in."""
+    return getattr(torch, stored_dtype(model_dir)) if torch.cuda.is_available() else torch.float32
+
+
 @torch.inference_mode()
 def read_texts(
     policy_dir: Path | str,
@@ -75,7 +115,7 @@ def read_texts(
         pad_id: fills batches.
         batch_size: texts run together.
         device: see `asft_eval.backends.hf.load_model`.
-        dtype: of weights and logits.
+        dtype: of both models' weights and layers.
 
     Raises:
         EvaluationError: a directory that cannot be loaded, vocabularies of different size, or a family whose logits are more than its head's product.
@@ -83,23 +123,28 @@ def read_texts(
     order = sorted(range(len(encoded)), key=lambda place: len(encoded[place][0]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
-    def opened(model_dir: Path | str) -> tuple[Any, Any]:
+    def opened(model_dir: Path | str) -> Any:
         model = load_model(model_dir, dtype=dtype, device=device)
         _require_plain_head(model, encoded[0][0][:16], model_dir)
-        return model, model.get_output_embeddings()
+        return model
 
     kept: list[torch.Tensor] = []
-    ref_head: Any = None
+    ref_head: Head | None = None
     if ref_dir is not None:
-        ref, ref_head = opened(ref_dir)
+        ref = opened(ref_dir)
         kept = [hidden_TH.cpu() for hidden_TH, _ in _hidden(ref, encoded, batches, pad_id)]
+        ref_head = Head.of(ref).to("cpu")
         del ref
-    policy, head = opened(policy_dir)
-    if ref_head is not None and ref_head.weight.shape[0] != head.weight.shape[0]:
-        sizes = f"{head.weight.shape[0]} and {ref_head.weight.shape[0]}"
-        raise EvaluationError(
-            f"policy and reference have vocabularies of {sizes} rows: compare models of one family"
-        )
+        free_gpus()
+    policy = opened(policy_dir)
+    head = Head.of(policy)
+    if ref_head is not None:
+        if ref_head.weight.shape[0] != head.weight.shape[0]:
+            sizes = f"{head.weight.shape[0]} and {ref_head.weight.shape[0]}"
+            raise EvaluationError(
+                f"policy and reference have vocabularies of {sizes} rows: compare models of one family"
+            )
+        ref_head = ref_head.to(head.weight.device)
     blocks: list[torch.Tensor] = []
     for number, (hidden_TH, labels_T) in enumerate(_hidden(policy, encoded, batches, pad_id)):
         ref_hidden_TH = kept[number] if kept else None
@@ -111,11 +156,18 @@ def read_texts(
     )
 
 
+def free_gpus() -> None:
+    """Gives back what deleted models held: the next to be loaded asks the driver, not this process, what is free."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def _scored(text: Encoded) -> int:
     return len(text[0]) - text[1]
 
 
-def _names(ref_head: Any) -> Sequence[str]:
+def _names(ref_head: Head | None) -> Sequence[str]:
     return _MODEL if ref_head is None else _NAMES
 
 
@@ -126,7 +178,8 @@ def _require_plain_head(model: Any, ids: Sequence[int], model_dir: Path | str) -
     parts = model.get_output_embeddings()(
         model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     )
-    if not torch.allclose(whole, parts.to(whole), rtol=1e-4, atol=1e-4 * float(whole.abs().max())):
+    within = max(1e-4, torch.finfo(parts.dtype).eps)
+    if not torch.allclose(whole, parts.to(whole), rtol=within, atol=within * float(whole.abs().max())):
         raise EvaluationError(
             f"the logits of {model_dir} are not its head's product alone: drift is not measured for this family"
         )
@@ -149,18 +202,18 @@ def _blocks(
     hidden_TH: torch.Tensor,
     ref_hidden_TH: torch.Tensor | None,
     labels_T: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    ref_head: Any,
+    head: Head,
+    ref_head: Head | None,
 ) -> Iterator[torch.Tensor]:
     """Figures of blocks of tokens, `[t, names]`, fp64 on the CPU."""
-    size = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])  # pyright: ignore[reportFunctionMemberAccess]
+    size = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
     for start in range(0, labels_T.numel(), size):
         place = slice(start, start + size)
-        logits_TV = head(hidden_TH[place]).double()
+        logits_TV = head.logits(hidden_TH[place]).double()
         labels = labels_T[place].to(logits_TV.device)
         columns = _of_one(logits_TV, labels)
-        if ref_hidden_TH is not None:
-            ref_logits_TV = ref_head(ref_hidden_TH[place].to(ref_head.weight.device)).to(logits_TV)
+        if ref_hidden_TH is not None and ref_head is not None:
+            ref_logits_TV = ref_head.logits(ref_hidden_TH[place]).to(logits_TV)
             columns += _of_one(ref_logits_TV, labels)
             columns += token_kls(logits_TV, ref_logits_TV)
         yield torch.stack(columns, dim=1).cpu()

@@ -6,12 +6,17 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from asft_eval.errors import EvaluationError
 
 #: Share of a GPU's free memory for weights: the rest is for keys and values, logits and the allocator.
 FOR_WEIGHTS = 0.75
+#: Bytes of a number, by torch's names of what weights are stored in.
+ITEMSIZES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 _GIB = 2**30
+#: Names of safetensors, and torch's.
+_STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def gpus_for(weights: int, memory: int) -> int:
@@ -65,15 +70,31 @@ def weight_bytes(model_dir: Path, itemsize: int | None) -> int:
 
 
 def _of_file(file: Path, itemsize: int | None) -> int:
+    tensors = _tensors(file)
+    if itemsize is None:
+        return sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors)
+    return itemsize * sum(_numbers(tensor["shape"]) for tensor in tensors)
+
+
+def _tensors(file: Path) -> list[dict[str, Any]]:
+    """Of each tensor its `dtype`, `shape` and `data_offsets`."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header: Mapping[str, Mapping[str, list[int]]] = json.loads(stream.read(length))
+            header: Mapping[str, dict[str, Any]] = json.loads(stream.read(length))
         tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-        if itemsize is None:
-            return sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors)
-        return itemsize * sum(_numbers(tensor["shape"]) for tensor in tensors)
-    except (OSError, ValueError, struct.error, KeyError, MemoryError, OverflowError) as error:
+        if not all({"dtype", "shape", "data_offsets"} <= set(tensor) for tensor in tensors):
+            raise ValueError("its header is incomplete")
+        return tensors
+    except (
+        OSError,
+        ValueError,
+        struct.error,
+        AttributeError,
+        TypeError,
+        MemoryError,
+        OverflowError,
+    ) as error:
         raise EvaluationError(f"{file} cannot be read as safetensors ({error}): copy it again") from None
 
 
@@ -82,3 +103,33 @@ def _numbers(shape: Sequence[int]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def share_heads(heads: int, kv_heads: int, number: int) -> bool:
+    """Whether so many GPUs can share a model's attention heads evenly: vLLM divides query heads, and divides key-value heads or repeats them."""
+    return heads % number == 0 and (kv_heads % number == 0 or number % kv_heads == 0)
+
+
+def stored_dtype(model_dir: Path) -> str:
+    """What config.json says that the weights are in, which transformers goes by; where it says nothing, what most numbers of the files are in.
+
+    Returns:
+        A key of `ITEMSIZES`: torch's name.
+
+    Raises:
+        EvaluationError: a file is no safetensors file.
+    """
+    try:
+        config: dict[str, Any] = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    config = {**config.get("text_config", {}), **config}
+    said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    if said in ITEMSIZES:
+        return said
+    files = sorted(model_dir.glob("*.safetensors"))
+    numbers = dict.fromkeys(_STORED, 0)
+    for tensor in (tensor for file in files for tensor in _tensors(file)):
+        if tensor["dtype"] in numbers:
+            numbers[str(tensor["dtype"])] += _numbers(tensor["shape"])
+    return _STORED[max(numbers, key=numbers.__getitem__)]

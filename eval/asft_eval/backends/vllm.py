@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_eval.backends import Done, LogLikelihood, ignore
+from asft_eval.backends.placement import share_heads
 from asft_eval.backends.tokens import (
     choice_tokens,
     completion,
@@ -218,16 +219,12 @@ def _library() -> Any:
 
 
 def shared_by(model_dir: Path, visible: int) -> int:
-    """The largest number of visible GPUs that can share a model's attention heads evenly; 1 without a GPU.
-
-    vLLM divides query heads, and divides key-value heads or repeats them.
-    """
+    """The largest number of visible GPUs that can share a model's attention heads evenly; 1 without a GPU."""
     config: dict[str, Any] = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
     heads = int(config.get("num_attention_heads", 1))
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    fit = [n for n in range(1, visible + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
-    return max(fit, default=1)
+    return max((n for n in range(1, visible + 1) if share_heads(heads, kv_heads, n)), default=1)
 
 
 def _of_next(output: Any) -> float:

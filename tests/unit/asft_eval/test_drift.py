@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,45 @@ def test_every_figure_equals_the_dense_one(
             assert read.by_text(name)[place] == pytest.approx(value, rel=within, abs=1e-12), name
 
 
-def test_a_model_has_exactly_no_drift_from_itself(model_dir: Path, encoded: list[tuple[list[int], int]]):
-    read = read_texts(model_dir, model_dir, encoded, pad_id=0, batch_size=2)
+def test_a_model_in_bf16_has_logits_in_fp32(model_dir: Path, encoded: list[tuple[list[int], int]]):
+    """Weights in bf16, as on GPUs: what is scored equals fp32 products of their own hidden states, which bf16 logits miss by steps of 1/32 and more."""
+    model = reading.load_model(model_dir, dtype=torch.bfloat16)
+    read = read_texts(model_dir, None, encoded, pad_id=0, batch_size=1, dtype=torch.bfloat16)
+    for place, (ids, start) in enumerate(encoded):
+        with torch.inference_mode():
+            hidden = model.base_model(torch.tensor([ids])).last_hidden_state[0, start - 1 : -1]
+            logits = hidden.double() @ model.get_output_embeddings().weight.double().T
+        nll = -logits.log_softmax(-1).gather(-1, torch.tensor(ids[start:])[:, None]).sum()
+        assert read.by_text("nll")[place] == pytest.approx(float(nll), abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2**25])
+def test_a_head_in_parts_is_the_whole_head(rows: int, monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, hidden = (
+        torch.randn(*size, generator=generator).bfloat16() for size in ((37, 16), (37,), (5, 16))
+    )
+    monkeypatch.setattr(reading, "_LOGITS_AT_ONCE", rows)
+    logits = reading.Head(weight, bias).logits(hidden)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden.float() @ weight.float().T + bias.float())
+
+
+def test_on_gpus_models_are_read_as_they_are_stored(
+    model_dir: Path, moved_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert reading.reading_dtype(model_dir) == torch.float32, "on a CPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert reading.reading_dtype(model_dir) == torch.bfloat16
+    shutil.copy(moved_dir / "model.safetensors", tmp_path)
+    assert reading.reading_dtype(tmp_path) == torch.float32, "config.json says nothing, the files do"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_has_exactly_no_drift_from_itself(
+    model_dir: Path, encoded: list[tuple[list[int], int]], dtype: torch.dtype
+):
+    read = read_texts(model_dir, model_dir, encoded, pad_id=0, batch_size=2, dtype=dtype)
     found = figures(read, HeldOut("x", "y", 64, encoded, 0, 0), {"path": "b", "fingerprint": "f"})
     nothing = {"value": 0.0, "low": 0.0, "high": 0.0}
     assert found["forward_kl"] == found["reverse_kl"] == found["nll_change"] == nothing
@@ -170,6 +208,7 @@ def test_what_was_measured_is_kept(
     asked = DriftRequest(text=file, base=model_dir)
     found = drift.measure(moved_dir, asked, tmp_path / "out")
     assert found["forward_kl"]["value"] > 0
+    assert found["dtype"] == "float32"
     assert (
         found["tokens"]
         == 3 * json.loads((tmp_path / "out" / "held_out.json").read_text())["texts"][0]["tokens"]
