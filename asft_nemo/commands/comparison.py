@@ -80,6 +80,7 @@ def _named(words: Sequence[str], what: str) -> dict[str, str]:
 
 
 def _runs(folders: Mapping[str, str], results: Mapping[str, str]) -> dict[str, RunFiles]:
+    """Name -> the run; several names may have one run, e.g. its best and its latest checkpoint. Each folder is read once."""
     from asft_nemo.reporting.runs import read_runs
 
     for name in folders:
@@ -87,8 +88,10 @@ def _runs(folders: Mapping[str, str], results: Mapping[str, str]) -> dict[str, R
             raise UserError(f"--run {name} has no result of that name: use some of {', '.join(results)}")
     if not folders:
         return {}
-    runs = read_runs([Path(folder) for folder in folders.values()])
-    return {name: dataclasses.replace(run, name=name) for name, run in zip(folders, runs, strict=True)}
+    places = {name: Path(folder).resolve() for name, folder in folders.items()}
+    first = {place: Path(folders[name]) for name, place in reversed(places.items())}  # as the user wrote it
+    runs = dict(zip(first, read_runs(list(first.values())), strict=True))
+    return {name: dataclasses.replace(runs[place], name=name) for name, place in places.items()}
 
 
 def _pictures(

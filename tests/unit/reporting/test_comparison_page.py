@@ -15,6 +15,8 @@ from unit.reporting.comparison_cases import MODELS, Browser, chromium, make_resu
 from unit.reporting.test_run_report import make_run
 
 from asft_nemo import cli
+from asft_nemo.reporting.comparison_pictures import all_pictures
+from asft_nemo.reporting.runs import RunFiles, read_runs
 
 pytestmark = pytest.mark.usefixtures("keep_logging_and_warnings")
 
@@ -105,6 +107,32 @@ def test_without_matplotlib_the_page_says_what_is_missing(
     html = (tmp_path / "comparison.html").read_text()
     assert "No pictures: matplotlib is not installed" in html
     assert "<svg" not in html
+
+
+def test_two_checkpoints_of_one_run_are_compared_with_its_curves(
+    results: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The run is read once, however its folder is written, and both names have its curves."""
+    run = make_run(tmp_path / "run")
+    read: list[list[Path]] = []
+    given: list[dict[str, RunFiles]] = []
+    monkeypatch.setattr(
+        "asft_nemo.reporting.runs.read_runs", lambda folders: read.append(folders) or read_runs(folders)
+    )
+    monkeypatch.setattr(
+        "asft_nemo.reporting.comparison_pictures.all_pictures",
+        lambda compared, runs: given.append(runs) or all_pictures(compared, runs),
+    )
+    words = [f"base={results['base']}", f"latest={results['asft']}", f"best={results['sft']}"]
+    runs = ["--run", f"latest={run}", "--run", f"best={run}/../{run.name}"]
+    assert cli.main(["compare", *words, *runs, "--out", str(tmp_path / "out")]) == 0
+    assert read == [[run]]
+    assert 'aria-label="Loss' in (tmp_path / "out" / "comparison.html").read_text()
+    (found,) = given
+    assert {name: (one.name, one.folder) for name, one in found.items()} == {
+        "latest": ("latest", run),
+        "best": ("best", run),
+    }
 
 
 @pytest.mark.parametrize(
