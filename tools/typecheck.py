@@ -39,16 +39,23 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imported(module: str, file: Path) -> Iterator[str]:
-    """Names that a file imports, absolute; of `from a import b` both `a` and `a.b`, for b may be a module."""
+    """Names that a file imports, absolute; of `from a import b` both `a` and `a.b`, for b may be a module.
+
+    A name without dots in front is also looked for in the file's own folder and those above it, as pyright does.
+    """
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*above, *([node.module] if node.module else [])])
-            yield origin
-            yield from (f"{origin}.{alias.name}" for alias in node.names)
+            names = [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        relative = isinstance(node, ast.ImportFrom) and node.level > 0
+        for end in range(1 if relative else len(package) + 1):
+            yield from (".".join([*package[:end], name]) for name in names)
 
 
 def digests(root: Path) -> dict[Path, str]:
@@ -59,7 +66,9 @@ def digests(root: Path) -> dict[Path, str]:
     settings = (root / "pyproject.toml").read_text().partition("[tool.pyright]\n")[2].partition("\n[")[0]
     common = [sys.version, settings]
     for pattern in DECIDES:
-        common += [f"{file.name} {file.read_text()}" for file in sorted(root.glob(pattern))]
+        common += [
+            f"{file.relative_to(root).as_posix()} {file.read_text()}" for file in sorted(root.glob(pattern))
+        ]
     shared = hashlib.sha256("\n".join(common).encode()).hexdigest()
     return {
         file: hashlib.sha256(

@@ -28,6 +28,9 @@ TREE = {
     "recipes/tiny.py": "from . import base\n",
     "tools/bench/__init__.py": "",
     "tools/bench/measure.py": "",
+    "tools/check/first.py": "import second\n",
+    "tools/check/inner/third.py": "from second import Y\n",
+    "tools/check/second.py": "",
     "tools/bench_step.py": "from bench import measure\nfrom asft_nemo import late_one\n",
     "typings/wandb/__init__.pyi": "",
     "requirements/base.txt": "torch==2\n",
@@ -53,6 +56,11 @@ def tree(tmp_path: Path) -> Path:
         ("tools/bench/measure.py", ["tools/bench/measure.py", "tools/bench_step.py"]),
         ("tools/bench_step.py", ["tools/bench_step.py"]),
         ("asft_nemo/late_one.py", ["asft_nemo/late_one.py", "tools/bench_step.py"]),
+        (
+            "tools/check/second.py",
+            ["tools/check/first.py", "tools/check/inner/third.py", "tools/check/second.py"],
+        ),
+        ("tools/check/first.py", ["tools/check/first.py"]),
         ("pyproject.toml", None),
         ("requirements/vllm.txt", []),
         ("tests/test_x.py", []),
@@ -69,6 +77,13 @@ def test_what_is_checked_again(tree: Path, changed: str, again: list[str] | None
     differ = sorted(str(file.relative_to(tree)) for file in after if after[file] != before.get(file))
     every = sorted(name for name in TREE if name.endswith(".py"))
     assert differ == (every if again is None else again)
+
+
+def test_all_is_checked_again_after_stubs_are_renamed(tree: Path) -> None:
+    before = typecheck.digests(tree)
+    (tree / "typings" / "wandb").rename(tree / "typings" / "wandc")
+    after = typecheck.digests(tree)
+    assert not [file for file in after if after[file] == before[file]]
 
 
 def test_all_that_pyproject_includes_is_there() -> None:
