@@ -43,7 +43,9 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy2(ROOT / name, tree)
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(out)!r})"
-    done = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=tree, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = out.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
@@ -80,7 +82,7 @@ def test_settings_are_composed_from_it_far_from_a_clone(unpacked: Path, tmp_path
         env={"PYTHONPATH": str(unpacked), "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == unpacked / "asft_nemo" / "_project"
