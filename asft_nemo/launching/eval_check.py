@@ -22,6 +22,7 @@ from asft_nemo.config.named_paths import is_path
 from asft_nemo.config.recipes import suggest
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.errors import ConfigError
+from asft_nemo.launching.eval_fit import unfit, without_vllm
 
 # In cluster.env: nodes look elsewhere than this machine.
 _DATA_VARIABLES = ("ASFT_DATA_DIR=", "HF_HOME=", "HF_HUB_CACHE=")
@@ -32,12 +33,12 @@ def check_evaluation(run: RunConfig, *, look_for_files: bool) -> None:
 
     Args:
         run: the settings; something is to be measured.
-        look_for_files: also look for the suites' files.
+        look_for_files: also look for the suites' files, and for vLLM where this Python is to run it.
 
     Raises:
         ConfigError: a sentence for everything that is wrong.
     """
-    found = [*_names(run), *(_files(run) if look_for_files else ())]
+    found = [*_names(run), *unfit(run), *((*_files(run), *without_vllm(run)) if look_for_files else ())]
     if found:
         raise ConfigError(found)
 

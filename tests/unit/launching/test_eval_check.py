@@ -10,6 +10,7 @@ from sentences import sentences
 
 from asft_nemo import cli
 from asft_nemo.config.load import compose
+from asft_nemo.launching import eval_fit
 from asft_nemo.launching.eval_check import check_evaluation
 
 Checked = Callable[..., tuple[str, ...]]
@@ -54,6 +55,61 @@ def test_a_name_that_is_none_is_said_before_the_training(
 ) -> None:
     (only,) = checked(*overrides)
     assert sentence in only
+
+
+SLURM = ("cluster=slurm", "cluster.partition=p", "cluster.account=a", "model.path=nowhere")
+VLLM = ("eval.suites=[medqa]", "eval.backend=vllm")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["recipe=qwen25_72b", *VLLM, "eval.tensor_parallel_size=3"],
+         "eval.tensor_parallel_size=3 GPUs cannot share 64 attention heads and 8 key/value heads evenly: set 1 or 2 or 4 or 8"),
+        (["recipe=qwen25_72b", *VLLM, "eval.tensor_parallel_size=1"], "the weights take 135.4 GiB: set eval.tensor_parallel_size to 2 or 4 or 8"),
+        (["recipe=qwen25_72b", *VLLM, "cluster.gpus_per_node=1"], "whose 1 x h100-80gb (cluster.gpus_per_node) are too small for weights of 135.4 GiB"),
+        (["recipe=qwen25_72b", "eval.suites=[medqa]", "cluster.gpus_per_node=2"], "2 x h100-80gb (cluster.gpus_per_node) are too small"),
+        (["recipe=qwen25_72b", "eval.drift=held.jsonl", "cluster.gpus_per_node=2"], "2 x h100-80gb (cluster.gpus_per_node) are too small"),
+        (["recipe=qwen25_72b", *VLLM, "eval.drift=held.jsonl", "cluster.gpus_per_node=2"], "2 x h100-80gb (cluster.gpus_per_node) are too small"),
+    ],
+)  # fmt: skip
+def test_what_cannot_load_the_model_is_said_before_the_training(
+    checked: Checked, overrides: list[str], sentence: str
+) -> None:
+    (only,) = checked(*SLURM, *overrides)
+    assert sentence in only
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["recipe=qwen25_72b", *VLLM, "eval.tensor_parallel_size=2"],
+        ["recipe=qwen25_72b", *VLLM, "cluster.gpus_per_node=2"],
+        ["recipe=qwen25_72b", "eval.drift=held.jsonl"],
+        ["recipe=qwen25_72b", "eval.drift=held.jsonl", "cluster.gpu=h200", "cluster.gpus_per_node=2"],
+        ["recipe=qwen25_72b_full_64gpu_a100_40gb", "eval.drift=held.jsonl"],
+        ["recipe=llama3_70b", "eval.suites=[medqa]"],
+        ["recipe=qwen25_7b", "eval.suites=[medqa]", "cluster.gpus_per_node=1"],
+    ],
+)
+def test_a_node_that_holds_the_model_passes(checked: Checked, overrides: list[str]) -> None:
+    assert checked(*SLURM, *overrides) == ()
+
+
+def test_vllm_is_looked_for_where_this_python_runs_it(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[object] = []
+    monkeypatch.setattr(eval_fit, "find_spec", lambda _: there or None)
+    words = [*VLLM, "cluster.env=['ASFT_DATA_DIR=/shared/evaldata']"]
+    for cluster in ((), SLURM):
+        (only,) = checked(*cluster, *words, look_for_files=True)
+        assert only.startswith("eval.backend=vllm needs vLLM, and the Python that would evaluate is this one")
+        assert checked(*cluster, *words) == (), "a dry run may be made elsewhere"
+    assert checked(*SLURM, *words, "cluster.asft=/opt/eval/bin/asft", look_for_files=True) == ()
+    assert checked("eval.drift=held.jsonl", "eval.backend=vllm") == (), "transformers reads it"
+    there.append("found")
+    assert checked(*words, look_for_files=True) == ()
 
 
 @pytest.mark.parametrize(
