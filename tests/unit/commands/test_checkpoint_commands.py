@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from asft_nemo import cli
 from asft_nemo.config.paths import project_dir
@@ -83,6 +86,65 @@ def test_verify_of_another_model_ends_with_two(
     if logits:
         assert "logits DISAGREE" in out
         assert report["logits"]["equal"] is False
+
+
+@pytest.fixture(scope="module")
+def logits() -> dict[str, torch.Tensor]:
+    """What transformers computes of the shipped model on the shipped text, by the keys that ranks write it under."""
+    from transformers import AutoModelForCausalLM
+
+    from asft_nemo.logits_check import LogitsCheck
+
+    tokens_NS = LogitsCheck(TINY, TINY, tolerance=0.0).tokens_NS
+    model = AutoModelForCausalLM.from_pretrained(
+        TINY, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        return {f"logits_{n}": model(input_ids=row_S[None]).logits[0] for n, row_S in enumerate(tokens_NS)}
+
+
+def _add(amount: float) -> Callable[[torch.Tensor], None]:
+    def spoil(logits_SV: torch.Tensor) -> None:
+        logits_SV[5, 7] += amount * logits_SV.abs().max()
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "equal"),
+    [
+        pytest.param(_add(0.0), True, id="the same"),
+        pytest.param(_add(1e-5), True, id="rounding"),
+        pytest.param(_add(1e-2), False, id="one number"),
+        pytest.param(_add(float("nan")), False, id="no number"),
+        pytest.param(lambda logits_SV: logits_SV.copy_(logits_SV.roll(1, dims=0)), False, id="one position late"),
+    ],
+)  # fmt: skip
+def test_verify_tells_wrong_logits_of_right_weights(
+    spoil: Callable[[torch.Tensor], None],
+    equal: bool,
+    logits: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The ranks' answer is written for them, right and wrong in one of four sequences; long tests let them compute it."""
+    from safetensors.torch import save_file
+
+    def answer(run: Any, *, weights_dir: Path, tokens_file: Path, out_file: Path) -> None:
+        found = {name: logits_SV.clone() for name, logits_SV in logits.items()}
+        spoil(found["logits_2"])
+        save_file(found, out_file)
+
+    monkeypatch.setattr("asft_nemo.logits_check.launch_logits", answer)
+    assert cli.main(["import", str(TINY), str(tmp_path / "nemo")]) == 0
+    words = ["verify", str(tmp_path / "nemo"), str(TINY), "--out", str(tmp_path / "report")]
+    assert cli.main(words) == (0 if equal else 2)
+    out = capsys.readouterr().out
+    assert "weights identical" in out
+    assert f"logits {'agree' if equal else 'DISAGREE'}: 4 x 128 tokens" in out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (report["passed"], report["identical"], report["logits"]["equal"]) == (equal, True, equal)
 
 
 @pytest.mark.parametrize(
