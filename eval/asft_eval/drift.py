@@ -13,7 +13,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,16 @@ from asft_eval.errors import EvaluationError
 from asft_eval.held_out import HeldOut, read_held_out
 from asft_eval.reading import Tokens, free_gpus, read_texts, reading_dtype
 from asft_eval.resampling import Stratum, bootstrap
-from asft_eval.result import RESULTS, Result, fingerprint, write_result, write_whole
+from asft_eval.result import (
+    RESULTS,
+    SAMPLES,
+    SCHEMA_VERSION,
+    Result,
+    fingerprint,
+    read_result,
+    write_result,
+    write_whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +85,6 @@ def measure(model_dir: Path, request: DriftRequest, out_dir: Path) -> dict[str, 
     if former is not None:
         log.info("drift: measured before, kept")
         return {**former, "text": {**former["text"], "path": text.path}}
-    (out_dir / RESULTS).unlink(missing_ok=True)  # it stands for a finished evaluation
     started = time.perf_counter()
     log.info("drift: reading %d texts of %s in %s", len(text.encoded), text.path, name)
     pad_id: int = tokenizer.pad_token_id
@@ -92,9 +100,15 @@ def measure(model_dir: Path, request: DriftRequest, out_dir: Path) -> dict[str, 
 
 
 def measure_alone(model_dir: Path, request: DriftRequest, out_dir: Path) -> Result:
-    """`measure` without any suite: writes a `results.json` of no suites; see there."""
+    """`measure` without any suite: sets the key `drift` of the model's `results.json`, of which everything else stays; see there.
+
+    Raises:
+        EvaluationError: see `measure`; or `out_dir` holds another model's result, a damaged one, or answers without a result.
+    """
     import transformers
 
+    model = {"path": str(model_dir), "fingerprint": fingerprint(model_dir)}
+    former = _former_result(out_dir, model["fingerprint"])
     found = measure(model_dir, request, out_dir)
     versions = {
         "python": platform.python_version(),
@@ -102,12 +116,33 @@ def measure_alone(model_dir: Path, request: DriftRequest, out_dir: Path) -> Resu
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    model = {"path": str(model_dir), "fingerprint": fingerprint(model_dir)}
+    if former is not None and (former.suites or former.for_judge):
+        versions = {**versions, **former.versions}  # what suites were measured with
+        result = replace(former, versions=versions, drift=found, schema_version=SCHEMA_VERSION)
+        write_whole(out_dir / RESULTS, json.dumps(result.to_json(), indent=2) + "\n")
+        return result
     result = Result(
         model=model, backend="hf", protocol="none", seed=None, versions=versions, suites={}, drift=found
     )
     write_result(out_dir, result, [])
     return result
+
+
+def _former_result(out_dir: Path, model: str) -> Result | None:
+    """The result of this model that the folder holds; None where it holds nothing."""
+    if not (out_dir / RESULTS).is_file():
+        samples = out_dir / SAMPLES
+        if samples.is_file() and samples.stat().st_size:
+            raise EvaluationError(
+                f"{out_dir} holds answers of an evaluation that is not finished: finish it with its --suite and --drift together, or give another --out"
+            )
+        return None
+    former = read_result(out_dir)
+    if former.model["fingerprint"] != model:
+        raise EvaluationError(
+            f"{out_dir} holds the result of another model ({former.model['path']}): give another --out"
+        )
+    return former
 
 
 def figures(read: Tokens, text: HeldOut, base: Mapping[str, str] | None) -> dict[str, Any]:

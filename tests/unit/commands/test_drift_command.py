@@ -49,6 +49,31 @@ def test_beside_suites_and_alone(text: str, tmp_path: Path, capsys: pytest.Captu
     assert "| a | – | – |" in capsys.readouterr().out
 
 
+def test_read_later_the_drift_is_set_beside_the_suites(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite, out = tmp_path / "copy.jsonl", tmp_path / "out"
+    suite.write_text(json.dumps({"prompt": "copy ABC:", "answer": "ABC"}) + "\n")
+    assert cli.main(["eval", TINY, "--suite", str(suite), "--max-tokens", "6", "--out", str(out)]) == 0
+    former, answers = json.loads((out / "results.json").read_text()), (out / "samples.jsonl").read_text()
+    assert cli.main(["eval", TINY, "--drift", text, "--base", TINY, "--out", str(out)]) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert found["drift"]["forward_kl"]["value"] == 0
+    assert {**found, "drift": None} == former
+    assert (out / "samples.jsonl").read_text() == answers
+    whole = (out / "results.json").read_text()
+    other = tmp_path / "other"
+    shutil.copytree(TINY, other)
+    (other / "more.json").write_text("{}")
+    assert cli.main(["eval", str(other), "--drift", text, "--out", str(out)]) == 2
+    assert f"{out} holds the result of another model ({TINY}): give another --out" in capsys.readouterr().err
+    assert ((out / "results.json").read_text(), (out / "samples.jsonl").read_text()) == (whole, answers)
+    (out / "results.json").unlink()
+    assert cli.main(["eval", TINY, "--drift", text, "--out", str(out)]) == 2
+    assert "holds answers of an evaluation that is not finished" in capsys.readouterr().err
+    assert (out / "samples.jsonl").read_text() == answers
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
