@@ -16,38 +16,38 @@ def train_with_a_slow_rank(
     valid: list[int],
     slow: int | None,
     from_step: int,
+    usual_seconds: float,
     seconds: float,
     slow_device: int | None = None,
 ) -> None:
-    """Trains; the forward pass of rank `slow`, None for no rank, takes `seconds` longer in every micro batch from step `from_step` on.
+    """Trains; the first forward pass of a step takes `usual_seconds` longer on every rank, and from step `from_step` on `seconds` more on rank
+    `slow`, None for no rank. What the tiny model's own work takes, and what a busy machine makes of it, is little beside either.
 
-    The probes of rank `slow_device` take ten times as long from the first step on.
+    The probes take `usual_seconds` on every rank, and ten times as long on rank `slow_device`, None for no rank.
     """
     from lightning.pytorch import Callback
 
+    rank = torch.distributed.get_rank()
+
     class Sleeper(Callback):
-        step = 0
+        due = 0.0
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             from asft_nemo.nemo.gpt_model import core_chunks
+            from asft_nemo.nemo.stragglers import StragglerCallback
 
-            if torch.distributed.get_rank() == slow:
-                core_chunks(trainer.strategy.megatron_parallel)[0].decoder.register_forward_pre_hook(
-                    self.sleep
-                )
-            if torch.distributed.get_rank() == slow_device:
-                from asft_nemo.nemo.stragglers import StragglerCallback
-
-                (stragglers,) = (one for one in trainer.callbacks if isinstance(one, StragglerCallback))
-                read = stragglers.probe.read
-                stragglers.probe.read = lambda: 10 * read()
+            core_chunks(trainer.strategy.megatron_parallel)[0].decoder.register_forward_pre_hook(self.sleep)
+            (stragglers,) = (one for one in trainer.callbacks if isinstance(one, StragglerCallback))
+            read, times = stragglers.probe.read, 10 if rank == slow_device else 1
+            stragglers.probe.read = lambda: times * max(read(), usual_seconds)
 
         def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
-            self.step = trainer.global_step + 1
+            late = rank == slow and trainer.global_step + 1 >= from_step
+            self.due = usual_seconds + (seconds if late else 0)
 
         def sleep(self, *_: Any) -> None:
-            if self.step >= from_step:
-                time.sleep(seconds)
+            due, self.due = self.due, 0.0
+            time.sleep(due)
 
     before = os.environ.get("WANDB_MODE")
     os.environ["WANDB_MODE"] = "offline"
