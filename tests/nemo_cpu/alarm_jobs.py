@@ -27,22 +27,21 @@ def train_with_a_slow_rank(
     """
     from lightning.pytorch import Callback
 
-    rank = torch.distributed.get_rank()
-
     class Sleeper(Callback):
-        due = 0.0
+        rank, due = -1, 0.0
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             from asft_nemo.nemo.gpt_model import core_chunks
             from asft_nemo.nemo.stragglers import StragglerCallback
 
+            self.rank = torch.distributed.get_rank()
             core_chunks(trainer.strategy.megatron_parallel)[0].decoder.register_forward_pre_hook(self.sleep)
             (stragglers,) = (one for one in trainer.callbacks if isinstance(one, StragglerCallback))
-            read, times = stragglers.probe.read, 10 if rank == slow_device else 1
+            read, times = stragglers.probe.read, 10 if self.rank == slow_device else 1
             stragglers.probe.read = lambda: times * max(read(), usual_seconds)
 
         def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
-            late = rank == slow and trainer.global_step + 1 >= from_step
+            late = self.rank == slow and trainer.global_step + 1 >= from_step
             self.due = usual_seconds + (seconds if late else 0)
 
         def sleep(self, *_: Any) -> None:
