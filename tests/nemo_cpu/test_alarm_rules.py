@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from real_runs import alarms_of
 
 from asft_nemo.config.schema import AlarmsConfig
 from asft_nemo.nemo.alarms import Alarms, CurveAlarms
-from asft_nemo.nemo.stragglers import Place, slow_probes, slow_ranks
+from asft_nemo.nemo.stragglers import Place, Probe, slow_probes, slow_ranks
 
 pytestmark = pytest.mark.nemo
 
@@ -42,6 +44,59 @@ def test_whose_device_is_slow() -> None:
     assert slow_probes([1.0, 1.6], 1.5) == [1]
     assert slow_probes([1.0, 1.4, 1.2, 5.0, 0.9], 1.5) == [3]
     assert slow_probes([2.0, 2.0, 2.9], 1.5) == []
+
+
+class MadeUpGpu:
+    """Does what it is given in turn, as fast as an H100 at its peak and `slower` times as long; the host takes `launch` seconds to give it something."""
+
+    def __init__(self, *, launch: float = 10e-6, slower: float = 1.0):
+        self.launch, self.slower = launch, slower
+        self.host = self.device = 0.0
+
+    def take(self, seconds: float) -> float:
+        """When it is done with work of so many seconds, which the host gives it now."""
+        self.host += self.launch
+        self.device = max(self.host, self.device) + seconds
+        return self.device
+
+    def product(self, left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
+        self.take(2 * left.shape[0] * left.shape[1] * right.shape[1] / 989e12 * self.slower)
+
+    def event(self, *, enable_timing: bool) -> Any:
+        gpu = self
+
+        class Event:
+            at = 0.0
+
+            def record(self) -> None:
+                self.at = gpu.take(0.0)
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Any) -> float:
+                return 1000 * (end.at - self.at)
+
+        return Event()
+
+    def probe(self, monkeypatch: pytest.MonkeyPatch) -> float:
+        """Seconds of the probe on it, when it has nothing else to do."""
+        with monkeypatch.context() as patch:
+            patch.setattr("asft_nemo.cpu.backend.active", lambda: False)
+            patch.setattr("torch.cuda.current_device", lambda: "cpu")
+            patch.setattr("torch.cuda.Event", self.event)
+            patch.setattr("torch.randn", lambda *size, dtype, **_: torch.empty(size, dtype=dtype))
+            patch.setattr("torch.mm", self.product)
+            probe = Probe()
+            probe.run()
+            return probe.read()
+
+
+def test_a_slow_host_is_no_slow_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = MadeUpGpu().probe(monkeypatch)
+    assert MadeUpGpu(launch=50e-6).probe(monkeypatch) == pytest.approx(usual), "five times as slow"
+    assert MadeUpGpu(slower=1.6).probe(monkeypatch) == pytest.approx(1.6 * usual)
+    assert MadeUpGpu(launch=50e-6, slower=1.6).probe(monkeypatch) == pytest.approx(1.6 * usual)
 
 
 def look_at(
