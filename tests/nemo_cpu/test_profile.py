@@ -17,17 +17,23 @@ from asft_nemo.profiling.trace import STEP
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
+CLOCKS = 1e-3  # share of a step by which two clocks may differ
+
 
 @pytest.fixture(scope="module")
 def runs(ranks4: RankGroup, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """asft with a resident reference at TP2 x PP2, three steps: plain, and with two of them profiled."""
     folder = tmp_path_factory.mktemp("profiled")
-    for name, more in (("plain", {}), ("profiled", {"trainer.profile": "steps:2-3"})):
+    cases = (
+        ("plain", "jobs:train_steps", {}),
+        ("profiled", "profile_jobs:train_with_clocked_ranges", {"trainer.profile": "steps:2-3"}),
+    )
+    for name, job, more in cases:
         settings = {
             **settings_of(model, folder / name, trainer__max_steps=3, trainer__micro_batch_size=2),
             **more,
         }
-        ranks4.run("jobs:train_steps", settings=settings, valid=VALID)
+        ranks4.run(job, settings=settings, valid=VALID)
     return {name: folder / name for name in ("plain", "profiled")}
 
 
@@ -71,10 +77,12 @@ def test_the_parts_add_up_to_the_step(runs: dict[str, Path]) -> None:
         assert found["traffic"]["all_reduce"]["count"] > 0
         assert found["traffic"]["send_recv"]["seconds"] > 0
         assert found["peak_bytes"]["process"] > 2**20
-    writer = read_rank(runs["profiled"], 2)
-    for seconds, step in zip(writer["step_seconds"], writer["steps"], strict=True):
-        clock = lines[step]["seconds"]  # which runs within the profiled range
-        assert clock <= seconds <= 1.5 * clock
+        # However busy the machine is, the range is open for no longer than the clock around it runs, here, and for no less than the clock
+        # within it, in metrics.jsonl, which rank 2 writes. Either clock may differ from the profiler's by its rounding.
+        around = json.loads((runs["profiled"] / f"ranges_{rank}.json").read_text())
+        for seconds, step, most in zip(found["step_seconds"], found["steps"], around, strict=True):
+            least = lines[step]["seconds"] if rank == 2 else 0
+            assert least * (1 - CLOCKS) <= seconds <= most * (1 + CLOCKS)
 
 
 def test_the_pages_are_for_a_human(runs: dict[str, Path]) -> None:
