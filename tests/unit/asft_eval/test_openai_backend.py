@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -253,8 +254,11 @@ def test_an_answer_that_cannot_be_decoded_is_asked_for_again(server: FakeServer)
 
 @pytest.mark.parametrize("asked", ["nan", "inf", "-inf", "soon", ""])
 def test_a_wait_that_is_no_number_is_our_own(server: FakeServer, asked: str):
+    backend = opened(server, first_wait=0.2)
     server.failures = [(503, {"Retry-After": asked})]
-    assert opened(server).generate(["ab"], protocol=GREEDY)[0].text == "AB"
+    start = time.monotonic()
+    assert backend.generate(["ab"], protocol=GREEDY)[0].text == "AB"
+    assert time.monotonic() - start > 0.14, "three quarters of the first wait, or more"
 
 
 def test_an_address_where_nobody_answers(server: FakeServer):
