@@ -182,13 +182,14 @@ def _eval(launch: Launch) -> list[str]:
     }
     words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
     words += ["--allow-code-execution"] if settings.allow_code_execution else []
-    how, done = shell_line(words), "results.json"
+    how = shell_line(words)
     base, tuned = launch.folder / "eval" / "base", _of_step(launch.folder / "eval")
     evaluate = launch.command("eval")
     lines = [find, f"{evaluate} {_of_step(launch.folder / 'hf')} {how} --out {tuned}"]
     if not _nemo_base(launch.run):
         path = shlex.quote(launch.run.model.path)
-        lines.insert(0, _unless(base / done, f"{evaluate} {path} {how} --out {shlex.quote(str(base))}"))
+        # Also where it was evaluated before: other suites may be asked now, and an answer that is there is not asked again.
+        lines.insert(0, f"{evaluate} {path} {how} --out {shlex.quote(str(base))}")
     return lines
 
 
@@ -205,9 +206,8 @@ def _of_step(folder: Path) -> str:
     return f'{shlex.quote(str(folder))}/"$step"'
 
 
-def _unless(target: Path | str, line: str) -> str:
-    """A line that is left out where its result, which appears whole or not at all, is there."""
-    name = target if isinstance(target, str) else shlex.quote(str(target))
+def _unless(name: str, line: str) -> str:
+    """A line that is left out where its result, which appears whole or not at all, is there; its name is quoted."""
     return f"if [ -e {name} ]; then\n  echo {name} 'is there already'\nelse\n  {line}\nfi"
 
 

@@ -126,7 +126,7 @@ class Journal:
 
     def __init__(self, path: Path, wanted: Iterable[str]):
         self._path = path
-        self.rows: dict[str, dict[str, Any]] = _former(path, set(wanted))
+        self.rows: dict[str, dict[str, Any]] = former_rows(path, set(wanted))
         unfinished = path.with_name(path.name + ".unfinished")
         unfinished.write_text(_lines(self.rows.values()), encoding="utf-8")
         os.replace(unfinished, path)
@@ -142,7 +142,8 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _former(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
+def former_rows(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
+    """Request -> its line, of the wanted ones that the file answers; see `Journal`."""
     rows: dict[str, dict[str, Any]] = {}
     if not path.is_file():
         return rows

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asft_eval
+from asft_eval.again import Answered, all_answered, former_result, judged_before, local_prompts
 from asft_eval.asking import ask
-from asft_eval.backends import OWN, Backend, Options, open_backend
+from asft_eval.backends import OWN, Backend, Options, check_options, open_backend
 from asft_eval.errors import EvaluationError
 from asft_eval.evalplus import write_evalplus
 from asft_eval.graders import JUDGED, grade, require_library, require_permission
@@ -20,7 +21,6 @@ from asft_eval.requests import Journal, Part, Request, parts_of, requests_of
 from asft_eval.result import RESULTS, SAMPLES, Result, SuiteResult, fingerprint, write_result
 from asft_eval.scoring import figures
 from asft_eval.suites import load_suites
-from asft_eval.suites.prompts import CHAT, as_chat
 from asft_eval.types import Suite
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def evaluate(
 ) -> Result:
     """Completions of every suite, graded; writes `results.json` and `samples.jsonl` into `out_dir`.
 
-    Started again with the same `out_dir`, it asks only what has no answer there yet.
+    Started again with the same `out_dir`, it asks only what has no answer there yet, and loads no model where nothing is left to ask. A judge's
+    verdicts on answers that stay are kept.
 
     Args:
         model_dir: a Hugging Face model directory; for the backend `openai` also a name that the server knows.
@@ -76,12 +77,18 @@ def evaluate(
         require_library(part.suite.name, part.suite.grader)
     # Before the backend holds the model, so that the two never share memory.
     found_drift = _drift(model_dir, drift, out_dir)
-    engine = open_backend(backend, model_dir, options) if isinstance(backend, str) else backend
+    former = former_result(out_dir, model_dir)
+    engine = _opened(backend, former, parts, model_dir, out_dir, options)
     if any(part.suite.choices for part in parts):
         getattr(engine, "require_logprobs", bool)()
     model = getattr(engine, "fingerprint", None) or fingerprint(model_dir)
     asked = [
-        requests_of(part, _prompts(part.suite, engine, model_dir), model=model, backend=engine.name)
+        requests_of(
+            part,
+            local_prompts(part, model_dir, of_server=getattr(engine, "applies_chat_template", False)),
+            model=model,
+            backend=engine.name,
+        )
         for part in parts
     ]
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -92,7 +99,12 @@ def evaluate(
     samples: list[dict[str, Any]] = []
     for part, requests in zip(parts, asked, strict=True):
         ask(engine, part, [x for x in requests if x.key not in journal.rows], journal)
-        rows = _graded(part, requests, journal)
+        rows = [journal.rows[request.key] for request in requests]
+        judged = judged_before(former, part, rows) if part.suite.grader == JUDGED else None
+        if judged is None:
+            rows = _graded(part, requests, journal)
+        else:
+            found[part.name] = judged
         samples += rows
         if part.suite.grader == JUDGED:
             for_judge[part.name] = without_score(figures(part, rows))
@@ -106,7 +118,7 @@ def evaluate(
         backend=engine.name,
         protocol=protocol,
         seed=next((how.seed for how in hows if how.seed is not None), None),
-        versions={"python": platform.python_version(), "asft_eval": asft_eval.__version__, **engine.versions},
+        versions={**engine.versions, "python": platform.python_version(), "asft_eval": asft_eval.__version__},
         suites=found,
         drift=found_drift,
         for_judge=for_judge,
@@ -137,11 +149,21 @@ def _chosen(suites: Sequence[Suite | Path | str], prompt: str | None) -> list[Su
     return chosen
 
 
-def _prompts(suite: Suite, engine: Backend, model_dir: Path) -> list[str]:
-    prompts = [example.prompt for example in suite.examples]
-    if suite.prompt != CHAT or getattr(engine, "applies_chat_template", False):
-        return prompts
-    return as_chat(model_dir, prompts)
+def _opened(
+    backend: str | Backend,
+    former: Result | None,
+    parts: Sequence[Part],
+    model_dir: Path,
+    out_dir: Path,
+    options: Options,
+) -> Backend:
+    if not isinstance(backend, str):
+        return backend
+    check_options(backend, options)
+    if former is not None and all_answered(former, backend, parts, model_dir, out_dir):
+        log.info("every answer is in %s: no model is loaded", out_dir)
+        return Answered(backend, former.versions)
+    return open_backend(backend, model_dir, options)
 
 
 def _graded(part: Part, requests: Sequence[Request], journal: Journal) -> list[dict[str, Any]]:

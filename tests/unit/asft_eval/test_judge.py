@@ -126,6 +126,15 @@ def test_a_model_here_judges_and_is_not_asked_twice(
     assert judge_result(folder, judge).suites["alpaca_eval"] == figures
 
 
+def test_verdicts_stay_while_the_answers_do(here: Path, model_dir: Path) -> None:
+    folder = answered(here, "out", limit=3)
+    figures = judge_result(folder, ModelJudge(str(model_dir), backend="hf", options=OWN)).suites
+    samples = read_samples(folder)
+    assert read_result(answered(here, "out", limit=3)).suites == figures
+    assert read_samples(folder) == samples
+    assert read_result(answered(here, "out", limit=2)).suites == {}, "other examples await the judge"
+
+
 class Referee(ThreadingHTTPServer):
     """A server of one chat model, whose answer to a prompt is a function's."""
 

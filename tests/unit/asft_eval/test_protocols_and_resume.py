@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from asft_eval import EvaluationError
+from asft_eval.backends import Options
 from asft_eval.backends.fake import FakeBackend
 from asft_eval.explain import explain
 from asft_eval.protocols import pass_at_k, protocols
@@ -142,3 +143,37 @@ def test_explanations(model: Path, tmp_path: Path):
     (tmp_path / "out" / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(EvaluationError, match="not finished"):
         explain(tmp_path / "out", "2")
+
+
+def test_no_model_is_loaded_where_every_answer_is_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    opened: list[str] = []
+
+    def open_(name: str, *_: Any) -> FakeBackend:
+        opened.append(name)
+        backend = FakeBackend(str.upper)
+        backend.name, backend.versions = name, {"torch": "1"}
+        return backend
+
+    monkeypatch.setattr("asft_eval.run.open_backend", open_)
+
+    def again(**changes: Any) -> Result:
+        return evaluate(
+            model, [WORDS], **{"backend": "hf", "out_dir": tmp_path / "out", "max_tokens": 8, **changes}
+        )
+
+    first = again()
+    samples = read_samples(tmp_path / "out")
+    assert again() == first
+    assert (opened, read_samples(tmp_path / "out")) == (["hf"], samples)
+    again(limit=2)
+    assert len(opened) == 1, "a part of what is there"
+    for changes in ({}, {"backend": "vllm"}, {"backend": "vllm", "max_tokens": 2}):
+        again(**changes)
+    assert opened == ["hf", "hf", "vllm", "vllm"]
+    (model / "config.json").write_text('{"other": 1}')
+    again(backend="vllm", max_tokens=2)
+    assert len(opened) == 5, "another model"
+    with pytest.raises(EvaluationError, match="says nothing to the backend vllm"):
+        again(backend="vllm", max_tokens=2, options=Options(base_url="http://nowhere"))

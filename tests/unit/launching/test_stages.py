@@ -86,6 +86,17 @@ def test_held_out_text_is_read_by_the_base_and_by_what_became_of_it() -> None:
     assert "--run asft=/run " in compare.lines[-1].replace("\\\n", " ")
 
 
+def test_a_second_launch_evaluates_the_base_like_the_model_whatever_is_there(tmp_path: Path) -> None:
+    done = tmp_path / "eval" / "base" / "results.json"
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    (evaluate,) = stages(tiny("eval.suites=[other.jsonl]", "model.path=m"), ["eval"], folder=tmp_path)
+    assert "if [ -e" not in "".join(evaluate.lines)
+    of_base, of_model = (shlex.split(line) for line in (evaluate.lines[0], evaluate.lines[-1]))
+    assert of_base[3:-1] == of_model[3:-1], "alike but for the model and the folder"
+    assert of_base[-1] == str(done.parent)
+
+
 def test_merged_adapters_are_exported_and_not_held_against_the_checkpoint() -> None:
     found = {stage.name: stage for stage in stages(tiny("peft=lora", "reference=adapter_disabled"))}
     assert "verify" not in found
