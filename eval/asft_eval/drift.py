@@ -25,7 +25,7 @@ from asft_eval.backends.hf import load_tokenizer
 from asft_eval.errors import EvaluationError
 from asft_eval.held_out import HeldOut, read_held_out
 from asft_eval.reading import Tokens, free_gpus, read_texts, reading_dtype
-from asft_eval.resampling import Stratum, bootstrap
+from asft_eval.resampling import RESAMPLES, bootstrap_together
 from asft_eval.result import (
     RESULTS,
     SAMPLES,
@@ -153,6 +153,7 @@ def figures(read: Tokens, text: HeldOut, base: Mapping[str, str] | None) -> dict
         text: what was read.
         base: path and fingerprint; None = there is none.
     """
+    intervals = _intervals(read)
     return {
         "text": {
             "path": text.path,
@@ -163,28 +164,32 @@ def figures(read: Tokens, text: HeldOut, base: Mapping[str, str] | None) -> dict
             "left_out": text.left_out,
         },
         "tokens": len(read.text),
-        "model": _reading(read, ""),
-        "base": None if base is None else {**base, **_reading(read, "base_")},
-        "forward_kl": None if base is None else _mean(read, "forward_kl"),
-        "reverse_kl": None if base is None else _mean(read, "reverse_kl"),
-        "nll_change": None if base is None else _mean(read, "nll", minus="base_nll"),
+        "model": _reading(read, intervals, ""),
+        "base": None if base is None else {**base, **_reading(read, intervals, "base_")},
+        **{
+            name: None if base is None else intervals[name]
+            for name in ("forward_kl", "reverse_kl", "nll_change")
+        },
     }
 
 
-def _mean(read: Tokens, name: str, *, minus: str | None = None) -> dict[str, float]:
-    """Mean over tokens with its interval over texts."""
-    sums = read.by_text(name)
-    if minus is not None:
-        sums = sums - read.by_text(minus)
-    return asdict(bootstrap([Stratum(sums, read.counts())]))
+def _intervals(read: Tokens) -> dict[str, dict[str, float]]:
+    """Means over tokens with their intervals over texts."""
+    names = ("nll", "entropy", "base_nll", "base_entropy", "forward_kl", "reverse_kl")
+    sums = {name: read.by_text(name) for name in names if name in read.figures}
+    if "base_nll" in sums:
+        sums["nll_change"] = sums["nll"] - sums["base_nll"]
+    weights = read.counts()
+    log.info("drift: %d resamples of %d texts for the intervals", RESAMPLES, len(weights))
+    return {name: asdict(interval) for name, interval in bootstrap_together(sums, weights).items()}
 
 
-def _reading(read: Tokens, prefix: str) -> dict[str, Any]:
-    nll = _mean(read, f"{prefix}nll")
+def _reading(read: Tokens, intervals: Mapping[str, dict[str, float]], prefix: str) -> dict[str, Any]:
+    nll = intervals[f"{prefix}nll"]
     return {
         "nll": nll,
         "perplexity": math.exp(min(nll["value"], 700.0)),
-        "entropy": _mean(read, f"{prefix}entropy"),
+        "entropy": intervals[f"{prefix}entropy"],
         "calibration": calibration(read.figures[f"{prefix}confidence"], read.figures[f"{prefix}hit"]),
         "label_probability": histogram(read.figures[f"{prefix}label_probability"]),
     }

@@ -169,6 +169,26 @@ def test_intervals_are_over_texts_weighted_by_their_tokens():
     assert 0.01 < nll["high"] - nll["low"] < 0.06, "texts are of two kinds, tokens of one text are alike"
 
 
+def test_all_figures_come_from_one_set_of_resamples_and_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    text = np.repeat(np.arange(40), np.arange(1, 41))
+    rng = np.random.default_rng(2)
+    read = Tokens(text, {name: rng.random(len(text)) for name in reading._NAMES})
+    calls: list[set[str]] = []
+    whole = drift.bootstrap_together
+    monkeypatch.setattr(
+        drift, "bootstrap_together", lambda sums, weights: calls.append(set(sums)) or whole(sums, weights)
+    )
+    with caplog.at_level("INFO", logger="asft_eval.drift"):
+        found = figures(read, HeldOut("x", "y", 64, [([1], 0)] * 40, 0, 0), {"path": "b", "fingerprint": "f"})
+    assert [len(names) for names in calls] == [7]
+    assert "10000 resamples of 40 texts" in caplog.text
+    for name in ("forward_kl", "reverse_kl"):
+        assert found[name]["value"] == pytest.approx(read.figures[name].mean())
+        assert found[name]["low"] < found[name]["value"] < found[name]["high"]
+
+
 def test_windows_cover_a_text_and_pairs_are_cut(model_dir: Path, tmp_path: Path):
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
     (tmp_path / "long.txt").write_text("a word and another. " * 30)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+from asft_eval import resampling
 from asft_eval.resampling import Floats, Stratum, bootstrap, holm, scores, sign_flip
 
 Draw = Callable[[np.random.Generator], Floats]
@@ -93,6 +95,31 @@ def test_drawing_distinct_scores_is_drawing_examples():
     interval = bootstrap([Stratum(sums, weights)])
     assert interval.value == pytest.approx(sums.sum() / weights.sum())
     assert [interval.low, interval.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.02)
+
+
+def test_figures_of_the_same_examples_share_their_draws(monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(6)
+    n, weights = 300, rng.integers(1, 40, 300).astype(float)
+    sums = {"a": weights * rng.normal(2, 1, n), "b": weights * rng.random(n), "none": np.zeros(n)}
+    drawn: list[int] = []
+
+    class Counting(np.random.Generator):
+        def integers(self, *words: Any, **named: Any) -> Any:
+            found = super().integers(*words, **named)
+            drawn.append(found.size)
+            return found
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Counting(np.random.PCG64(seed)))
+    monkeypatch.setattr(resampling, "_DRAWS_AT_ONCE", 100_000)
+    together = resampling.bootstrap_together(sums, weights)
+    assert (sum(drawn), max(drawn) <= 100_000) == (n * resampling.RESAMPLES, True)
+    monkeypatch.undo()
+    for name, one in sums.items():
+        alone, width = bootstrap([Stratum(one, weights)]), 0.05 * float(one.std() / weights.mean())
+        assert together[name].value == alone.value
+        assert together[name].low == pytest.approx(alone.low, abs=width / 10 + 1e-12)
+        assert together[name].high == pytest.approx(alone.high, abs=width / 10 + 1e-12)
+    assert together["none"] == resampling.Interval(0.0, 0.0, 0.0)
 
 
 def test_strata_weigh_alike_whatever_their_size():
