@@ -61,7 +61,10 @@ def test_the_answer_as_json(rows: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["--out", "{out}", "data.template=raw"], "asft data prepare got no file: name at least one"),
         (["{rows}", "--out", "{rows}"], "rows.jsonl is a file: give a directory"),
         (["{rows}", "--out", "{out}", "--workers", "0"], "'0' is no number of processes: give 1 or more"),
-        (["{rows}", "--out", "{out}", "--drop-contaminated", "math5000"], "there is no suite math5000"),
+        (
+            ["{rows}", "--out", "{out}", "--drop-contaminated", "math5000"],
+            "there is no suite or file math5000: give a JSON Lines file or some of math, medical",
+        ),
         (["nowhere.jsonl", "--out", "{out}"], "nowhere.jsonl does not exist"),
         (["{rows}", "--out", "{out}", "data.fields.messages=chat"], "9 bad rows: correct them, or set"),
         (["{rows}", "--out", "{out}", "data.template=chatty"], "data.template=chatty"),
