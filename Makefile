@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help demo test test-long simulate test-slurm test-vllm test-rl test-compat test-container check format venv clean
+.PHONY: help demo test test-long simulate test-slurm test-vllm test-rl test-compat test-container check types format venv clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -40,11 +40,13 @@ test-compat: $(STAMP)  ## trains at TP2 x PP2 on the other pairs of NeMo and Meg
 test-container: $(STAMP)  ## builds the Dockerfile on a base made here and tries the image; root on Debian (15 minutes, 12 GB for a while)
 	tools/container_check $(ARGS)
 
-check: $(STAMP)  ## the fast checks: style, types, layers
+check: $(STAMP)  ## the fast checks: style, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --config pyproject.toml
-	$(BIN)/python tools/typecheck.py
+
+types: $(STAMP)  ## pyright on what can have changed since it was found good; a minute or so where nothing was yet
+	$(BIN)/python tools/typecheck.py $(ARGS)
 
 format: $(STAMP)  ## style
 	$(BIN)/ruff check --fix .
