@@ -22,7 +22,7 @@ from asft_eval.sandbox.limits import Limits, Outcome
 _GRACE_SECONDS = (
     10.0  # after the wall time: the supervisor ends a run by itself, this is for a machine that swaps
 )
-_INSIDE = ("kernel", "jail", "wire", "programs", "keeper")
+_INSIDE = ("kernel", "calls", "jail", "wire", "programs", "keeper")
 _CURE = (
     "allow user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns=0; a container: "
     "--cap-add SYS_ADMIN with seccomp and AppArmor profiles that let it), or grade on another machine"

@@ -5,7 +5,7 @@ Runs in a process of its own and imports the standard library alone. Three proce
     guard       leaves the namespaces of the machine and waits
     supervisor  process 1 of its PID namespace: builds the root, watches time and memory, tells how the program ended;
                 when it ends, the kernel ends everything in the namespace
-    program     no capabilities, resource limits, no way back
+    program     no capabilities, resource limits, calls of the kernel filtered, no way back
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from asft_eval.sandbox import kernel
+from asft_eval.sandbox import calls, kernel
 
 SCRATCH = "/scratch"
 # Any directory serves that holds nothing to be shown: the new root is mounted over it in a mount namespace of its own.
@@ -181,6 +181,7 @@ def _give_up_root(user: int | None) -> None:
 
 def _supervise(order: Order, control: int, status: int, program: Callable[[], None]) -> None:
     deadline = time.monotonic() + order["limits"]["wall_seconds"]
+    calls.refuse_calls()  # before the program is there: a machine without filters is told as such
     child = os.fork()
     if child == 0:
         _enter(order, program)

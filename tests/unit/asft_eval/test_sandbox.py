@@ -15,17 +15,12 @@ from pathlib import Path
 import pytest
 from asft_eval import EvaluationError
 from asft_eval.graders import grade
-from asft_eval.graders.code import LIMITS, Problem, judge_program
+from asft_eval.graders.code import LIMITS, judge_program
 from asft_eval.sandbox import Outcome, Sandbox, open_sandbox
 from asft_eval.types import Example
+from contained import PROBLEM, QUICK, RIGHT, WRONG, finds, gone, seen
 
 pytestmark = pytest.mark.timeout(120)
-
-TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0\n"
-PROBLEM = Problem(prompt="", helpers="", tests=TESTS, functions=("add",))
-RIGHT = "def add(a, b):\n    return a + b\n"
-WRONG = "def add(a, b):\n    return a - b\n"
-QUICK = replace(LIMITS, wall_seconds=2.0, cpu_seconds=1, memory_bytes=512 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +134,6 @@ def test_hostile_programs_fail_with_a_reason(sandbox: Sandbox, name: str):
     assert re.search(reason, said), said
 
 
-def finds(sandbox: Sandbox, expression: str, prepare: str = "") -> bool:
-    """Whether an expression is true in the sandbox."""
-    # with time to spare: what is looked for here is no limit, and a busy machine is slow
-    outcome = sandbox.run(f"import os, sys\n{prepare}\nsys.exit(7 if {expression} else 8)\n", limits=LIMITS)
-    assert outcome in (Outcome("exit", 7), Outcome("exit", 8)), outcome
-    return outcome.number == 7
-
-
 def test_a_fork_bomb_ends(sandbox: Sandbox):
     before = len(os.listdir("/proc"))
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
@@ -198,13 +185,17 @@ def test_nothing_but_the_scratch_directory_is_writable(sandbox: Sandbox):
 
 def test_no_network(sandbox: Sandbox):
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
         address = server.getsockname()
         attempt = (
             f"import socket\nreached = True\ntry:\n    socket.create_connection({address!r}, 2).close()\n"
             "except OSError:\n    reached = False\n"
         )
         assert not finds(sandbox, "reached", attempt)
-    assert finds(sandbox, "[name for _, name in socket.if_nameindex()] in ([], ['lo'])", "import socket")
+        with pytest.raises(TimeoutError):
+            server.accept()
+    devices = "names = [line.split(':')[0].strip() for line in open('/proc/net/dev') if ':' in line]\n"
+    assert finds(sandbox, "names in ([], ['lo'])", devices)
 
 
 def test_the_environment_and_arguments_are_clean(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
@@ -259,32 +250,11 @@ def test_processes_end_with_the_run_and_runs_with_the_sandbox():
             "if os.fork() == 0:\n    time.sleep(100)\n"
         )
         assert own.run(leave, limits=QUICK) == Outcome("exit", 0)
-        assert _gone(mark[-15:])
+        assert gone(mark[-15:])
         run = own.start("script", {"code": leave + "time.sleep(100)\n"}, limits=LIMITS)
-        assert _seen(mark[-15:])
-    assert _gone(mark[-15:])
+        assert seen(mark[-15:])
+    assert gone(mark[-15:])
     run.close()
-
-
-def _seen(name: str, wanted: bool = True) -> bool:
-    """Whether a process of that name is, or is not, there within a while."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if any(_name(process) == name for process in Path("/proc").glob("[0-9]*")) == wanted:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def _gone(name: str) -> bool:
-    return _seen(name, wanted=False)
-
-
-def _name(process: Path) -> str:
-    try:
-        return (process / "comm").read_text().strip()
-    except OSError:
-        return ""
 
 
 def test_code_runs_only_where_it_is_allowed():
