@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help demo test test-long simulate test-slurm test-vllm test-rl test-compat test-container check types docs format venv clean
+.PHONY: help demo test test-long simulate test-slurm test-vllm test-rl test-compat test-container check types audit lock docs format venv clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -47,6 +47,12 @@ check: $(STAMP)  ## the fast checks: style, layers
 
 types: $(STAMP)  ## pyright (a minute)
 	$(BIN)/pyright --threads 2 $(ARGS)
+
+audit: $(STAMP)  ## bandit on the code; pip-audit on the pins, where it is installed and its service answers
+	tools/audit $(BIN)/python
+
+lock:  ## hashes of the pins, after a change of requirements (needs uv)
+	tools/lock
 
 docs: $(STAMP)  ## the documentation site into site/, strict: a warning fails (seconds)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

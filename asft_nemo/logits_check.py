@@ -156,7 +156,9 @@ def _tokens(hf_dir: Path, text: str | Path | None, *, length: int, sequences: in
             f"{file} cannot be read as text ({error}): give a UTF-8 text file with --text"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615 # a directory
+            hf_dir, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers and tokenizers raise whatever they meet
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
@@ -176,7 +178,7 @@ def _compare(
 ) -> LogitsReport:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(  # nosec B615 # a directory
         hf_dir,
         dtype=torch.float32,
         attn_implementation="eager",

@@ -7,7 +7,7 @@ that package is imported: it takes a second, and a pickle can then make nothing 
 from __future__ import annotations
 
 import collections
-import pickle
+import pickle  # nosec B403 # for an unpickler that makes plain values only
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -13,7 +13,7 @@ import collections
 import io
 import math
 import os
-import pickle
+import pickle  # nosec B403 # for an unpickler that makes plain values only
 import struct
 import threading
 import zipfile

@@ -86,7 +86,7 @@ class TextTokenizer:
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
         try:
-            return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+            return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))  # nosec B615 # a directory
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(

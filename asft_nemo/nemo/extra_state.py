@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import pickle
+import pickle  # nosec B403 # for the name of an error
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 from unittest import mock

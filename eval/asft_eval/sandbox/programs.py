@@ -33,7 +33,7 @@ def script(payload: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     """Run `payload["code"]` as a module; it may write to the descriptors."""
     module = _module("__main__")
     module.__dict__["DESCRIPTORS"] = tuple(descriptors)
-    exec(compile(payload["code"], "<script>", "exec"), module.__dict__)
+    exec(compile(payload["code"], "<script>", "exec"), module.__dict__)  # nosec B102 # in the sandbox
 
 
 def solution(payload: Mapping[str, Any], descriptors: Sequence[int]) -> None:
@@ -42,7 +42,7 @@ def solution(payload: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     channel = _channel(descriptors[0])
     module = _module("solution")
     try:
-        exec(compile(payload["code"], "<completion>", "exec"), module.__dict__)
+        exec(compile(payload["code"], "<completion>", "exec"), module.__dict__)  # nosec B102 # in the sandbox
     except BaseException as error:
         send(channel, {"raised": type(error).__name__, "text": _text(error)})
         return
@@ -123,9 +123,9 @@ def judge(payload: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     names: dict[str, Any] = {"__name__": "tests"}
     try:
         _ask(channel, None)
-        exec(compile(payload["helpers"], "<prompt>", "exec"), names)
+        exec(compile(payload["helpers"], "<prompt>", "exec"), names)  # nosec B102 # in the sandbox
         names.update({name: _Candidate(name, channel, notes) for name in payload["functions"]})
-        exec(compile(payload["tests"], "<tests>", "exec"), names)
+        exec(compile(payload["tests"], "<tests>", "exec"), names)  # nosec B102 # in the sandbox
         passed, reason = notes["calls"] > 0, f"all tests passed ({notes['calls']} calls)"
         if not passed:
             reason = "the tests called nothing"
