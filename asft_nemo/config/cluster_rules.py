@@ -15,6 +15,8 @@ from asft_nemo.config.slurm_flags import words_for_slurm
 
 _TIME = re.compile(r"\d+|\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+(:[0-5]?\d){0,2}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\n]*")
+#: How variables that hold keys are called; one that names the file of a key is fine.
+_SECRET = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|CREDENTIALS?)$")
 _FOLDER = re.compile(r"[A-Za-z0-9_./,+@-]+")
 
 
@@ -152,6 +154,13 @@ def _variables(facts: Facts) -> Iterator[str]:
     for word in facts.run.cluster.env:
         if not _VARIABLE.fullmatch(word):
             yield f"cluster.env has '{word}': write NAME=VALUE, for example NCCL_DEBUG=INFO"
+            continue
+        name = word.partition("=")[0]
+        if _SECRET.search(name.upper()):
+            yield (
+                f"cluster.env sets {name}, and settings are written into run.json and batch scripts: export it in the shell that calls asft launch, "
+                "which hands its environment on, or read it from a file of yours in cluster.setup"
+            )
 
 
 def _folder_name(facts: Facts) -> Iterator[str]:

@@ -70,6 +70,8 @@ def launched(model_dir: Path, data_file: Path, tmp_path: Path) -> Callable[..., 
         (["cluster=slurm", *FINE, "cluster.time='00:04:00'"], "cluster.signal_seconds=300 leaves nothing of cluster.time=00:04:00 (240 s)"),
         (["cluster=slurm", *FINE, "cluster.env=[debug]"], "cluster.env has 'debug': write NAME=VALUE, for example NCCL_DEBUG=INFO"),
         (["cluster=slurm", *FINE, "cluster.env=['8GPUS=1']"], "cluster.env has '8GPUS=1': write NAME=VALUE, for example NCCL_DEBUG=INFO"),
+        (["cluster=slurm", *FINE, "cluster.env=['WANDB_API_KEY=abc']"], "cluster.env sets WANDB_API_KEY, and settings are written into run.json"),
+        (["cluster.env=['hf_token=abc']"], "cluster.env sets hf_token, and settings are written into run.json"),
         (["cluster=slurm", *FINE, "cluster.sbatch_args=[END]"], "cluster.sbatch_args has 'END': write NAME=VALUE, for example mail-type=END"),
         (["cluster=slurm", *FINE, "run.dir='/tmp/a b'"], "run.dir=/tmp/a b has characters that NeMo-Run's batch scripts do not quote"),
         (["cluster=slurm", *FINE, "cluster.gpus_per_node=0"], "cluster.gpus_per_node=0 is out of range"),
@@ -84,7 +86,12 @@ def test_one_rule(launched: Callable[..., tuple[str, ...]], overrides: list[str]
 
 def test_variables_are_named_as_a_shell_names_them(launched: Callable[..., tuple[str, ...]]) -> None:
     assert (
-        launched("cluster=slurm", *FINE, "cluster.env=['http_proxy=http://proxy:3128','_x=','A1=a b']") == ()
+        launched(
+            "cluster=slurm",
+            *FINE,
+            "cluster.env=['http_proxy=http://proxy:3128','_x=','A1=a b','WANDB_IDENTITY_TOKEN_FILE=/home/me/token','TOKENIZERS_PARALLELISM=false']",
+        )
+        == ()
     )
 
 
