@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,13 @@ class RandomTokens(Dataset):
 
     def __len__(self) -> int:
         return self.size
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        return np.arange(self.size)
+
+    def learned_tokens(self, sample_ids: Iterable[int]) -> int:
+        return sum(int(self[sample]["loss_mask"].sum()) for sample in sample_ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(1000 + index)
@@ -53,10 +61,6 @@ class ShortTokens(RandomTokens):
     @property
     def lengths(self) -> np.ndarray:
         return np.asarray([self.SIZES[index % len(self.SIZES)] for index in range(self.size)])
-
-    @property
-    def sample_ids(self) -> np.ndarray:
-        return np.arange(self.size)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         item = super().__getitem__(index)

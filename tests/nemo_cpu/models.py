@@ -26,6 +26,8 @@ def make_model(
     vocab_size: int = VOCAB,
     hidden_size: int = 64,
     num_layers: int = 4,
+    num_heads: int = 4,
+    num_groups: int = 2,
 ) -> Path:
     """Saves a random Qwen2 with distinguishable biases and norms in fp32; returns its folder."""
     torch.manual_seed(seed)
@@ -34,8 +36,8 @@ def make_model(
         hidden_size=hidden_size,
         intermediate_size=128,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_groups,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
         initializer_range=0.1,

@@ -1,0 +1,66 @@
+"""Pairs of everything that a step can be: every case of the exactness matrix against fp64, and every pair of levels in some case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from exactness_case import make_models, measure
+from exactness_factors import (
+    Case,
+    all_pairs,
+    committed_cases,
+    is_possible,
+    name_of,
+    pairs_of,
+    refusal,
+    world_size,
+)
+from gradients import BOUND
+from ranks import RankGroup
+
+KEPT = 11  # the first cases bring three quarters of all pairs
+
+
+@pytest.fixture(scope="module")
+def ranks1() -> Iterator[RankGroup]:
+    """One rank by itself."""
+    group = RankGroup(1)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="module")
+def matrix_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def test_every_case_runs_and_every_pair_is_in_one() -> None:
+    """What the rules refuse is in no case, and a pair that is in none cannot be in any."""
+    cases = committed_cases()
+    assert [(name_of(case), said) for case in cases if (said := refusal(case)) is not None] == []
+    covered = set().union(*map(pairs_of, cases))
+    left_out = [pair for pair in all_pairs() if pair not in covered]
+    assert [pair for pair in left_out if is_possible(pair)] == []
+    assert len(covered) > 20 * len(left_out)
+
+
+@pytest.mark.nemo
+@pytest.mark.multiproc
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{number}", marks=() if number < KEPT else pytest.mark.long)
+        for number, case in enumerate(committed_cases())
+    ],
+)
+def test_gradients_equal_the_oracle(
+    case: Case, matrix_models: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Every parameter's gradient and the loss of a real step."""
+    group: RankGroup = request.getfixturevalue(f"ranks{world_size(case)}")
+    found = measure(case, group, matrix_models, tmp_path / "case")
+    print(f"{name_of(case)}: {found}")
+    assert found.exact, (name_of(case), found, BOUND)
