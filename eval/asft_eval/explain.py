@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,25 @@ def explain(result_dir: Path | str, example: str) -> str:
     samples = read_samples(result_dir)
     found = [x for x in samples if example in (str(x["id"]), f"{x['suite']}:{x['id']}")]
     if not found:
-        some = ", ".join(dict.fromkeys(f"{x['suite']}:{x['id']}" for x in samples[:3]))
-        raise EvaluationError(f"{result_dir} has no example {example}: its ids look like {some}")
+        raise EvaluationError(f"{result_dir} has no example {example}: {_others(example, samples)}")
     if "correct" not in found[0]:
         raise EvaluationError(f"{result_dir} is not finished: evaluate with this directory as --out again")
     return "\n".join(
         _words(found[i], first=i == 0 or found[i - 1]["suite"] != found[i]["suite"])
         for i in range(len(found))
     )
+
+
+def _others(example: str, samples: Sequence[Mapping[str, Any]]) -> str:
+    """Which ids were meant, perhaps."""
+    known: dict[str, str] = {}
+    for sample in samples:
+        whole = f"{sample['suite']}:{sample['id']}"
+        known[whole] = known[str(sample["id"])] = whole
+    near = difflib.get_close_matches(example, known, n=3)
+    if near:
+        return f"the nearest are {', '.join(dict.fromkeys(known[x] for x in near))}"
+    return f"its ids look like {', '.join(list(dict.fromkeys(known.values()))[:3])}"
 
 
 def _words(sample: Mapping[str, Any], *, first: bool) -> str:

@@ -27,6 +27,7 @@ _SCIENTIFIC = re.compile(
     r"([-+]?\d+(?:\.\d+)?)\s*(?:(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?|[eE]([-+]?\d{1,3}))"
 )
 _BASE = re.compile(r"(\w+)_\{?(\d+)\}?")
+_VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
 _CLOSE_ENOUGH = Fraction(1, 10**6)
 
 Verdict = tuple[bool, str]
@@ -63,12 +64,25 @@ def quick(gold: str, answer: str) -> Verdict | None:
 
 
 def _bare(gold: str, answer: str) -> tuple[str, str, str, str]:
-    """Both without names and units, and their units."""
-    gold, answer = without_assignment(tidy(gold)), tidy(answer)
+    """Both without names and units, and their units; two equations stay as they are."""
+    gold, answer = tidy(gold), tidy(answer)
+    if _equations(gold, answer):
+        return gold, answer, "", ""
+    gold = without_assignment(gold)
     if "=" not in gold:  # an equation is compared with an equation
         answer = without_assignment(answer)
     (gold, gold_unit), (answer, unit) = split_unit(gold), split_unit(answer)
     return gold, answer, gold_unit, unit
+
+
+def _equations(gold: str, answer: str) -> bool:
+    """Whether `y = 2x` is answered by an equation in another form (`2x - y = 0`, `x = y/2`), not by `y = ...` or a value alone."""
+    if gold.count("=") != 1 or answer.count("=") != 1:
+        return False
+    value, rest = without_assignment(gold), without_assignment(answer)
+    if not _VARIABLE.search(value):  # of `x = 5` the 5 is asked for, and `2x = 10` does not say it
+        return False
+    return "=" in rest or gold.partition("=")[0].strip() in _VARIABLE.findall(rest)
 
 
 def _text(gold: str, answer: str) -> Verdict | None:

@@ -125,6 +125,7 @@ _PLAIN = (
     ("**", "\x00"), ("\x00", "^") ,
 )  # fmt: skip
 _SPACE = re.compile(r"(?<!\\)\\[,;: ]")  # not the end of a matrix' row
+_ROW_GAP = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|cm|mm|em|ex|in)\s*\]")
 _NARROW = re.compile(r"(?<!\\)\\!")
 _MATRIX = re.compile(r"\\(begin|end)\s*\{[bB]matrix\}")
 _BARE_MATRIX = re.compile(r"[\[(]\s*\\begin\{matrix\}(.*?)\\end\{matrix\}\s*[\])]", re.DOTALL)
@@ -146,6 +147,7 @@ def tidy(text: str) -> str:
     text = _NARROW.sub("", _SPACE.sub(" ", text))
     for old, new in _PLAIN:
         text = text.replace(old, new)
+    text = _ROW_GAP.sub(r"\\\\", text)
     text = _MATRIX.sub(r"\\\1{pmatrix}", text)
     text = _BARE_MATRIX.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
     text = _DEGREES.sub(" ", text)

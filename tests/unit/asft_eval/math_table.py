@@ -50,6 +50,9 @@ TABLE: dict[str, list[Row]] = {
         ("5", "x = 5", True), ("x=5", "5", True), ("5", "x = 6", False), ("5", "x=5.", True), ("y = 2x + 3", "y=3+2x", True),
         ("y = 2x + 3", "2x+3", True), ("y = 2x + 3", "y = 2x - 3", False), ("2x - y + 3 = 0", "y = 2x+3", True), ("x+1", "f(x) = x+1", True),
         ("-50", "y=-50", True), ("x = 1", "y = 1", True), ("4", "a_4=4", True),
+        ("y = 2x + 3", "2x - y + 3 = 0", True), ("y = 2x + 3", "2x - y - 3 = 0", False), ("y = 2x", "x = y/2", True), ("y = 2x", "x = 2y", False),
+        ("x=5", "2x=10", False), ("2x = 10", "x = 5", True), ("x=5", "x = 2+3 = 5", True), (r"x^2+y^2=4", r"\frac{x^2}{4}+\frac{y^2}{4}=1", True),
+        ("(x-2)^2+y^2=4", "x^2-4x+y^2=0", True), ("(x-2)^2+y^2=4", "(x+2)^2+y^2=4", False), ("xy=1", r"y=\frac{1}{x}", True),
     ),
     "intervals": boxed(
         ("[0,1]", "[0, 1]", True), ("[0,1]", "(0,1)", False), ("[0,1)", "[0,1]", False), ("(0,1]", "(0, 1]", True),
@@ -84,6 +87,14 @@ TABLE: dict[str, list[Row]] = {
         (r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}", r"\begin{pmatrix} \frac13 \\ \frac23 \\ \frac53 \end{pmatrix}", False),
         (r"\begin{pmatrix} 0 & 0 \\ 0 & 0 \end{pmatrix}", r"\begin{pmatrix} 0 & 0 \\ 0 & 1 \end{pmatrix}", False),
         (r"\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}", r"\left[\begin{matrix}1 & 0\\0 & 1\end{matrix}\right]", True),
+        (r"\begin{pmatrix} 1 & 2 & 3 \\ 4 & 5 & 6 \end{pmatrix}", r"\begin{pmatrix}1&2&3\\4&5&6\end{pmatrix}", True),
+        (r"\begin{pmatrix} 1 & 2 & 3 \\ 4 & 5 & 6 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\\5&6\end{pmatrix}", False),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \end{pmatrix}", False),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix} 1 \\[2pt] 2 \end{bmatrix}", True),
+        (r"\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}", r"\begin{vmatrix} 1 & 0 \\ 0 & 1 \end{vmatrix}", False),
+        (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"A = \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", True),
+        (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", "10", False), (r"\begin{pmatrix} 2 \\ 4 \end{pmatrix}", r"2\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+        (r"\begin{pmatrix} \sqrt{2} \\ 1 \end{pmatrix}", r"\begin{pmatrix} \sqrt2 \\ 1 \\ \end{pmatrix}", True),
     ),
     "units": boxed(
         ("5", r"5\text{ cm}", True), ("5 \\text{ cm}", "5", True), ("5", "5 cm", True), (r"5\text{ cm}", r"5\text{ centimeters}", True),
@@ -97,6 +108,8 @@ TABLE: dict[str, list[Row]] = {
     "percentages": boxed(
         ("50", r"50\%", True), (r"50\%", "50", True), (r"50\%", "0.5", True), (r"50\%", r"\frac{1}{2}", True), ("0.5", r"50\%", True),
         (r"50\%", r"60\%", False), (r"50\%", "0.6", False), ("20", "20 %", True), ("20", "0.2", False), ("12.5", r"12.5\%", True),
+        (r"25\%", "25 percent", True), (r"25\%", r"25\text{ percent}", True), (r"25\%", "2.5", False), (r"33\frac{1}{3}\%", r"\frac{1}{3}", True),
+        (r"33\frac{1}{3}\%", r"33.\overline{3}\%", True), (r"150\%", "1.5", True), ("1.5", r"15\%", False), (r"-5\%", r"5\%", False), (r"7\%", r"7\,\%", True),
     ),
     "words": boxed(
         (r"\text{Evelyn}", "Evelyn", True), (r"\text{Evelyn}", r"\text{evelyn}", True), (r"\text{Evelyn}", r"\text{Carla}", False),
@@ -135,5 +148,7 @@ TABLE: dict[str, list[Row]] = {
         ("42", "", False), ("42", "   \n ", False), ("42", "I cannot solve this problem with what is given to me here.", False),
         ("42", r"\boxed{}", False), ("42", r"\boxed{", False), ("42", r"\boxed{42", True), ("42", "$$", False), ("42", "####", False), ("42", "???", False),
         ("42", "The answer is", False), ("0", "", False), (r"\text{none}", "", False),
+        ("42", "I don't know.", False), ("42", r"The answer is \boxed{}.", False), ("42", ".", False), ("42", "漢字", False), ("42", "answer", False),
+        ("42", "There are no real roots of this equation whatsoever, as shown above.", False),
     ],
 }  # fmt: skip
