@@ -61,4 +61,7 @@ def _drift(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> li
     bases = [drift["base"]["fingerprint"] for drift in (one, other) if drift["base"] is not None]
     if len(set(bases)) > 1:
         found.append("measured their drift from different bases")
+    dtypes = [drift.get("dtype", "float32") for drift in (one, other)]  # files from before the key are fp32
+    if len(set(dtypes)) > 1:
+        found.append(f"measured their drift in different dtypes ({', '.join(dtypes)})")
     return found

@@ -21,7 +21,10 @@ import numpy as np
 import torch
 
 import asft_eval
+from asft_eval.again import other_model
 from asft_eval.backends.hf import load_tokenizer
+from asft_eval.backends.tokens import require_model
+from asft_eval.calibration import calibration
 from asft_eval.errors import EvaluationError
 from asft_eval.held_out import HeldOut, read_held_out
 from asft_eval.reading import Tokens, free_gpus, read_texts, reading_dtype
@@ -29,10 +32,10 @@ from asft_eval.resampling import RESAMPLES, bootstrap_together
 from asft_eval.result import (
     RESULTS,
     SAMPLES,
-    SCHEMA_VERSION,
     Result,
     fingerprint,
     read_result,
+    require_folder,
     write_result,
     write_whole,
 )
@@ -42,7 +45,6 @@ log = logging.getLogger(__name__)
 MEASURED = "held_out.json"
 BATCH_SIZE = 8
 _VERSION = 1
-_BINS = 10
 _HISTOGRAM = 20
 
 
@@ -80,7 +82,6 @@ def measure(model_dir: Path, request: DriftRequest, out_dir: Path) -> dict[str, 
     name = str(dtype).removeprefix("torch.")
     asked = [_VERSION, fingerprint(model_dir), base and base["fingerprint"], text.sha256, text.window, name]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    out_dir.mkdir(parents=True, exist_ok=True)
     former = _former(out_dir / MEASURED, key)
     if former is not None:
         log.info("drift: measured before, kept")
@@ -94,6 +95,7 @@ def measure(model_dir: Path, request: DriftRequest, out_dir: Path) -> dict[str, 
     free_gpus()  # what is evaluated next may be another process or engine
     found: dict[str, Any] = {"dtype": name, **figures(read, text, base)}
     found["seconds"] = round(time.perf_counter() - started, 3)
+    out_dir.mkdir(parents=True, exist_ok=True)
     content = {"request": key, "drift": found, "texts": _texts(read)}
     write_whole(out_dir / MEASURED, json.dumps(content) + "\n")
     return found
@@ -107,6 +109,8 @@ def measure_alone(model_dir: Path, request: DriftRequest, out_dir: Path) -> Resu
     """
     import transformers
 
+    require_model(model_dir)
+    require_folder(out_dir)
     model = {"path": str(model_dir), "fingerprint": fingerprint(model_dir)}
     former = _former_result(out_dir, model["fingerprint"])
     found = measure(model_dir, request, out_dir)
@@ -118,7 +122,7 @@ def measure_alone(model_dir: Path, request: DriftRequest, out_dir: Path) -> Resu
     }
     if former is not None and (former.suites or former.for_judge):
         versions = {**versions, **former.versions}  # what suites were measured with
-        result = replace(former, versions=versions, drift=found, schema_version=SCHEMA_VERSION)
+        result = replace(former, versions=versions, drift=found)
         write_whole(out_dir / RESULTS, json.dumps(result.to_json(), indent=2) + "\n")
         return result
     result = Result(
@@ -139,9 +143,7 @@ def _former_result(out_dir: Path, model: str) -> Result | None:
         return None
     former = read_result(out_dir)
     if former.model["fingerprint"] != model:
-        raise EvaluationError(
-            f"{out_dir} holds the result of another model ({former.model['path']}): give another --out"
-        )
+        raise other_model(former, out_dir)
     return former
 
 
@@ -193,32 +195,6 @@ def _reading(read: Tokens, intervals: Mapping[str, dict[str, float]], prefix: st
         "calibration": calibration(read.figures[f"{prefix}confidence"], read.figures[f"{prefix}hit"]),
         "label_probability": histogram(read.figures[f"{prefix}label_probability"]),
     }
-
-
-def calibration(confidence: Sequence[float] | Any, hit: Sequence[float] | Any) -> dict[str, Any]:
-    """Expected calibration error over ten bins of equal width (Guo et al. 2017, eq. 3), and the bins.
-
-    Args:
-        confidence: probability of the most probable answer, `[N]`.
-        hit: 1 where that answer is right, `[N]`.
-    """
-    sure, right = np.asarray(confidence, dtype=np.float64), np.asarray(hit, dtype=np.float64)
-    place = np.minimum((sure * _BINS).astype(np.int64), _BINS - 1)
-    counts = np.bincount(place, minlength=_BINS)
-    mean_sure = np.bincount(place, weights=sure, minlength=_BINS) / np.maximum(counts, 1)
-    mean_right = np.bincount(place, weights=right, minlength=_BINS) / np.maximum(counts, 1)
-    bins = [
-        {
-            "low": i / _BINS,
-            "high": (i + 1) / _BINS,
-            "tokens": int(counts[i]),
-            "confidence": float(mean_sure[i]),
-            "accuracy": float(mean_right[i]),
-        }
-        for i in range(_BINS)
-    ]
-    gaps = counts * np.abs(mean_sure - mean_right)
-    return {"ece": float(gaps.sum() / counts.sum()), "bins": bins}
 
 
 def histogram(probabilities: Sequence[float] | Any) -> dict[str, list[float]]:

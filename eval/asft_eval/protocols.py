@@ -14,7 +14,7 @@ import math
 import re
 from dataclasses import replace
 
-from asft_eval.errors import EvaluationError
+from asft_eval.errors import EvaluationError, did_you_mean
 from asft_eval.types import Protocol
 
 MAX_TOKENS = 4096
@@ -49,9 +49,8 @@ def protocols(name: str, *, max_tokens: int | None = None, seed: int = 0) -> tup
 def _pass_at(name: str) -> tuple[Protocol, ...]:
     match = re.fullmatch(r"pass@([1-9][0-9]{0,3})", name)
     if match is None or int(match[1]) > _LARGEST_K:
-        known = ", ".join(_NAMED)
         raise EvaluationError(
-            f"there is no protocol {name!r}: choose one of {known}, or pass@K with K from 1 to {_LARGEST_K}"
+            f"there is no protocol {name!r}: {did_you_mean(name, [*_NAMED])}, or pass@K with K from 1 to {_LARGEST_K}"
         )
     k = int(match[1])
     return (replace(_PAPER, name=name, n=max(_PAPER.n, 2 * k), k=k),)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,14 @@ class Journal:
     Args:
         path: `samples.jsonl`; lines of it that are damaged or answer something else are dropped.
         wanted: keys of the requests of this evaluation.
+        beside: lines of other suites that stay in the file.
     """
 
-    def __init__(self, path: Path, wanted: Iterable[str]):
+    def __init__(self, path: Path, wanted: Iterable[str], beside: Sequence[Mapping[str, Any]] = ()):
         self._path = path
         self.rows: dict[str, dict[str, Any]] = former_rows(path, set(wanted))
         unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(_lines(self.rows.values()), encoding="utf-8")
+        unfinished.write_text(_lines([*beside, *self.rows.values()]), encoding="utf-8")
         os.replace(unfinished, path)
         if self.rows:
             log.info("%d answers of a former start are kept", len(self.rows))
@@ -144,21 +145,32 @@ class Journal:
 
 def former_rows(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
     """Request -> its line, of the wanted ones that the file answers; see `Journal`."""
-    rows: dict[str, dict[str, Any]] = {}
-    if not path.is_file():
-        return rows
+    return {row["request"]: row for row in whole_rows(path) if row.get("request") in wanted}
+
+
+def whole_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines that hold an answer, one at a time; a warning counts those that do not. None where there is no such file."""
     damaged = 0
+    if not path.is_file():
+        return
     # Bytes, because a file that was cut off may end within a character.
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row: Any = json.loads(line) if line.strip() else {}
-            if isinstance(row, dict) and row.get("request") in wanted and isinstance(row["completion"], str):  # pyright: ignore[reportUnknownMemberType]
-                rows[row["request"]] = row
-        except (ValueError, KeyError):
-            damaged += 1
+    with path.open("rb") as lines:
+        for line in lines:
+            row = _row(line)
+            if row is not None:
+                yield row
+            else:
+                damaged += bool(line.strip())
     if damaged:
         log.warning("%s has %d damaged line(s): what they answered is asked again", path, damaged)
-    return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row: Any = json.loads(line)
+        return row if isinstance(row["completion"], str) and isinstance(row["request"], str) else None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

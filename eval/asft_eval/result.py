@@ -1,13 +1,13 @@
-"""`results.json`: what was measured, how, on what, with which versions. Schema version 3; docs/evaluation.md says it in full.
+"""`results.json`: what was measured, how, on what, with which versions. Schema version 4; docs/evaluation.md says it in full.
 
     {schema_version, model: {path, fingerprint}, backend, protocol, seed, versions: {package: version},
      suites: {name: {version, sha256, grader, prompt, protocol: {name, max_tokens, n, temperature, top_p, seed, k},
-                     n, right, accuracy, stderr, interval, tokens, cut, seconds}}}
+                     backend, n, right, accuracy, stderr, interval, tokens, cut, seconds, calibration}}}
 
-`protocol` is the name asked for; each suite has the one it was measured with, because `both` is two. Where completions are drawn, the
+`backend` and `protocol` are those that were asked for last; each suite has its own, for a folder may gather several evaluations of one model, and `both` is two. Where completions are drawn, the
 suite's name is SUITE@PROTOCOL. `n` examples, `right` completions of `n * protocol.n`; `accuracy` the mean over examples of their share
 of right completions, or of pass@k; `stderr` its standard error over examples; `interval` 95 %, Wilson's; `tokens` generated in all;
-`cut` completions that `max_tokens` ended; `seconds` the model took; `seed` null where nothing is drawn. Beside it `samples.jsonl` holds one
+`cut` completions that `max_tokens` ended; `seconds` the model took; `calibration` that of multiple choice (`asft_eval.calibration`), else null; `seed` null where nothing is drawn. Beside it `samples.jsonl` holds one
 line a completion: suite, id, sample, prompt, answer, completion, num_tokens, finished, seconds, logprobs (multiple choice: of each choice),
 request (a hash of all that the completion depends on), parsed, correct, reason. `for_judge` has the suites that a judge decides (`asft_eval.judge`), with
 the figures that need no verdict; they are in `suites` too as soon as one has, and until then the `correct` of their samples is null.
@@ -26,8 +26,8 @@ from typing import Any
 from asft_eval.errors import EvaluationError
 from asft_eval.types import Protocol
 
-SCHEMA_VERSION = 3
-_READABLE = (2, 3)  # 2 had no drift
+SCHEMA_VERSION = 4
+_READABLE = (2, 3, 4)  # 2 had no drift; 3 no backend and no calibration of a suite
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 
 _BLOCK = 1 << 16
@@ -43,6 +43,7 @@ class SuiteResult:
     grader: str
     prompt: str
     protocol: Protocol
+    backend: str
     n: int
     right: int
     accuracy: float
@@ -51,6 +52,7 @@ class SuiteResult:
     tokens: int
     cut: int
     seconds: float
+    calibration: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,18 @@ def fingerprint(model_dir: Path) -> str:
     return digest.hexdigest()
 
 
+def require_folder(out_dir: Path) -> None:
+    """Whether files can be written into a folder, which need not be there yet.
+
+    Raises:
+        EvaluationError: they cannot.
+    """
+    there = next(x for x in (out_dir, *out_dir.resolve().parents) if x.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is no folder" if not there.is_dir() else "may not be written"
+        raise EvaluationError(f"{there} {what}: give --out a folder of yours")
+
+
 def write_result(out_dir: Path, result: Result, samples: Iterable[Mapping[str, Any]]) -> None:
     """Write `samples.jsonl`, then `results.json`, each complete or not at all."""
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -126,12 +140,16 @@ def read_result(result_dir: Path | str) -> Result:
                 f"{path} has schema version {found}, this is {SCHEMA_VERSION}: evaluate again"
             )
         rows: dict[str, dict[str, Any]] = content["suites"]
+        for row in [*rows.values(), *content.get("for_judge", {}).values()]:
+            row.setdefault("backend", content["backend"])
+            row.setdefault("calibration", None)
         for row in rows.values():
             row["interval"] = tuple(row["interval"])
             row["protocol"] = Protocol(**row["protocol"])
         content["suites"] = {name: SuiteResult(**row) for name, row in rows.items()}
+        content["schema_version"] = SCHEMA_VERSION
         return Result(**content)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(f"{path} is damaged ({error}): evaluate again") from error
 
 

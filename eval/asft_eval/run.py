@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asft_eval
-from asft_eval.again import Answered, all_answered, former_result, judged_before, local_prompts
+from asft_eval.again import (
+    Answered,
+    Kept,
+    all_answered,
+    former_result,
+    judged_before,
+    kept_of,
+    leave_only,
+    local_prompts,
+    require_same_model,
+)
 from asft_eval.asking import ask
-from asft_eval.backends import OWN, Backend, Options, check_options, open_backend
+from asft_eval.backends import OWN, Backend, Options, check_options, open_backend, require_installed
 from asft_eval.errors import EvaluationError
 from asft_eval.evalplus import write_evalplus
 from asft_eval.graders import JUDGED, grade, require_library, require_permission
 from asft_eval.judge import NO_JUDGE, without_score, write_outputs
 from asft_eval.protocols import protocols
 from asft_eval.requests import Journal, Part, Request, parts_of, requests_of
-from asft_eval.result import RESULTS, SAMPLES, Result, SuiteResult, fingerprint, write_result
+from asft_eval.result import SAMPLES, Result, SuiteResult, fingerprint, require_folder, write_result
 from asft_eval.scoring import figures
 from asft_eval.suites import load_suites
 from asft_eval.types import Suite
@@ -47,13 +58,13 @@ def evaluate(
     """Completions of every suite, graded; writes `results.json` and `samples.jsonl` into `out_dir`.
 
     Started again with the same `out_dir`, it asks only what has no answer there yet, and loads no model where nothing is left to ask. A judge's
-    verdicts on answers that stay are kept.
+    verdicts on answers that stay are kept. So are, of the same model, suites and drift that `out_dir` has and that are not asked for.
 
     Args:
         model_dir: a Hugging Face model directory; for the backend `openai` also a name that the server knows.
         suites: suites, names or groups of `asft_eval.suites.SUITES`, or JSON-lines files of `prompt` and `answer`.
         backend: a name of `asft_eval.backends.BACKENDS`, or an open backend (its model must be `model_dir`'s).
-        out_dir: created where missing; former results of something else in it are replaced.
+        out_dir: created where missing; the result of what the same directory held before is replaced.
         max_tokens: completions are cut after this many tokens; None = the protocol's own number.
         options: how the backend is opened; of no use to an open one.
         limit: only the first examples of each suite; recorded through the suite's hash.
@@ -64,7 +75,7 @@ def evaluate(
         drift: held-out text that the model reads, too, and the base that its drift is measured from.
 
     Raises:
-        EvaluationError: an unusable model, suite, protocol, backend, option or number.
+        EvaluationError: an unusable model, suite, protocol, backend, option, number or `out_dir`.
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
     for name, value in (("max_tokens", max_tokens), ("limit", limit)):
@@ -75,28 +86,64 @@ def evaluate(
     for part in parts:
         require_permission(part.suite.name, part.suite.grader, allowed=allow_code_execution)
         require_library(part.suite.name, part.suite.grader)
+    require_folder(out_dir)
+    former = former_result(out_dir)
+    require_same_model(former, model_dir, out_dir)
+    opened = _opener(backend, former, parts, model_dir, out_dir, options)
     # Before the backend holds the model, so that the two never share memory.
     found_drift = _drift(model_dir, drift, out_dir)
-    former = former_result(out_dir, model_dir)
-    engine = _opened(backend, former, parts, model_dir, out_dir, options)
+    engine = opened()
     if any(part.suite.choices for part in parts):
         getattr(engine, "require_logprobs", bool)()
     model = getattr(engine, "fingerprint", None) or fingerprint(model_dir)
+    if former is not None and former.model["fingerprint"] != model:
+        former = None  # its directory holds another model now
+    kept = kept_of(former, parts, out_dir)
+    found = _measured(engine, parts, former, kept, model_dir, out_dir, model)
+    versions = {"python": platform.python_version(), "asft_eval": asft_eval.__version__}
+    result = Result(
+        model={"path": str(model_dir), "fingerprint": model},
+        backend=engine.name,
+        protocol=protocol,
+        seed=next((how.seed for how in hows if how.seed is not None), None),
+        versions={**kept.versions, **engine.versions, **versions},
+        suites={**kept.suites, **found.suites},
+        drift=found_drift or kept.drift,
+        for_judge={**kept.for_judge, **found.for_judge},
+    )
+    write_result(out_dir, result, [*kept.samples, *found.samples])
+    return result
+
+
+@dataclass(slots=True)
+class _Found:
+    suites: dict[str, SuiteResult] = field(default_factory=dict[str, SuiteResult])
+    for_judge: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    samples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+
+def _measured(
+    engine: Backend,
+    parts: Sequence[Part],
+    former: Result | None,
+    kept: Kept,
+    model_dir: Path,
+    out_dir: Path,
+    model: str,
+) -> _Found:
+    """Asks what is open and grades everything that was asked for; files of the folder are touched from here on."""
+    of_server = getattr(engine, "applies_chat_template", False)
     asked = [
         requests_of(
-            part,
-            local_prompts(part, model_dir, of_server=getattr(engine, "applies_chat_template", False)),
-            model=model,
-            backend=engine.name,
+            part, local_prompts(part, model_dir, of_server=of_server), model=model, backend=engine.name
         )
         for part in parts
     ]
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / RESULTS).unlink(missing_ok=True)  # it stands for a finished evaluation
-    journal = Journal(out_dir / SAMPLES, (request.key for requests in asked for request in requests))
-    found: dict[str, SuiteResult] = {}
-    for_judge: dict[str, dict[str, Any]] = {}
-    samples: list[dict[str, Any]] = []
+    leave_only(kept, former, out_dir)
+    wanted = (request.key for requests in asked for request in requests)
+    journal = Journal(out_dir / SAMPLES, wanted, beside=kept.samples)
+    found = _Found()
     for part, requests in zip(parts, asked, strict=True):
         ask(engine, part, [x for x in requests if x.key not in journal.rows], journal)
         rows = [journal.rows[request.key] for request in requests]
@@ -104,27 +151,17 @@ def evaluate(
         if judged is None:
             rows = _graded(part, requests, journal)
         else:
-            found[part.name] = judged
-        samples += rows
+            found.suites[part.name] = judged
+        found.samples += rows
+        one = figures(part, rows, backend=engine.name)
         if part.suite.grader == JUDGED:
-            for_judge[part.name] = without_score(figures(part, rows))
+            found.for_judge[part.name] = without_score(one)
             write_outputs(out_dir, part, rows, generator=str(model_dir))
             continue
         write_evalplus(out_dir, part, rows)
-        found[part.name] = figures(part, rows)
-        log.info("%s: %.1f %% of %d", part.name, 100 * found[part.name].accuracy, found[part.name].n)
-    result = Result(
-        model={"path": str(model_dir), "fingerprint": model},
-        backend=engine.name,
-        protocol=protocol,
-        seed=next((how.seed for how in hows if how.seed is not None), None),
-        versions={**engine.versions, "python": platform.python_version(), "asft_eval": asft_eval.__version__},
-        suites=found,
-        drift=found_drift,
-        for_judge=for_judge,
-    )
-    write_result(out_dir, result, samples)
-    return result
+        found.suites[part.name] = one
+        log.info("%s: %.1f %% of %d", part.name, 100 * one.accuracy, one.n)
+    return found
 
 
 def _drift(model_dir: Path, request: DriftRequest | None, out_dir: Path) -> dict[str, Any] | None:
@@ -149,21 +186,24 @@ def _chosen(suites: Sequence[Suite | Path | str], prompt: str | None) -> list[Su
     return chosen
 
 
-def _opened(
+def _opener(
     backend: str | Backend,
     former: Result | None,
     parts: Sequence[Part],
     model_dir: Path,
     out_dir: Path,
     options: Options,
-) -> Backend:
+) -> Callable[[], Backend]:
+    """What opens the backend; all that can be said against that without loading the model is said now."""
     if not isinstance(backend, str):
-        return backend
+        return lambda: backend
     check_options(backend, options)
     if former is not None and all_answered(former, backend, parts, model_dir, out_dir):
         log.info("every answer is in %s: no model is loaded", out_dir)
-        return Answered(backend, former.versions)
-    return open_backend(backend, model_dir, options)
+        versions = former.versions
+        return lambda: Answered(backend, versions)
+    require_installed(backend, model_dir)
+    return lambda: open_backend(backend, model_dir, options)
 
 
 def _graded(part: Part, requests: Sequence[Request], journal: Journal) -> list[dict[str, Any]]:

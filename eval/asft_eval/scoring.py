@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from asft_eval.calibration import of_choices
 from asft_eval.protocols import pass_at_k
 from asft_eval.requests import Part
 from asft_eval.result import SuiteResult
@@ -13,12 +14,13 @@ from asft_eval.statistics import standard_error, wilson_interval
 from asft_eval.types import Protocol
 
 
-def figures(part: Part, rows: Sequence[Mapping[str, Any]]) -> SuiteResult:
+def figures(part: Part, rows: Sequence[Mapping[str, Any]], *, backend: str) -> SuiteResult:
     """The figures of one suite under one protocol.
 
     Args:
         part: the suite and the protocol.
         rows: every graded completion, those of one example beside each other.
+        backend: name of what answered.
     """
     suite, how = part.suite, part.protocol
     right = [sum(bool(row["correct"]) for row in rows[i : i + how.n]) for i in range(0, len(rows), how.n)]
@@ -30,6 +32,7 @@ def figures(part: Part, rows: Sequence[Mapping[str, Any]]) -> SuiteResult:
         grader=suite.grader,
         prompt=suite.prompt,
         protocol=how,
+        backend=backend,
         n=len(suite.examples),
         right=sum(right),
         accuracy=accuracy,
@@ -38,6 +41,7 @@ def figures(part: Part, rows: Sequence[Mapping[str, Any]]) -> SuiteResult:
         tokens=sum(int(row["num_tokens"]) for row in rows),
         cut=sum(not row["finished"] for row in rows),
         seconds=sum(float(row["seconds"]) for row in rows),
+        calibration=of_choices(rows) if suite.choices else None,
     )
 
 

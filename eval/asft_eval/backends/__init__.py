@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, TypeAlias, TypeVar
 
-from asft_eval.errors import EvaluationError
+from asft_eval.errors import EvaluationError, did_you_mean
 from asft_eval.types import Completion
 from asft_eval.types import Protocol as EvaluationProtocol
 
@@ -103,10 +103,11 @@ OWN = Options()
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A backend: how it is opened, and the options that it takes."""
+    """A backend: how it is opened, the options that it takes, and what it needs beside the model's arithmetic."""
 
     open: Callable[[Path | str, Options], Backend]
     options: frozenset[str]
+    require: Callable[[Path | str], None]
 
 
 def _hf(model: Path | str, options: Options) -> Backend:
@@ -131,11 +132,29 @@ def _openai(model: Path | str, options: Options) -> Backend:
     )
 
 
+def _local(model: Path | str) -> None:
+    from asft_eval.backends.tokens import require_model, require_tokenizer
+
+    require_model(Path(model))
+    require_tokenizer(Path(model))
+
+
+def _local_vllm(model: Path | str) -> None:
+    from asft_eval.backends.vllm import require_vllm
+
+    _local(model)
+    require_vllm()
+
+
+def _nothing(model: Path | str) -> None:
+    del model
+
+
 BACKENDS: Mapping[str, _Row] = MappingProxyType(
     {
-        "hf": _Row(_hf, frozenset({"batch_size"})),
-        "vllm": _Row(_vllm, frozenset({"batch_size", "tensor_parallel_size"})),
-        "openai": _Row(_openai, frozenset({"batch_size", "base_url", "api"})),
+        "hf": _Row(_hf, frozenset({"batch_size"}), _local),
+        "vllm": _Row(_vllm, frozenset({"batch_size", "tensor_parallel_size"}), _local_vllm),
+        "openai": _Row(_openai, frozenset({"batch_size", "base_url", "api"}), _nothing),
     }
 )
 """By name. Imports happen on opening."""
@@ -148,8 +167,7 @@ def check_options(name: str, options: Options) -> None:
         EvaluationError: there is no such backend, an option that it would ignore, or a number below 1.
     """
     if name not in BACKENDS:
-        known = ", ".join(sorted(BACKENDS))
-        raise EvaluationError(f"there is no backend {name!r}: choose one of {known}")
+        raise EvaluationError(f"there is no backend {name!r}: {did_you_mean(name, sorted(BACKENDS))}")
     for option, value in asdict(options).items():
         if isinstance(value, int) and value < 1:
             raise EvaluationError(f"{option} is {value}: give at least 1")
@@ -158,6 +176,15 @@ def check_options(name: str, options: Options) -> None:
             raise EvaluationError(
                 f"{option} says nothing to the backend {name}: leave it out, or choose backend {' or '.join(takers)}"
             )
+
+
+def require_installed(name: str, model: Path | str) -> None:
+    """What can be said against a backend without loading the model.
+
+    Raises:
+        EvaluationError: what runs it is not installed, or the model's directory is not complete.
+    """
+    BACKENDS[name].require(model)
 
 
 def open_backend(name: str, model: Path | str, options: Options) -> Backend:
@@ -185,4 +212,5 @@ __all__ = [
     "check_options",
     "ignore",
     "open_backend",
+    "require_installed",
 ]

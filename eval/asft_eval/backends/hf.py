@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from asft_eval.backends import Done, LogLikelihood, ignore
 from asft_eval.backends.drawing import SeededDraw
 from asft_eval.backends.placement import spread, weight_bytes
 from asft_eval.backends.tokens import (
+    MEND,
     choice_tokens,
     completion,
     encode_pair,
@@ -22,7 +24,7 @@ from asft_eval.backends.tokens import (
     require_model,
     require_seeds,
 )
-from asft_eval.errors import EvaluationError
+from asft_eval.errors import EvaluationError, one_line
 from asft_eval.types import Completion, Protocol
 
 log = logging.getLogger(__name__)
@@ -51,9 +53,17 @@ def load_model(model_dir: Path | str, *, dtype: torch.dtype | None = None, devic
     where: dict[str, Any] = {} if room is None else {"device_map": "auto", "max_memory": room}
     try:
         opener: Any = AutoModelForCausalLM
-        model = opener.from_pretrained(model_dir, dtype=dtype or "auto", local_files_only=True, **where)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        raise EvaluationError(f"transformers cannot load {model_dir}: {error}") from error
+        model, told = opener.from_pretrained(
+            model_dir, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **where
+        )
+    except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise EvaluationError(f"transformers cannot load {model_dir} ({one_line(error)}): {MEND}") from error
+    # transformers fills what is missing with random numbers and goes on.
+    if told["missing_keys"]:
+        missing = sorted(told["missing_keys"])
+        raise EvaluationError(
+            f"{model_dir} lacks weights of the model ({len(missing)}, e.g. {missing[0]}): {MEND}"
+        )
     if room is None:
         return model.to(device).eval()
     places = set(model.hf_device_map.values())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +74,14 @@ class OpenAIBackend:
 
     def _find(self, model: str) -> tuple[str, bool]:
         """The server's name of the model, and whether the server is vLLM."""
-        listed: list[dict[str, Any]] = self._server.get("models", tries=3).get("data", [])
+        with self._as_the_protocol_says():
+            listed = self._server.get("models", tries=3)["data"]
+            owners = {str(row["id"]): row.get("owned_by") for row in listed}
         wanted = Path(model).resolve()
-        for row in listed:
-            name = str(row.get("id"))
+        for name, owner in owners.items():
             if name == model or (wanted.is_dir() and Path(name).resolve() == wanted):
-                return name, row.get("owned_by") == "vllm"
-        known = ", ".join(sorted(str(row.get("id")) for row in listed)[:20]) or "no model"
+                return name, owner == "vllm"
+        known = ", ".join(sorted(owners)[:20]) or "no model"
         raise EvaluationError(f"the server {self._server.url} has no model {model}: it has {known}")
 
     def generate(
@@ -115,14 +118,15 @@ class OpenAIBackend:
         else:
             asked: _Text = prompt_tokens(self._tokenizer, prompt) if self._tokenizer else prompt
             answer = self._server.post("completions", {**self._always, **how, "prompt": asked})
-        try:
-            choice = answer["choices"][0]
-            text: str | None = choice["message"]["content"] if self.applies_chat_template else choice["text"]
+        with self._as_the_protocol_says():
+            choice = _only(answer["choices"])
+            # A chat model that spent all its tokens on thinking has said nothing, which is null.
+            text = (choice["message"]["content"] or "") if self.applies_chat_template else choice["text"]
             usage: dict[str, Any] = answer.get("usage") or {}
             written = int(usage.get("completion_tokens") or 0)
-            return Completion(text or "", written, choice.get("finish_reason") != "length")
-        except (KeyError, IndexError, TypeError) as error:
-            raise self._other_protocol(error) from error
+            # Halves of a character, which JSON allows, cannot be written to a file.
+            whole = text.encode("utf-8", "replace").decode()
+            return Completion(whole, written, choice.get("finish_reason") != "length")
 
     def choice_logprobs(
         self, prompts: Sequence[str], choices: Sequence[str], *, done: Done[list[float]] = ignore
@@ -186,21 +190,35 @@ class OpenAIBackend:
         # One token is written after the text, because many servers cannot write none.
         how = {"prompt": text, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
         answer = self._server.post("completions", {**self._always, **how})
-        try:
-            found: dict[str, list[Any]] = answer["choices"][0]["logprobs"] or {}
+        with self._as_the_protocol_says():
+            choice = _only(answer["choices"])
+            found: dict[str, list[Any]] = choice.get("logprobs") or {}
             count = int(answer["usage"]["prompt_tokens"])
-            tokens, logprobs = found.get("tokens", []), found.get("token_logprobs", [])
-            if len(tokens) <= count or len(logprobs) <= count or None in logprobs[1:count]:
+            tokens, logprobs = found.get("tokens") or [], found.get("token_logprobs") or []
+            if min(len(tokens), len(logprobs)) <= count or None in logprobs[1:count]:
                 raise EvaluationError(
                     f"the server {self._server.url} gives no log probabilities of a given text (echo and logprobs), which suites of multiple choice "
                     "need: leave those suites out, or serve the model with vllm serve"
                 )
-            return tokens[:count], [float(x or 0.0) for x in logprobs[:count]]
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise self._other_protocol(error) from error
+            values = [float(x or 0.0) for x in logprobs[:count]]
+            if any(map(math.isnan, values)):
+                raise ValueError("a log probability is no number")
+            return tokens[:count], values
 
-    def _other_protocol(self, error: Exception) -> EvaluationError:
-        return EvaluationError(
-            f"the server {self._server.url} answers otherwise than OpenAI's protocol says ({type(error).__name__}: {error}): correct --base-url, or "
-            "use another server"
-        )
+    @contextmanager
+    def _as_the_protocol_says(self) -> Generator[None, None, None]:
+        """An answer that is read within and lacks something, or has it in another form, is one sentence."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise EvaluationError(
+                f"the server {self._server.url} answers otherwise than OpenAI's protocol says ({type(error).__name__}: {self._server.line(error)}): correct "
+                "--base-url, or use another server; answers so far are kept"
+            ) from error
+
+
+def _only(choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One is asked for."""
+    if len(choices) != 1:
+        raise ValueError(f"{len(choices)} choices instead of 1")
+    return choices[0]

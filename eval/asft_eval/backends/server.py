@@ -109,7 +109,7 @@ class Server:
             try:
                 response = self._client.request(method, path.lstrip("/"), json=body)
             except self._httpx.HTTPError as error:  # time-outs and unreadable content among them
-                why = f"does not answer ({type(error).__name__}: {self._line(error)})"
+                why = f"does not answer ({type(error).__name__}: {self.line(error)})"
                 slow += isinstance(error, self._httpx.ReadTimeout)
             else:
                 if response.status_code != 429 and response.status_code < 500:
@@ -132,12 +132,13 @@ class Server:
             content: Any = response.json()
         except ValueError:
             content = None
-        if response.status_code >= 300 or not isinstance(content, dict):
+        found: dict[str, Any] = content if isinstance(content, dict) else {}  # pyright: ignore[reportUnknownVariableType]
+        if response.status_code >= 300 or not isinstance(content, dict) or found.get("error"):
             raise EvaluationError(
                 f"the server {self.url} cannot answer {response.request.url.path} (status {response.status_code}: {self._words(response)}): "
                 "correct --base-url, the model's name or the settings"
             )
-        return content  # pyright: ignore[reportUnknownVariableType]
+        return found
 
     def _words(self, response: Any) -> str:
         """What the server says of an error, in one line and without the key, which some repeat."""
@@ -147,9 +148,9 @@ class Server:
             words = error if isinstance(error, str) else error.get("message") or error.get("detail")
         except (ValueError, AttributeError):
             words = response.text
-        return self._line(words or "no reason given")
+        return self.line(words or "no reason given")
 
-    def _line(self, words: object) -> str:
+    def line(self, words: object) -> str:
         """One line without the key, which is hidden before anything is cut off: the start of a key is no word either."""
         return " ".join(without_key(str(words), self._key).split())[:300]
 

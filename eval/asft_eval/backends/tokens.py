@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asft_eval.errors import EvaluationError
+from asft_eval.errors import EvaluationError, one_line
 from asft_eval.types import Completion, Protocol
+
+MEND = "name a complete Hugging Face model directory"
+"""The cure of a damaged one."""
 
 
 def require(model_dir: Path, pattern: str, what: str) -> None:
@@ -16,16 +19,23 @@ def require(model_dir: Path, pattern: str, what: str) -> None:
     Raises:
         EvaluationError: no such directory, or nothing in it that the pattern matches.
     """
+    if model_dir.is_file():
+        raise EvaluationError(f"{model_dir} is a file: name the Hugging Face model directory that it is in")
     if not model_dir.is_dir():
         raise EvaluationError(f"there is no model directory {model_dir}: check the path")
     if not any(model_dir.glob(pattern)):
-        raise EvaluationError(f"{model_dir} lacks {what}: name a complete Hugging Face model directory")
+        raise EvaluationError(f"{model_dir} lacks {what}: {MEND}")
 
 
 def require_model(model_dir: Path) -> None:
     """A configuration and weights; see `require`."""
     require(model_dir, "config.json", "a model configuration")
     require(model_dir, "*.safetensors", "weights (*.safetensors)")
+
+
+def require_tokenizer(model_dir: Path) -> None:
+    """Files of a tokenizer; see `require`."""
+    require(model_dir, "tokenizer*", "a tokenizer (copy the base model's tokenizer files into it)")
 
 
 def require_seeds(prompts: Sequence[str], protocol: Protocol, seeds: Sequence[int]) -> None:
@@ -49,12 +59,14 @@ def load_tokenizer(model_dir: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     model_dir = Path(model_dir)
-    require(model_dir, "tokenizer*", "a tokenizer (copy the base model's tokenizer files into it)")
+    require_tokenizer(model_dir)
     try:
         opener: Any = AutoTokenizer
         tokenizer = opener.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"transformers cannot load the tokenizer in {model_dir}: {error}") from error
+    except Exception as error:  # tokenizers has no error of its own for a damaged file
+        raise EvaluationError(
+            f"transformers cannot load the tokenizer in {model_dir} ({one_line(error)}): copy the base model's tokenizer files into it"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -14,6 +14,7 @@ from typing import Any
 from asft_eval.backends import Done, LogLikelihood, ignore
 from asft_eval.backends.placement import share_heads
 from asft_eval.backends.tokens import (
+    MEND,
     choice_tokens,
     completion,
     encode_pair,
@@ -22,7 +23,7 @@ from asft_eval.backends.tokens import (
     require_model,
     require_seeds,
 )
-from asft_eval.errors import EvaluationError
+from asft_eval.errors import EvaluationError, one_line
 from asft_eval.types import Completion, Protocol
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class VllmBackend:
             )
         except (ImportError, OSError, ValueError, RuntimeError) as error:
             raise EvaluationError(
-                f"vLLM cannot load {model_dir}: {_first_line(error)} (its own lines are above)"
+                f"vLLM cannot load {model_dir} ({one_line(error)}; its own lines are above): {MEND}"
             ) from error
         self._room = int(llm.llm_engine.model_config.max_model_len)
         self._llm = llm  # ends vLLM's processes when it goes
@@ -205,6 +206,16 @@ class VllmBackend:
             raise
 
 
+def require_vllm() -> None:
+    """Whether vLLM is installed, which importing it takes seconds to say.
+
+    Raises:
+        EvaluationError: it is not.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise _unusable("lacks")
+
+
 def _library() -> Any:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -212,10 +223,14 @@ def _library() -> Any:
         return importlib.import_module("vllm")
     except ImportError as error:
         missing = getattr(error, "name", None) == "vllm"
-        raise EvaluationError(
-            f"backend vllm needs vLLM, which {sys.executable} {'lacks' if missing else f'cannot import ({_first_line(error)})'}: run asft eval in "
-            "an environment of its own that has it (docs/evaluation.md), or in the image of the Dockerfile's target eval, or choose backend hf"
-        ) from error
+        raise _unusable("lacks" if missing else f"cannot import ({one_line(error)})") from error
+
+
+def _unusable(how: str) -> EvaluationError:
+    return EvaluationError(
+        f"backend vllm needs vLLM, which {sys.executable} {how}: run asft eval in an environment of its own that has it (docs/evaluation.md), or in "
+        "the image of the Dockerfile's target eval, or choose backend hf"
+    )
 
 
 def shared_by(model_dir: Path, visible: int) -> int:
@@ -237,7 +252,3 @@ def _of_text(output: Any, length: int) -> float:
     ids = output.prompt_token_ids
     places = range(len(ids) - length, len(ids))
     return sum(float(output.prompt_logprobs[i][ids[i]].logprob) for i in places)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -30,17 +30,30 @@ def load_jsonl(
     if not path.is_file():
         raise EvaluationError(f"there is no suite file {path}: check the path")
     examples: list[Example] = []
+    places: list[int] = []
     bad: list[str] = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     examples.append(_example(line, number, prompt_field, answer_field))
+                    places.append(number)
                 except ValueError as error:
                     bad.append(f"line {number}: {error}")
     if bad:
         raise EvaluationError(f"{path} has {len(bad)} bad line(s), the first is {bad[0]}: correct the file")
+    _require_unique(path, examples, places)
     return checked(Suite(name or path.stem, version, grader, tuple(examples)))
+
+
+def _require_unique(path: Path, examples: Sequence[Example], places: Sequence[int]) -> None:
+    seen: dict[str, int] = {}
+    for example, place in zip(examples, places, strict=True):
+        if example.id in seen:
+            raise EvaluationError(
+                f"{path} uses the id {example.id} in lines {seen[example.id]} and {place}: make ids unique"
+            )
+        seen[example.id] = place
 
 
 def suite_from_pairs(

@@ -13,7 +13,7 @@ from typing import Any
 from asft_eval.errors import EvaluationError
 from asft_eval.suites.jsonl import checked, load_jsonl
 from asft_eval.suites.prompts import PROMPTS, render
-from asft_eval.suites.published import SUITES, Definition, groups, spread
+from asft_eval.suites.published import SUITES, Definition, spread, unknown
 from asft_eval.types import Example, Suite
 
 DATA_DIR_VARIABLE = "ASFT_DATA_DIR"
@@ -119,9 +119,8 @@ def _in_hub_cache(definition: Definition) -> Path | None:
 
 def _own_file(name: str, variant: str) -> Suite:
     path = Path(name)
-    if not path.is_file() and not path.suffix and len(path.parts) == 1:
-        known = ", ".join([*groups(), *SUITES])
-        raise EvaluationError(f"there is no suite or file {name}: give a JSON Lines file or some of {known}")
+    if not path.is_file() and not path.suffix and len(path.parts) <= 1:
+        raise unknown(name)
     suite = load_jsonl(name)
     examples = tuple(
         replace(example, prompt=render(variant, example.prompt), question=example.prompt)

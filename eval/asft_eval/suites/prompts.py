@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from asft_eval.errors import EvaluationError
+from asft_eval.errors import EvaluationError, did_you_mean
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -49,7 +49,7 @@ def render(variant: str, question: str) -> str:
     """
     if variant not in PROMPTS:
         raise EvaluationError(
-            f"there is no prompt variant {variant!r}: choose one of {', '.join(sorted(PROMPTS))}"
+            f"there is no prompt variant {variant!r}: {did_you_mean(variant, sorted(PROMPTS))}"
         )
     # Not str.format: braces in a question are its own.
     return PROMPTS[variant].replace("{question}", question)

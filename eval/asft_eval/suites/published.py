@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from asft_eval.errors import EvaluationError, did_you_mean
 from asft_eval.suites import code, records
 from asft_eval.suites.records import Asked, Record
 
@@ -115,6 +116,14 @@ def groups() -> dict[str, list[str]]:
     for name, definition in SUITES.items():
         found.setdefault(definition.group, []).append(name)
     return found
+
+
+def unknown(name: str) -> EvaluationError:
+    """What is said of a name that is neither suite, group nor file."""
+    known = did_you_mean(name, [*SUITES, *groups()])
+    return EvaluationError(
+        f"there is no suite or file {name or '(a name is empty)'}: {known} (the last {len(groups())} are groups), or give a JSON Lines file"
+    )
 
 
 def spread(names: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from asft_eval.errors import EvaluationError
 from asft_eval.suites.load import find_file, read_rows
-from asft_eval.suites.published import SUITES, groups, spread
+from asft_eval.suites.published import SUITES, spread, unknown
 
 
 def asked_by(names: Sequence[str]) -> dict[str, list[str]]:
@@ -29,8 +29,7 @@ def questions(suite: str) -> list[str]:
     else:
         file, field = Path(suite), "prompt"
     if not file.is_file():
-        known = ", ".join([*groups(), *SUITES])
-        raise EvaluationError(f"there is no suite or file {suite}: give a JSON Lines file or some of {known}")
+        raise unknown(suite)
     rows = read_rows(file)
     if not rows:
         raise EvaluationError(f"{file} has no row: give it at least one")

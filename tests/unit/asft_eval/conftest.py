@@ -19,6 +19,16 @@ def model_dir() -> Path:
     return BASE
 
 
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A directory that passes for a model as long as nobody loads it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def moved_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base with a little seeded noise on every weight, in fp32."""

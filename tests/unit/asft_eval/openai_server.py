@@ -25,6 +25,7 @@ class FakeServer(ThreadingHTTPServer):
         owner: who runs it, as `/models` says.
         logprobs: whether it gives log probabilities of a given text.
         width: characters of a token.
+        instead: what is sent in place of a proper answer, made of path and that; bytes go out as they are.
     """
 
     daemon_threads = True
@@ -37,6 +38,7 @@ class FakeServer(ThreadingHTTPServer):
         self.dead_after: int | None = None
         self.models, self.seconds = [MODEL], 0.0
         self.owner, self.logprobs, self.width = "someone", True, 1
+        self.instead: Callable[[str, dict[str, Any]], Any] = lambda path, proper: proper
         self.lock = threading.Lock()
 
     @property
@@ -56,7 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Says nothing."""
 
     def do_GET(self) -> None:
-        self._answer(200, {"data": [{"id": x, "owned_by": self.server.owner} for x in self.server.models]})
+        proper = {"data": [{"id": x, "owned_by": self.server.owner} for x in self.server.models]}
+        self._answer(200, self.server.instead("models", proper))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -75,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
             words = f"it does not work with {self.headers.get('Authorization')}"
             self._answer(failure[0], {"error": {"message": words}}, failure[1])
         else:
-            self._answer(200, self._proper(body))
+            self._answer(200, self.server.instead(self.path.removeprefix("/v1/"), self._proper(body)))
 
     def _proper(self, body: dict[str, Any]) -> dict[str, Any]:
         chat = "messages" in body
@@ -99,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         return [prompt[i : i + self.server.width] for i in range(0, len(prompt), self.server.width)]
 
     def _answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
-        raw = json.dumps(content).encode()
+        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(raw)), **(headers or {})}.items():
             self.send_header(name, value)

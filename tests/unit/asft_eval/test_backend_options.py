@@ -20,7 +20,7 @@ from asft_nemo import cli
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("hff", Options(), "there is no backend 'hff': choose one of hf, openai, vllm"),
+        ("hff", Options(), "there is no backend 'hff': did you mean 'hf'\\? choose one of hf, openai, vllm"),
         ("hf", Options(tensor_parallel_size=2), "says nothing to the backend hf: leave it out, or choose backend vllm"),
         ("vllm", Options(base_url="http://x"), "choose backend openai"),
         ("openai", Options(batch_size=0), "batch_size is 0: give at least 1"),

@@ -43,7 +43,7 @@ def write(
             right = verdict(f"{part.suite.name} {request.example.id}", request.sample)
             row = request.row(Completion("yes" if right else "no", 1, True), 0.0)
             rows.append({**row, "parsed": "", "correct": right, "reason": "made up"})
-        found[part.name] = figures(part, rows)
+        found[part.name] = figures(part, rows, backend="fake")
         samples += rows
     model = {"path": folder.name, "fingerprint": folder.name}
     result = Result(

@@ -28,16 +28,13 @@ pytestmark = pytest.mark.usefixtures("keep_logging_and_warnings")
 
 
 @pytest.fixture(autouse=True)
-def here(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(data_dir: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The published instructions, and no key or server of the machine's own."""
     monkeypatch.setenv("ASFT_DATA_DIR", str(data_dir))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.chdir(tmp_path)
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    return tmp_path
+    monkeypatch.chdir(model.parent)
+    return model.parent
 
 
 def answered(

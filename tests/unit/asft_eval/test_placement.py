@@ -58,7 +58,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> dict[str, Any]:
         model = SimpleNamespace(hf_device_map=asked["map"])
         model.eval = lambda: model
         model.to = lambda device: SimpleNamespace(eval=lambda: device)
-        return model
+        return model, {"missing_keys": set()}
 
     free = int(weight_bytes(model_dir, None) / 1.5 / 0.75)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

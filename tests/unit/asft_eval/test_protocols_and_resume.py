@@ -21,14 +21,6 @@ from asft_eval.suites import suite_from_pairs
 WORDS = suite_from_pairs("words", [(word, word.upper()) for word in ("ab", "cd", "ef")])
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
 def run(model: Path, out: Path, backend: FakeBackend, **changes: Any) -> Result:
     return evaluate(model, [WORDS], **{"backend": backend, "out_dir": out, "max_tokens": 8, **changes})
 
@@ -157,6 +149,7 @@ def test_no_model_is_loaded_where_every_answer_is_there(
         return backend
 
     monkeypatch.setattr("asft_eval.run.open_backend", open_)
+    monkeypatch.setattr("asft_eval.run.require_installed", lambda *_: None)
 
     def again(**changes: Any) -> Result:
         return evaluate(

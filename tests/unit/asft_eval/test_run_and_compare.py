@@ -18,14 +18,6 @@ WORDS = suite_from_pairs("words", [(w, w.upper()) for w in ("ab", "cd", "ef", "g
 SUMS = suite_from_pairs("sums", [("1+1", "2"), ("2+2", "4")])
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
 def run(model: Path, out: Path, answers: dict[str, str], **changes: object) -> Result:
     settings = {"out_dir": out, "max_tokens": 8, **changes}
     return evaluate(model, [WORDS, SUMS], backend=FakeBackend(lambda p: answers.get(p, "")), **settings)  # type: ignore[arg-type]
@@ -42,7 +34,7 @@ def test_figures_files_and_reading_back(model: Path, tmp_path: Path):
     assert result.suites["sums"].accuracy == 0
     assert read_result(tmp_path / "out") == result
     written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert written["schema_version"] == 3
+    assert written["schema_version"] == 4
     assert written["protocol"] == "greedy"
     assert written["suites"]["words"]["protocol"]["max_tokens"] == 8
     samples = read_samples(tmp_path / "out")
@@ -119,7 +111,7 @@ def test_damaged_or_missing_results(model: Path, tmp_path: Path):
     file.write_text(whole[:-40])
     with pytest.raises(EvaluationError, match="damaged"):
         read_result(tmp_path / "a")
-    file.write_text(whole.replace('"schema_version": 3', '"schema_version": 99'))
+    file.write_text(whole.replace('"schema_version": 4', '"schema_version": 99'))
     with pytest.raises(EvaluationError, match="schema version 99"):
         read_result(tmp_path / "a")
 

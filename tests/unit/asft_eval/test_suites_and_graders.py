@@ -48,7 +48,7 @@ def test_a_limited_suite_has_another_hash():
         ('{"prompt": "a", "answer": "b"}\nnonsense\n[1]\n{"prompt": "a"}\n', "3 bad line.*line 2"),
         ('{"prompt": "a", "answer": " "}\n', "'answer' is missing or empty"),
         ("\n", "no example"),
-        ('{"id": 7, "prompt": "a", "answer": "b"}\n' * 2, "id 7 2 times"),
+        ('{"id": 7, "prompt": "a", "answer": "b"}\n' * 2, "id 7 in lines 1 and 2: make ids unique"),
     ],
 )
 def test_unusable_files(tmp_path: Path, content: str, says: str):

@@ -63,7 +63,7 @@ def test_the_answer_as_json(rows: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["{rows}", "--out", "{out}", "--workers", "0"], "'0' is no number of processes: give 1 or more"),
         (
             ["{rows}", "--out", "{out}", "--drop-contaminated", "math5000"],
-            "there is no suite or file math5000: give a JSON Lines file or some of math, medical",
+            "there is no suite or file math5000: did you mean 'math500'? choose one of math500, gsm8k",
         ),
         (["nowhere.jsonl", "--out", "{out}"], "nowhere.jsonl does not exist"),
         (["{rows}", "--out", "{out}", "data.fields.messages=chat"], "9 bad rows: correct them, or set"),

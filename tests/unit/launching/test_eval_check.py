@@ -42,7 +42,7 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
         (["eval.suites=[medqa]", "eval.tensor_parallel_size=2"], "tensor_parallel_size says nothing to the backend hf: leave it out, or choose backend vllm"),
         (["eval.suites=[medqa]", "eval.backend=vllm", "eval.tensor_parallel_size=16", "cluster=slurm", "cluster.partition=p", "cluster.account=a"],
          "more than the 8 GPUs of a node"),
-        (["eval.suites=[medqa]", "eval.protocol=gredy"], "eval.protocol=gredy cannot be used: there is no protocol 'gredy': choose one of"),
+        (["eval.suites=[medqa]", "eval.protocol=gredy"], "eval.protocol=gredy cannot be used: there is no protocol 'gredy': did you mean 'greedy'? choose one of"),
         (["eval.suites=[medqa]", "eval.protocol=pass@0"], "pass@K with K from 1"),
         (["eval.suites=[medqa]", "eval.prompt=alpca"], "eval.prompt=alpca is unknown: did you mean 'alpaca'"),
         (["eval.suites=[medqqa]"], "eval.suites has 'medqqa', which is no suite and no JSON Lines file: did you mean 'medqa'"),

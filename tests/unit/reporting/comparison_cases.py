@@ -54,7 +54,7 @@ def make_results(folder: Path) -> dict[str, Path]:
             prompts = [example.prompt for example in part.suite.examples]
             requests = requests_of(part, prompts, model=name, backend="fake")
             rows = [_graded(request, correct=luck.random() < right) for request in requests]
-            found[part.name] = figures(part, rows)
+            found[part.name] = figures(part, rows, backend="fake")
             samples += rows
         result = Result(
             model={"path": f"models/{name}", "fingerprint": name},
