@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help demo test test-long simulate test-slurm test-vllm test-rl test-compat test-container check types audit lock docs format venv clean
+.PHONY: help demo test test-long simulate test-slurm test-vllm test-rl test-compat test-container check types audit lock release-check docs format venv clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -53,6 +53,9 @@ audit: $(STAMP)  ## bandit on the code; pip-audit on the pins, where it is insta
 
 lock:  ## hashes of the pins, after a change of requirements (needs uv)
 	tools/lock
+
+release-check: $(STAMP)  ## a release without publishing: the wheel in an empty environment, its demo included (10 minutes)
+	tools/release_check $(BIN)/python
 
 docs: $(STAMP)  ## the documentation site into site/, strict: a warning fails (seconds)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
