@@ -1,13 +1,20 @@
-"""The forms that `tools/gpu_check.py` trains, and what they need of the machine."""
+"""The forms that `tools/gpu_check.py` trains, what they need of the machine, and what their runs leave."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
+import shutil
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+from bench import nemo_convert, outside_fp8, te_checkpoint
+from bench.gpu_parts import Check, free_of
+from bench.gpu_rank import sentence
 from bench.layer_kinds import LOCAL_FORMS
-from bench.training import FORMS, Form
+from bench.training import FORMS, QWEN25_1P5B, Form, make_data, make_model, run_settings
 
 log = logging.getLogger("gpu_check")
 
@@ -63,6 +70,139 @@ def attempt(what: str, settings: Iterable[str], work: Callable[[], dict[str, Any
         return {"skipped": f"no {missing}"}
     try:
         return work()
-    except Exception as error:
+    except Exception as error:  # the others still tell something
         log.exception("%s", what)
-        return {"failed": f"{type(error).__name__}: {error}"}
+        return {"failed": sentence(error)}
+
+
+def overrides(form: str, options: argparse.Namespace, folder: Path, run_dir: Path) -> list[str]:
+    """Settings of one run."""
+    settings = run_settings(
+        CHECKED[form],
+        folder=folder,
+        run_dir=run_dir,
+        sequence_length=options.sequence_length,
+        micro_batch_size=options.micro_batch_size,
+        global_batch_size=options.micro_batch_size * options.micro_batches * options.gpus,
+        steps=options.steps,
+    )
+    if not any(setting.startswith("precision=") for setting in settings):
+        settings.append(f"precision={options.precision}")
+    return [*settings, f"run.world_size={options.gpus}"]
+
+
+def found_in(run_dir: Path) -> dict[str, Any]:
+    """What a finished run says of itself: its summary, its first step's KL, and its last step's loss, seconds and tokens a second."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "summary": json.loads((run_dir / "summary.json").read_text()),
+        "kl_at_step_0": lines[0]["kl"],
+        "seconds_of_last_step": lines[-1]["seconds"],
+        "loss_of_last_step": lines[-1]["loss"],
+        "losses": [line["loss"] for line in lines],
+        "grad_norms": [line["grad_norm"] for line in lines],
+        "tokens_per_second": lines[-1]["tokens_per_second"],
+    }
+
+
+def measure(form: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Runs one form; what it says of itself, or why it did not run (`skipped`) or broke (`failed`)."""
+
+    def work() -> dict[str, Any]:
+        from asft_nemo.config.load import compose
+        from asft_nemo.launch_local import launch, launch_cache
+
+        run_dir = folder / form
+        settings = overrides(form, options, folder, run_dir)
+        if "reference=cached" in settings:
+            launch_cache(compose(overrides(form, options, folder, folder / "cache_run")), repair=False)
+        launch(compose(settings))
+        free_of(run_dir / "checkpoints")  # in the sizes of --shape 20 GB each
+        return found_in(run_dir)
+
+    return attempt(form, CHECKED[form].settings, work)
+
+
+def model_folder(check: Check) -> Path:
+    """Where the random model and its examples are; they are made by whichever part asks first."""
+    folder, options = check.folder / "forms", check.options
+    if not (folder / "train.jsonl").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "model").mkdir(parents=True)
+        published = QWEN25_1P5B if options.shape else None
+        make_model(folder / "model", hidden=options.hidden, layers=options.layers, published=published)
+        examples = max(64, options.micro_batch_size * options.micro_batches * options.gpus)
+        make_data(folder / "train.jsonl", examples=examples, sequence_length=options.sequence_length)
+    return folder
+
+
+def check_forms(check: Check) -> dict[str, Any]:
+    """Trains every form that is asked for and those that they are compared with, while there is time."""
+    from bench.gpu_form_tables import form_bars
+
+    options, folder = check.options, model_folder(check)
+    wanted = {CHECKED[form].against for form in options.forms} | {"sft", *options.forms}
+    runs: dict[str, dict[str, Any]] = {}
+    longest, left = 0.0, check.left()
+    for form in (form for form in CHECKED if form in wanted):
+        if left < longest:
+            runs[form] = {"skipped": "--minutes has no room for it"}
+            continue
+        runs[form] = measure(form, options, folder)
+        longest, left = max(longest, left - check.left()), check.left()
+    return {"runs": runs, "bars": form_bars(runs)}
+
+
+def check_outside(check: Check) -> dict[str, Any]:
+    """Head, embedding and loss of an asft run in each precision of FP8 that has a reference like itself, one rank."""
+    options, folder = check.options, model_folder(check)
+    outside = {}
+    for name in ("fp8_current", "fp8_blockwise"):
+        run_dir, seen = folder / f"outside_{name}", check.place(f"seen_{name}")
+        one = argparse.Namespace(**{**vars(options), "gpus": 1, "steps": 1})
+        settings = [*overrides("resident", one, folder, run_dir), f"precision={name}"]
+        settings.remove(f"precision={options.precision}")
+        outside[name] = attempt(
+            name, settings, lambda given=settings, where=seen: outside_fp8.look(given, where)
+        )
+        free_of(run_dir / "checkpoints")
+    seen_any = [one for one in outside.values() if "tensors" in one]
+    failed = [one for one in outside.values() if "failed" in one]
+    off = {"measured": len(failed) + sum(map(outside_fp8.is_off, seen_any)), "limit": 0}
+    reason = {"reason": next((one["skipped"] for one in outside.values() if "skipped" in one), None)}
+    return {"outside": outside, "bars": {"off": off if seen_any or failed else reason}}
+
+
+def check_kept(check: Check) -> dict[str, Any]:
+    """Copies the profile's pages and writes the checkpoints for tests; says where they are."""
+    options, kept = check.options, {}
+    pages = check.folder / "forms" / "resident_profiled" / "profile"
+    out = options.out / f"{options.name}_profile"
+    if (pages / "summary.md").is_file():
+        shutil.copytree(pages, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.trace.json.gz"))
+        kept["profile"] = {"kept": str(out)}
+    elif pages.parent.exists():
+        kept["profile"] = {"failed": "the profiled run left no page"}
+    from asft_nemo.config.machine import part
+
+    for name in te_checkpoint.PRECISIONS:
+        target, settings = options.out / "te_checkpoint", [f"precision={name}"]
+        if not part("transformer_engine").there():
+            kept[f"checkpoint, {name}"] = {"skipped": "no Transformer Engine"}
+            continue
+        kept[f"checkpoint, {name}"] = attempt(
+            name,
+            settings,
+            lambda name=name, target=target: {
+                "kept": str(te_checkpoint.write(target, check.folder / "tiny", name))
+            },
+        )
+    failed = {"measured": sum("failed" in one for one in kept.values()), "limit": 0}
+    return {"kept": kept, "hint": te_checkpoint.hint(Path("te_checkpoint")), "bars": {"failed": failed}}
+
+
+def check_conversion(check: Check) -> dict[str, Any]:
+    """NeMo's importer and exporter beside ours, on the random model of the forms."""
+    return {
+        "conversion": nemo_convert.measure(model_folder(check) / "model" / "hf", check.place("conversion"))
+    }

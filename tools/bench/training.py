@@ -93,12 +93,20 @@ def make_model(folder: Path, *, hidden: int, layers: int, published: Mapping[str
     return folder / "nemo"
 
 
-def make_data(file: Path, *, examples: int, sequence_length: int) -> Path:
-    """Examples that fill the sequence, nearly every token learned: random letters, whose loss no training brings to nothing."""
+def make_data(file: Path, *, examples: int, sequence_length: int, prompt: int = 1) -> Path:
+    """Examples that fill the sequence: random letters, whose loss no training brings to nothing.
+
+    Args:
+        file: is written.
+        examples: how many.
+        sequence_length: tokens.
+        prompt: letters, at least 1, that are not learned, ahead of those that are; a token is a letter or little more.
+    """
     lines = []
     for n in range(examples):
         letters = random.Random(n).choices("abcdefgh ", k=4 * sequence_length)
-        lines.append(json.dumps({"instruction": "a", "response": f"{n:04d}" + "".join(letters)}))
+        asked = "a" + "".join(random.Random(-1 - n).choices("abcdefgh ", k=prompt - 1))
+        lines.append(json.dumps({"instruction": asked, "response": f"{n:04d}" + "".join(letters)}))
     file.write_text("\n".join(lines) + "\n")
     return file
 

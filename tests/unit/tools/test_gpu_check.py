@@ -1,9 +1,10 @@
-"""The GPU check where there is no GPU: its refusal, its tables, the settings it gives, and its oracle on a CPU."""
+"""The GPU check where there is no GPU: its refusals, its tables, the settings it gives, its oracle on a CPU, and a rehearsal."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ TOOLS = Path(__file__).resolve().parents[3] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import gpu_check  # noqa: E402
-from bench import layer_kinds, outside_fp8, truth  # noqa: E402
-from bench.contenders import Case  # noqa: E402
+from bench import gpu_form_tables, gpu_forms, layer_kinds, outside_fp8  # noqa: E402
+from bench.gpu_parts import Check  # noqa: E402
 
 from asft_nemo.config.load import compose  # noqa: E402
 
@@ -63,7 +64,8 @@ def test_without_a_gpu_one_sentence_and_code_2(
     assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
     assert said.err.strip() == (
-        "gpu_check needs a CUDA GPU, and torch sees none here: run it on a machine that has one (docs/container.md)"
+        "gpu_check needs a CUDA GPU, and torch sees none here: run it on a machine that has one (docs/container.md), or rehearse with "
+        "--device cpu"
     )
     assert said.out == ""
     assert not (tmp_path / "out").exists()
@@ -73,14 +75,33 @@ def test_other_machines_that_cannot_be_checked(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("ASFT_DEVICE", raising=False)
-    assert gpu_check.refusal(2) is None
-    assert "--gpus 3 asks for more than the 2 GPUs here" in str(gpu_check.refusal(3))
+
+    def refusal(*words: str) -> str | None:
+        return gpu_check.refusal(gpu_check._parser().parse_args(["--out", "x", *words]))
+
+    assert refusal("--gpus", "2", "--nproc", "2") is None
+    assert "--gpus 3 asks for more than the 2 GPUs here" in str(refusal("--gpus", "3"))
+    assert "--nproc 4 asks for more than the 2 GPUs here" in str(refusal("--nproc", "4"))
+    assert "--nproc 9 is not between 1 and 8" in str(refusal("--nproc", "9", "--device", "cpu"))
+    assert str(refusal("--parts", "loss", "lost")).startswith(
+        "--parts lost is none of kernels, loss, steps_full,"
+    )
+    assert "--parts loss is none of collectives," in str(refusal("--parts", "loss", "--nproc", "2"))
+    assert str(gpu_check.refusal(gpu_check._parser().parse_args([]))).startswith("--out is not given")
     monkeypatch.setenv("ASFT_DEVICE", "cpu")
-    assert "unset it" in str(gpu_check.refusal(1))
+    assert "unset it" in str(refusal())
+    assert refusal("--device", "cpu") is None
+
+
+def test_the_parts_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--list", "--parts", "loss"]) == 0
+    assert capsys.readouterr().out == (
+        "loss               about  2.0 min  The fused loss at T=8192, V=152064, H=5120\n"
+    )
 
 
 def test_ratios_are_to_sft_and_to_the_form_it_is_compared_with() -> None:
-    lines = gpu_check.memory_table(RUNS).splitlines()
+    lines = gpu_form_tables.memory_table(RUNS).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len({len(row) for row in rows}) == 1, "every row has as many cells as the head"
     cells = {row[0]: row[1:] for row in rows[2:]}
@@ -103,7 +124,7 @@ def test_ratios_are_to_sft_and_to_the_form_it_is_compared_with() -> None:
 
 
 def test_without_the_measure_there_is_no_ratio() -> None:
-    table = gpu_check.memory_table({"resident": RUNS["resident"], "sft": {"failed": "no"}})
+    table = gpu_form_tables.memory_table({"resident": RUNS["resident"], "sft": {"failed": "no"}})
     assert "| asft, resident | 500.0 |  |  |" in table
 
 
@@ -114,7 +135,7 @@ def test_what_a_run_left_is_read(tmp_path: Path) -> None:
         {"kl": 0.5, "seconds": 1.5, "loss": 1.0, "grad_norm": 3.0, "tokens_per_second": 10},
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    assert gpu_check.found_in(tmp_path) == {
+    assert gpu_forms.found_in(tmp_path) == {
         "summary": summary(7),
         "kl_at_step_0": 0.25,
         "seconds_of_last_step": 1.5,
@@ -129,14 +150,14 @@ def test_what_a_run_left_is_read(tmp_path: Path) -> None:
 def test_a_policy_in_fp8_must_end_where_bf16_does(loss: float, off: bool) -> None:
     bf16 = {"loss_of_last_step": 2.0, "tokens_per_second": 100}
     runs = {"sft": bf16, "sft_fp8_current": {"loss_of_last_step": loss, "tokens_per_second": 150}}
-    assert gpu_check.fp8_is_off("sft_fp8_current", runs) is off
-    row = gpu_check.precision_table(runs).splitlines()[-1]
+    assert gpu_form_tables.fp8_is_off("sft_fp8_current", runs) is off
+    row = gpu_form_tables.precision_table(runs).splitlines()[-1]
     assert row.endswith("| 150 | 1.5000 | **off** |" if off else "| 150 | 1.5000 | right |")
-    assert gpu_check.fp8_is_off("sft_fp8_blockwise", runs) is None
+    assert gpu_form_tables.fp8_is_off("sft_fp8_blockwise", runs) is None
 
 
 def test_a_policy_in_fp8_that_did_not_run_says_why() -> None:
-    table = gpu_check.precision_table({"sft_fp8_delayed": {"skipped": "no Transformer Engine"}})
+    table = gpu_form_tables.precision_table({"sft_fp8_delayed": {"skipped": "no Transformer Engine"}})
     assert table.splitlines()[-1] == "| sft, precision=fp8_delayed |  |  |  |  | no Transformer Engine |"
 
 
@@ -182,22 +203,7 @@ def test_what_must_be_outside_fp8(change: dict[str, Any], off: bool) -> None:
     assert ("**off**" in outside_fp8.table({"fp8_current": found})) is off
 
 
-@pytest.mark.parametrize(
-    ("part", "change"),
-    [
-        ("runs", {"resident": {"failed": "x"}}),
-        ("outside", {"fp8_current": {**OUTSIDE, "layers_in_fp8": []}}),
-        ("kept", {"profile": {"failed": "the profiled run left no page"}}),
-        ("truth", None),
-    ],
-)
-def test_anything_wrong_is_the_exit_code(part: str, change: dict[str, Any] | None) -> None:
-    right = {"runs": {"sft": RUNS["sft"]}, "outside": {"fp8_current": OUTSIDE}, "kept": {}, "truth": []}
-    assert not gpu_check.anything_wrong(right)
-    assert gpu_check.anything_wrong({**right, part: [{"right": False}] if change is None else change})
-
-
-@pytest.mark.parametrize("form", list(gpu_check.CHECKED))
+@pytest.mark.parametrize("form", list(gpu_forms.CHECKED))
 def test_settings_of_every_form_pass_the_rules(form: str, tmp_path: Path) -> None:
     options = gpu_check._parser().parse_args(["--out", str(tmp_path), "--gpus", "2"])
     (tmp_path / "model" / "nemo").mkdir(parents=True)
@@ -210,67 +216,101 @@ def test_settings_of_every_form_pass_the_rules(form: str, tmp_path: Path) -> Non
         "max_position_embeddings": 4096,
     }
     (tmp_path / "model" / "nemo" / "config.json").write_text(json.dumps(shape))
-    run = compose(gpu_check.overrides(form, options, tmp_path, tmp_path / form), check_inputs=False)
+    run = compose(gpu_forms.overrides(form, options, tmp_path, tmp_path / form), check_inputs=False)
     assert (run.run.world_size, run.parallel.pp_size) == (2, 1)
-    assert run.precision == (form[form.index("fp8") :] if form in gpu_check.PRECISIONS else "bf16")
+    assert run.precision == (form[form.index("fp8") :] if form in gpu_forms.PRECISIONS else "bf16")
     assert run.reference.precision == ("fp8" if form == "resident_fp8" else "policy")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", list(truth.OBJECTIVES))
-def test_the_loss_is_right_on_a_cpu_too(name: str, dtype: str) -> None:
-    case = Case(96, 160, 32, dtype, objective="asft", chunk_tokens=29, device="cpu")
-    found = truth.check(name, case, triton=False)
-    assert found.right, found
-    assert found.skipped is None
-    assert 0 < found.dhidden <= max(2 * found.naive_dhidden, truth.GRADIENT_BOUNDS[dtype])
-    skipped = truth.check(name, case, triton=True)
-    assert skipped.skipped == "Triton's kernels do not run on this device"
-
-
-def test_a_loss_that_is_off_is_called_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(96, 160, 32, "fp32", objective="asft", chunk_tokens=29, device="cpu")
-    true_loss = truth.fused_linear_loss
-    other = truth.objective("asft", kl_weight=1.001 * truth.KL_WEIGHT)
-    monkeypatch.setattr(
-        truth, "fused_linear_loss", lambda *args, **given: true_loss(*args, **{**given, "objective": other})
-    )
-    found = truth.check("asft, forward KL", case, triton=False)
-    assert not found.right
-    table = gpu_check.truth_table([found.record(), truth.Check("sft", "bf16", True, skipped="why").record()])
-    assert table.splitlines()[2].endswith("| **off** |")
-    assert table.splitlines()[3].endswith("| skipped: why |")
-    assert len({line.count("|") for line in table.splitlines()}) == 1
-
-
-def test_the_page_says_what_it_was_measured_on() -> None:
-    record = {
-        "date": "2026-01-02",
-        "machine": {"gpus": ["A GPU, 80 GiB"], "cuda": "12.9"},
-        "versions": {"torch": "2.13.0", "apex": None},
-        "commit": "abc",
-        "options": {"hidden": 64, "forms": ["sft"]},
-        "runs": RUNS,
-        "truth": [],
-        "outside": {"fp8_current": OUTSIDE, "fp8_blockwise": {"skipped": "no GPU"}},
-        "kept": {"profile": {"kept": "runs/gpu_check_profile"}},
-        "conversion": [
-            {"what": "asft import", "seconds": 2.0, "peak_rss_bytes": 3 << 20},
-            {"what": "NeMo", "skipped": "why"},
-        ],
+def test_the_bars_of_the_forms() -> None:
+    runs: dict[str, dict[str, Any]] = {
+        "sft": {"loss_of_last_step": 2.0, "losses": [2.0], "grad_norms": [4.0]},
+        "sft_local": {"losses": [2.002], "grad_norms": [4.2]},
+        "sft_fp8_current": {"loss_of_last_step": 2.1},
+        "sft_fp8_delayed": {"skipped": "no Transformer Engine"},
+        "resident_local": {"failed": "x"},
     }
-    page = gpu_check.page(record)
-    assert "A GPU, 80 GiB; CUDA 12.9. torch 2.13.0. Commit abc." in page
-    assert "Options: hidden=64." in page
-    assert gpu_check.memory_table(RUNS) in page
-    assert "| asft import | 2.0 | 3 |" in page
-    assert "| NeMo | skipped: why | |" in page
+    bars = gpu_form_tables.form_bars(runs)
+    assert bars["loss_sft_fp8_current"] == {"measured": pytest.approx(0.05), "limit": 0.01}
+    assert bars["loss_sft_fp8_delayed"] == {"reason": "no Transformer Engine"}
+    assert bars["loss_sft_fp8_blockwise"] == {"reason": "one of the two runs is not there"}
+    assert bars["loss_sft_local"] == {"measured": pytest.approx(0.001), "limit": 2**-8}
+    assert bars["norm_sft_local"] == {"measured": pytest.approx(0.05), "limit": 2**-5}
+    assert bars["norm_resident_local"] == {"reason": "x"}
+    assert bars["failed"] == {"measured": 1, "limit": 0}
 
 
-def test_one_broken_form_does_not_stop_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    options = argparse.Namespace(**vars(gpu_check._parser().parse_args(["--out", str(tmp_path)])))
-    found = gpu_check.measure("sft", options, tmp_path)  # there is no model in this folder
+def test_all_of_the_forms_on_one_page() -> None:
+    page = gpu_form_tables.forms_table({"runs": RUNS})
+    assert gpu_form_tables.memory_table(RUNS) in page
+    assert layer_kinds.table(RUNS) in page
+
+
+def check_of(folder: Path, **given: Any) -> Check:
+    return Check(gpu_check._parser().parse_args(["--out", str(folder)]), "cuda", folder, **given)
+
+
+def test_one_broken_form_does_not_stop_the_others(tmp_path: Path) -> None:
+    options = check_of(tmp_path).options
+    found = gpu_forms.measure("sft", options, tmp_path)  # there is no model in this folder
     assert found["failed"].startswith("ConfigError: ")
-    assert "skipped" in gpu_check.measure("resident_fp8", options, tmp_path)
+    assert "skipped" in gpu_forms.measure("resident_fp8", options, tmp_path)
+
+
+def test_forms_stop_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_forms, "model_folder", lambda check: tmp_path)
+    monkeypatch.setattr(gpu_forms, "measure", lambda form, options, folder: {"failed": form})
+    check = check_of(tmp_path, minutes=1.0)
+    check.options.forms = ["resident", "resident_local"]
+    left = iter([60.0, 20.0, 19.0, 18.0])
+    monkeypatch.setattr(Check, "left", lambda self: next(left))
+    found = gpu_forms.check_forms(check)
+    assert found["runs"] == {
+        "sft": {"failed": "sft"},
+        "resident": {"skipped": "--minutes has no room for it"},
+        "resident_local": {"skipped": "--minutes has no room for it"},
+    }
+
+
+def test_what_is_kept_of_no_run(tmp_path: Path) -> None:
+    found = gpu_forms.check_kept(check_of(tmp_path))
+    assert "profile" not in found["kept"]
+    (tmp_path / "forms" / "resident_profiled").mkdir(parents=True)
+    found = gpu_forms.check_kept(check_of(tmp_path))
+    assert found["kept"]["profile"] == {"failed": "the profiled run left no page"}
+    assert found["bars"]["failed"]["measured"] == 1
+    assert "* profile: the profiled run left no page" in gpu_form_tables.kept_list(found)
+
+
+def test_a_rehearsal_where_only_torch_is_installed(tmp_path: Path) -> None:
+    """The command itself, in an environment without the training stack: what can run does, the rest says what is missing."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nfor name in ('nemo', 'megatron', 'hydra', 'omegaconf', 'modelopt', 'lightning', 'transformers', 'psutil'):\n"
+        "    sys.modules[name] = None\n"
+    )
+    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        [*command, "--parts", "kernels", "steps_lora", "forms"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert {name: one["status"] for name, one in record["parts"].items()} == {
+        "kernels": "done",
+        "steps_lora": "skipped",
+        "forms": "skipped",
+    }
+    assert record["parts"]["steps_lora"]["reason"].startswith(
+        "the training stack is not installed here (nemo, "
+    )
+    assert {row["verdict"] for row in record["bars"]} == {"unmeasured"}
+    assert "no GPU: a rehearsal on the CPU" in (tmp_path / "out" / "gpu_check.md").read_text()

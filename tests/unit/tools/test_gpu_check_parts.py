@@ -1,0 +1,213 @@
+"""The GPU check's bookkeeping: needs, time, what breaks, what the bars say of it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
+
+from bench import gpu_page, gpu_parts, gpu_table
+from bench.gpu_parts import UNMEASURED, Bar, Check, Part, SkipPart, run_part, run_parts, verdicts
+from bench.gpu_rank import sentence
+from bench.gpu_ranks import RankFailed
+
+
+def check_of(folder: Path, *, device: str = "cuda", **given: Any) -> Check:
+    return Check(argparse.Namespace(), device, folder, **given)
+
+
+def part_of(name: str, work: Any, *, needs: Any = (), seconds: float = 1.0, bars: Any = ()) -> Part:
+    return Part(name, name, needs, seconds, work, lambda found: str(found), bars)
+
+
+def test_a_part_says_what_it_found_or_why_not(tmp_path: Path) -> None:
+    def broken(check: Check) -> dict[str, Any]:
+        raise ValueError("the first line\nmore")
+
+    def full(check: Check) -> dict[str, Any]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
+
+    def hung(check: Check) -> dict[str, Any]:
+        raise RankFailed("x:y was not done in 3 s: rank 1 at its start", "a log")
+
+    def left_out(check: Check) -> dict[str, Any]:
+        raise SkipPart("why")
+
+    parts = [
+        part_of("broken", broken),
+        part_of("lacking", broken, needs=(lambda check: None, lambda check: "it has no X")),
+        part_of("full", full),
+        part_of("hung", hung),
+        part_of("left_out", left_out),
+        part_of("good", lambda check: {"number": 1}),
+    ]
+    found = {part.name: result for part, result in run_parts(parts, check_of(tmp_path))}
+    assert {name: (one["status"], one.get("reason")) for name, one in found.items()} == {
+        "broken": ("failed", "ValueError: the first line"),
+        "lacking": ("skipped", "it has no X"),
+        "full": (
+            "failed",
+            "the GPU's memory does not hold it (CUDA out of memory. Tried to allocate 2.00 GiB)",
+        ),
+        "hung": ("failed", "x:y was not done in 3 s: rank 1 at its start"),
+        "left_out": ("skipped", "why"),
+        "good": ("done", None),
+    }
+    assert found["good"]["found"] == {"number": 1}
+
+
+def test_what_does_not_fit_the_time_is_left_out_and_what_still_does_is_not(tmp_path: Path) -> None:
+    check = check_of(tmp_path, minutes=0.05, began=time.monotonic())  # 3 s
+    parts = [part_of(name, lambda check: {}, seconds=s) for name, s in (("a", 1), ("b", 100), ("c", 1))]
+    found = {part.name: result for part, result in run_parts(parts, check)}
+    assert [found[name]["status"] for name in "abc"] == ["done", "done", "done"], "a took no time: nor will b"
+    slow = [
+        part_of("a", lambda check: time.sleep(0.4) or {}, seconds=0.1),
+        part_of("b", lambda check: {}, seconds=2.0),  # four times as long as expected, too: 8 s
+        part_of("c", lambda check: {}, seconds=0.1),
+    ]
+    check = check_of(tmp_path, minutes=0.05, began=time.monotonic())
+    found = {part.name: result for part, result in run_parts(slow, check)}
+    assert [found[name]["status"] for name in "abc"] == ["done", "skipped", "done"]
+    assert found["b"]["reason"].startswith("it would take about 0.1 minutes, and --minutes leaves 0.0")
+    assert check_of(tmp_path).left() == math.inf
+
+
+BARS = (
+    Bar("low", "a ratio", "2"),
+    Bar("high", "another", "2"),
+    Bar("nan", "a third", "2"),
+    Bar("reason", "a fourth", "2"),
+    Bar("absent", "a fifth", "2"),
+)
+
+
+def test_bars_are_passed_missed_or_unmeasured_with_a_reason() -> None:
+    told = {
+        "low": {"measured": 2.0, "limit": 2.0},
+        "high": {"measured": 2.0001, "limit": 2.0},
+        "nan": {"measured": float("nan"), "limit": 2.0},
+        "reason": {"reason": "no | Liger"},
+    }
+    parts = [
+        part_of("p", None, bars=BARS),
+        part_of("q", None, bars=(BARS[0],)),
+        part_of("r", None, bars=BARS[:1]),
+    ]
+    results = {
+        "p": {"status": "done", "found": {"bars": told}},
+        "q": {"status": "failed", "reason": "ValueError: x"},
+    }
+    rows = verdicts(parts, results, device="cuda")
+    assert [row["verdict"] for row in rows] == ["passed", "missed", "missed", *[UNMEASURED] * 4]
+    assert [row["reason"] for row in rows[3:]] == [
+        "no | Liger",
+        "the part did not measure it",
+        "ValueError: x",
+        "it was not asked for",
+    ]
+    table = gpu_parts.bars_table(rows).splitlines()
+    assert table[3] == "| p | another | 2 | 2 | 2 | **missed** |"
+    assert table[5] == "| p | a fourth | 2 |  |  | unmeasured: no / Liger |"
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_a_rehearsal_judges_no_speed_but_what_is_exact_anywhere() -> None:
+    bars = (BARS[0], Bar("high", "an error", "2", on_gpu=False))
+    told = {"low": {"measured": 9, "limit": 2.0}, "high": {"measured": 9, "limit": 2.0}}
+    rows = verdicts([part_of("p", None, bars=bars)], {"p": {"found": {"bars": told}}}, device="cpu")
+    assert [row["verdict"] for row in rows] == [UNMEASURED, "missed"]
+
+
+def test_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = check_of(tmp_path)
+    nothing = gpu_parts.package("torch", "no_such_package", called="a library")
+    assert nothing(check) == "a library is not installed here (no_such_package missing)"
+    assert gpu_parts.package("torch", called="torch")(check) is None
+    assert gpu_parts.ranks_at_least(4)(check) == "it needs --nproc 4"
+    assert gpu_parts.ranks_at_least(4)(check_of(tmp_path, nproc=4)) is None
+    assert "set TMPDIR to a larger disk" in str(gpu_parts.disk_gib(1e9)(check))
+    properties = argparse.Namespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert gpu_parts.gpu_gib(40)(check) == "it takes 40 GiB of a GPU, and this one has 24"
+    assert gpu_parts.gpu_gib(20)(check) is None
+    rehearsal = check_of(tmp_path, device="cpu")
+    assert gpu_parts.disk_gib(1e9)(rehearsal) is gpu_parts.gpu_gib(40)(rehearsal) is None
+    assert gpu_parts.a_gpu(rehearsal) == "it needs a GPU"
+    assert gpu_parts.clone(check) is None
+
+
+def test_errors_in_one_line() -> None:
+    assert sentence(KeyError("x")) == "KeyError: 'x'"
+    assert sentence(RuntimeError()) == "RuntimeError"
+
+
+@pytest.mark.parametrize("parts", [gpu_table.ONE_GPU, gpu_table.SEVERAL])
+def test_the_rows_are_whole(parts: tuple[Part, ...]) -> None:
+    names = [part.name for part in parts]
+    assert len(set(names)) == len(names)
+    for part in parts:
+        keys = [bar.key for bar in part.bars]
+        assert len(set(keys)) == len(keys), part.name
+        assert part.seconds > 0
+    # the issue of the budget: everything fits the time that is given unasked
+    assert sum(part.seconds for part in parts) <= 60 * (10 if parts is gpu_table.SEVERAL else 60)
+
+
+def record_of(parts: dict[str, Any], bars: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "date": "2026-01-02",
+        "command": "python tools/gpu_check.py --out runs/x",
+        "minutes": 1.25,
+        "machine": {"gpus": ["A GPU, 80 GiB"], "cuda": "12.9", "driver_version": "580.1"},
+        "versions": {"torch": "2.13.0", "apex": None},
+        "commit": "abc",
+        "options": {"hidden": 64, "forms": ["sft"]},
+        "parts": parts,
+        "bars": bars,
+    }
+
+
+def test_the_page_says_what_it_was_measured_on_and_every_part(tmp_path: Path) -> None:
+    parts = [part_of(name, None) for name in ("good", "bad", "later")]
+    results = {
+        "good": {"status": "done", "found": {"x": 1}, "seconds": 2.0},
+        "bad": {"status": "failed", "reason": "ValueError: x", "seconds": 3.0},
+    }
+    record = record_of(results, [{"verdict": "passed", "part": "good", "what": "w", "bound": "b"}])
+    gpu_page.write(record, parts, tmp_path, "name")
+    page = (tmp_path / "name.md").read_text()
+    assert "A GPU, 80 GiB; CUDA 12.9, driver 580.1. torch 2.13.0. Commit abc." in page
+    assert "`python tools/gpu_check.py --out runs/x`; 1.2 minutes. Options: hidden=64." in page
+    assert "## Bars: 1 passed, 0 missed, 0 unmeasured" in page
+    assert "`good`: done (2 s)\n\n{'x': 1}" in page
+    assert "`bad`: failed (3 s): ValueError: x" in page
+    assert "later" not in page
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["name.json", "name.md"]
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict", "wrong"),
+    [
+        ("done", "passed", False),
+        ("skipped", UNMEASURED, False),
+        ("failed", "passed", True),
+        ("done", "missed", True),
+    ],
+)
+def test_anything_wrong_is_the_exit_code(status: str, verdict: str, wrong: bool) -> None:
+    record = record_of({"p": {"status": status}}, [{"verdict": verdict}])
+    assert gpu_page.anything_wrong(record) is wrong
+
+
+def test_a_part_is_run_with_what_is_left(tmp_path: Path) -> None:
+    check = check_of(tmp_path, minutes=0.0)
+    assert run_part(part_of("p", lambda check: {}, seconds=0.1), check)["status"] == "skipped"
