@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from asft_eval import EvaluationError
 from asft_eval.backends.fake import FakeBackend
+from asft_eval.graders import grade
 from asft_eval.run import evaluate
 from asft_eval.suites import SUITES, load_suite, load_suites
 from asft_eval.suites.prompts import PROMPTS, as_chat, render
 from transformers import AutoTokenizer
 
-HERE = ["math500", "gsm8k", "aime24", "medqa", "medmcqa", "mmlu_medical", "alpaca_eval"]
+HERE = ["math500", "gsm8k", "aime24", "medqa", "medmcqa", "mmlu_medical", "humaneval", "alpaca_eval"]
 MEDICAL = ["medqa", "medmcqa", "mmlu_medical"]
 
 
@@ -57,6 +58,18 @@ def test_a_constant_a_scores_the_share_of_a(real: Path, model: Path, tmp_path: P
     )
     assert result.suites[name].right == rights["A"] + rights["0"]
     assert result.suites[name].n == len(rows)
+
+
+@pytest.mark.parametrize("name", MEDICAL)
+def test_letters_against_themselves_and_shuffled(real: Path, name: str):
+    examples = load_suite(name).examples
+    own = grade("choice", [(example, f" {example.answer}") for example in examples])
+    assert all(score.correct for score in own)
+    letters = [example.answer for example in examples]
+    moved = grade("choice", list(zip(examples, [*letters[1:], letters[0]], strict=True)))
+    chance = sum((count / len(letters)) ** 2 for count in Counter(letters).values())
+    share = sum(score.correct for score in moved) / len(moved)
+    assert abs(share - chance) < 4 * (chance * (1 - chance) / len(letters)) ** 0.5
 
 
 def test_the_medical_form(real: Path):
@@ -146,7 +159,7 @@ def test_the_page_has_every_suite_of_the_table():
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in PAGE.read_text(encoding="utf-8").splitlines()
-        if line.startswith("| ") and "`" in line
+        if line.startswith("| ") and "`" in line and line.count("|") == 7
     ]
     found = {
         cells[1].strip("`"): (
