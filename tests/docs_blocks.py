@@ -1,4 +1,4 @@
-"""The code blocks of README, CONTRIBUTING and docs/, and a folder in which a page's runnable blocks run one after the other.
+"""The shell, Python and diff blocks of README, CONTRIBUTING and docs/, and a folder in which a page's runnable blocks run one after the other.
 
 A line before a block says what becomes of it here; a reader of the rendered page does not see it:
 
@@ -6,12 +6,15 @@ A line before a block says what becomes of it here; a reader of the rendered pag
     <!-- runnable: long -->       run by `make test-long`
     <!-- runnable: ranks -->      likewise; it starts training ranks
     <!-- not run: a reason -->    not run
+
+A page with diffs gets a copy of the source, to which `git apply` puts them, and its other blocks run with that copy.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("fast", "long", "ranks")
 SECONDS = 540  # for one block; pytest ends a test after 600
+#: What a page with diffs changes, and so has a copy of.
+SOURCE = ("asft_nemo", "eval", "conf", "recipes", "tests")
 #: File that a page takes for granted -> where it lies in the folder of published data sets.
 PUBLISHED = {
     "gsm8k_train.jsonl": "math/gsm8k_train.jsonl",
@@ -34,19 +39,19 @@ MADE = {
 }
 
 _BLOCK = re.compile(
-    r"(?:^<!-- (?P<verb>runnable|not run): (?P<said>.+?) -->\n)?^```(?P<language>bash|python)\n(?P<text>.*?)^```",
+    r"(?:^<!-- (?P<verb>runnable|not run): (?P<said>.+?) -->\n)?^```(?P<language>bash|python|diff)\n(?P<text>.*?)^```",
     flags=re.DOTALL | re.MULTILINE,
 )
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block of shell or Python.
+    """One block of shell, Python or a diff.
 
     Attributes:
         page: its file.
         line: of its first fence, from 1.
-        language: bash or python.
+        language: bash, python or diff.
         text: what is between the fences.
         kind: one of `KINDS`; None where it is not run.
         reason: why it is not run; None where nothing is said.
@@ -102,8 +107,11 @@ class PageFolder:
         """
         self.folder = folder
         self._left = list(blocks)
+        self._changed = any(block.language == "diff" for block in blocks)
         for entry in ROOT.iterdir():
-            if entry.name not in {".git", "runs", "site", "build", "dist", ".pytest_cache"}:
+            if self._changed and entry.name in SOURCE:
+                shutil.copytree(entry, folder / entry.name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif entry.name not in {".git", "runs", "site", "build", "dist", ".pytest_cache"}:
                 (folder / entry.name).symlink_to(entry)
         for name, text in MADE.items():
             (folder / name).write_text(text)
@@ -129,25 +137,27 @@ class PageFolder:
             self._run(self._left.pop(0))
 
     def _run(self, block: Block) -> None:
-        command = (
-            ["bash", "-euo", "pipefail", "-c", block.text]
-            if block.language == "bash"
-            else [sys.executable, "-c", block.text]
-        )
+        command = {
+            "bash": ["bash", "-euo", "pipefail", "-c", block.text],
+            "python": [sys.executable, "-c", block.text],
+            "diff": ["git", "apply", "--whitespace=error", "-"],
+        }[block.language]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        if self._changed:
+            environment["PYTHONPATH"] = f"{self.folder}{os.pathsep}{self.folder / 'eval'}"
         process = subprocess.Popen(
             command,
             cwd=self.folder,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,  # so that what it started ends with it
         )
         try:
-            said, _ = process.communicate(timeout=SECONDS)
+            said, _ = process.communicate(block.text if block.language == "diff" else "", timeout=SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             said = f"{process.communicate()[0]}\nnot done after {SECONDS} s"
