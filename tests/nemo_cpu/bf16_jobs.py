@@ -36,4 +36,8 @@ def gradients_of_steps(
         fit({**settings, **kept}, valid=valid, callbacks=keep, size=size)
     if is_first_rank():
         for folder in folders.values():
-            shutil.copytree(Path(settings["run.dir"]) / "base" / "context", folder / "context")
+            shutil.copytree(
+                Path(settings["run.dir"]) / "base" / "context",
+                folder / "context",
+                ignore=shutil.ignore_patterns("seal.json"),  # which is of the base's own weights
+            )

@@ -124,7 +124,11 @@ def gradients(settings: dict[str, Any], *, valid: list[int], out: str) -> dict[s
     with poisoned_memory(), small_buckets():
         fit(settings, valid=valid, callbacks=(KeepGradients(Path(out), of_step=2), watcher(seen)))
     if is_first_rank():
-        shutil.copytree(Path(settings["run.dir"]) / "base" / "context", Path(out) / "context")
+        shutil.copytree(
+            Path(settings["run.dir"]) / "base" / "context",
+            Path(out) / "context",
+            ignore=shutil.ignore_patterns("seal.json"),  # which is of the base's own weights
+        )
     return seen
 
 

@@ -197,7 +197,11 @@ def gradients(settings: dict[str, Any], *, valid: list[int], out: str) -> dict[s
     settings = {**settings, "trainer.max_steps": 2, "trainer.checkpoint_every": 1, "trainer.keep": "last:2"}
     parts = fit(settings, valid=valid, callbacks=(KeepGradients(Path(out), of_step=2),))
     if is_first_rank():
-        shutil.copytree(Path(settings["run.dir"]) / "base" / "context", Path(out) / "context")
+        shutil.copytree(
+            Path(settings["run.dir"]) / "base" / "context",
+            Path(out) / "context",
+            ignore=shutil.ignore_patterns("seal.json"),  # which is of the base's own weights
+        )
     return dict(parts.model.training_loss_reduction.last)
 
 
