@@ -31,6 +31,68 @@ def test_most_pages_have_something_that_runs() -> None:
     assert len(RUNNABLE) >= 25
 
 
+PAGE = """# A page
+
+<!-- runnable: fast -->
+```bash
+echo first > said
+```
+
+```bash
+unmarked
+```
+
+<!-- not run: needs the moon -->
+```python
+import moon
+```
+
+<!-- runnable: fast -->
+```bash
+cat said
+false | cat
+echo not reached
+```
+"""
+
+
+def test_a_block_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    first, unmarked, moon, last = blocks_of(page)
+    assert [block.line for block in (first, unmarked, moon, last)] == [4, 8, 13, 18]
+    assert (first.kind, unmarked.kind, moon.kind, last.kind) == ("fast", None, None, "fast")
+    assert (unmarked.reason, moon.reason) == (None, "needs the moon")
+    (tmp_path / "here").mkdir()
+    folder = PageFolder(tmp_path / "here", [first, last], data=None)
+    with pytest.raises(AssertionError, match=r"page\.md:18 ends with 1:\nfirst\n$"):
+        folder.run_to(last)
+    assert (folder.folder / "said").read_text() == "first\n"
+
+
+def test_a_diff_changes_a_copy(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    lines = (ROOT / "conf" / "objective" / "dft.yaml").read_text().splitlines()
+    diff = (
+        f"--- a/conf/objective/dft.yaml\n+++ b/conf/objective/dft.yaml\n@@ -1 +1,2 @@\n {lines[0]}\n+# more\n"
+    )
+    page.write_text(f"<!-- runnable: fast -->\n```diff\n{diff}```\n")
+    (tmp_path / "here").mkdir()
+    [block] = blocks_of(page)
+    folder = PageFolder(tmp_path / "here", [block], data=None)
+    folder.run_to(block)
+    assert "# more" in (folder.folder / "conf" / "objective" / "dft.yaml").read_text()
+    assert "# more" not in (ROOT / "conf" / "objective" / "dft.yaml").read_text()
+
+
+def test_a_block_that_needs_data_waits_for_them(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- runnable: fast -->\n```bash\nwc gsm8k_train.jsonl\n```\n")
+    [block] = blocks_of(page)
+    (tmp_path / "here").mkdir()
+    assert PageFolder(tmp_path / "here", [block], data=None).missing(block) == {"gsm8k_train.jsonl"}
+
+
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Block, list[Block]], PageFolder]:
     """The folder of a block's page, the same one for all that run together."""
