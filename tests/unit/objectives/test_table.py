@@ -76,41 +76,98 @@ def test_an_objective_is_a_value():
     assert isinstance(one, Objective)
 
 
+REFRESH = "refresh_every (steps between snapshots of the policy; at 1 the ratio is always 1) is a whole number of at least 1"
+CLIP_LOW = "clip_low (lower clip of r; never acts on the gradient) is a number of at least 0 and at most 1"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "sentence"),
     [
         (
             {"name": "asfd"},
             "unknown objective 'asfd': choose one of sft, dft, sft_kl, asft, asft_sft, iw_sft, eaft, psft",
         ),
-        ({"name": "asft"}, "needs kl_weight"),
-        ({"name": "asft", "kl_weight": -0.1}, "kl_weight=-0.1 .* set it to 0 or more"),
-        ({"name": "dft", "kl_weight": -0.1}, "kl_weight=-0.1"),
-        ({"name": "asft", "kl_weight": float("nan")}, "finite number"),
-        ({"name": "asft", "kl_weight": "0.05"}, "finite number, got '0.05'"),
-        ({"name": "asft", "kl_weight": True}, "finite number"),
+        (
+            {"name": "asft"},
+            "objective asft has a KL term and needs kl_weight: give it (the paper uses 0.05)",
+        ),
+        (
+            {"name": "asft", "kl_weight": -0.1},
+            "asft: kl_weight=-0.1 would push the policy away from the reference: set it to 0 or more",
+        ),
+        (
+            {"name": "dft", "kl_weight": -0.1},
+            "dft: kl_weight=-0.1 would push the policy away from the reference: set it to 0 or more",
+        ),
+        (
+            {"name": "asft", "kl_weight": float("nan")},
+            "asft: kl_weight must be a finite number, got nan: give a number",
+        ),
+        (
+            {"name": "asft", "kl_weight": "0.05"},
+            "asft: kl_weight must be a finite number, got '0.05': give a number",
+        ),
+        (
+            {"name": "asft", "kl_weight": True},
+            "asft: kl_weight must be a finite number, got True: give a number",
+        ),
         (
             {"name": "asft", "kl_weight": 0.05, "kl_direction": "backward"},
-            "'backward': choose forward, .* or reverse",
+            "asft: unknown kl_direction 'backward': choose forward, KL(ref||policy), or reverse, KL(policy||ref)",
         ),
         (
             {"name": "dft", "alpha": 0.1},
-            r"no option 'alpha' \(it belongs to asft_sft; it has no options\): remove it",
+            "objective dft has no option 'alpha' (it belongs to asft_sft; it has no options): remove it",
         ),
         (
             {"name": "psft", "alpha": 0.1},
-            r"it belongs to asft_sft; its options are clip_low, clip_high, refresh_every",
+            "objective psft has no option 'alpha' (it belongs to asft_sft; its options are clip_low, clip_high, "
+            "refresh_every): remove it",
         ),
-        ({"name": "eaft", "power": 2}, "no objective has it; its options are exponent"),
-        ({"name": "asft_sft", "alpha": -1}, "alpha=-1 does not fit: .* at least 0"),
-        ({"name": "psft", "clip_low": 1.5}, "clip_low=1.5 does not fit: .* at most 1"),
-        ({"name": "psft", "refresh_every": 0}, "a whole number of at least 1"),
-        ({"name": "psft", "refresh_every": 2.5}, "a whole number of at least 1"),
+        (
+            {"name": "eaft", "power": 2},
+            "objective eaft has no option 'power' (no objective has it; its options are exponent): remove it",
+        ),
+        (
+            {"name": "asft_sft", "alpha": -1},
+            "asft_sft: alpha=-1 does not fit: alpha (share of plain cross entropy) is a number of at least 0, "
+            "set it so or leave it out for 0.1",
+        ),
+        (
+            {"name": "asft_sft", "alpha": "much"},
+            "asft_sft: alpha (share of plain cross entropy) must be a finite number, got 'much': give a number",
+        ),
+        (
+            {"name": "psft", "clip_low": 1.5},
+            f"psft: clip_low=1.5 does not fit: {CLIP_LOW}, set it so or leave it out for 0.2",
+        ),
+        (
+            {"name": "psft", "refresh_every": 0},
+            f"psft: refresh_every=0 does not fit: {REFRESH}, set it so or leave it out for 4",
+        ),
+        (
+            {"name": "psft", "refresh_every": 2.5},
+            f"psft: refresh_every=2.5 does not fit: {REFRESH}, set it so or leave it out for 4",
+        ),
     ],
 )
-def test_bad_settings_are_said_with_their_cure(arguments, message):
-    with pytest.raises(ObjectiveError, match=message):
+def test_bad_settings_are_said_with_their_cure(arguments, sentence):
+    with pytest.raises(ObjectiveError) as refused:
         objective(**arguments)
+    assert str(refused.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("asft_sft", "alpha", 0),
+        ("psft", "clip_low", 0),
+        ("psft", "clip_low", 1),
+        ("psft", "refresh_every", 1.0),
+    ],
+)
+def test_the_ends_of_a_range_belong_to_it(name, option, value):
+    assert objective(name, **{option: value}).options[option] == value
 
 
 def test_an_option_left_none_counts_as_not_given():

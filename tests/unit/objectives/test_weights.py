@@ -91,13 +91,42 @@ def test_topk_entropy_of_known_shares():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "sentence"),
     [
-        ("iw_sft", "reference's label log probabilities"),
-        ("eaft", "top-k entropy"),
-        ("psft", "snapshot's label"),
+        (
+            "iw_sft",
+            "the reference's label log probabilities (ref_logprob_T) and got none: run the reference ahead of the step (reference=resident)",
+        ),
+        ("eaft", "the top-k entropy and got none: pass the policy's logits through the loss"),
+        (
+            "psft",
+            "the snapshot's label log probabilities (old_logprob_T) and got none: run the snapshot of the policy ahead of the step",
+        ),
     ],
 )
-def test_what_is_read_must_be_there(name, message):
-    with pytest.raises(ObjectiveError, match=message):
+def test_what_is_read_must_be_there(name, sentence):
+    with pytest.raises(ObjectiveError) as refused:
         objective(name).token_weight(WeightInputs(torch.zeros(2)))
+    assert str(refused.value) == f"the objective reads {sentence}"
+
+
+def test_iw_sft_must_know_the_sequences():
+    with pytest.raises(ObjectiveError) as refused:
+        objective("iw_sft").token_weight(WeightInputs(torch.zeros(2), ref_label_logprob_N=torch.zeros(2)))
+    expected = "the objective reads segment ids (segment_ids_T) and got none: number the sequences of the micro batch"
+    assert str(refused.value) == expected
+
+
+@pytest.mark.parametrize("name", ["iw_sft", "psft"])
+def test_weights_are_in_the_dtype_of_the_policys_log_probabilities(name):
+    """What a reference or a snapshot left in another precision must not decide it."""
+    given = given_inputs()
+    mixed = WeightInputs(
+        given.label_logprob_N.float(),
+        given.ref_label_logprob_N,
+        given.old_label_logprob_N,
+        segment_ids_N=given.segment_ids_N,
+    )
+    chosen = objective(name)
+    assert chosen.token_weight(mixed).dtype == torch.float32
+    assert chosen.token_weight(mixed).tolist() == pytest.approx(chosen.token_weight(given).tolist(), rel=1e-5)
