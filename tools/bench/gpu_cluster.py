@@ -82,8 +82,9 @@ def attempts(works: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, dic
         try:
             found[name] = work()
         except Exception as error:
-            log.error("%s: %s", name, getattr(error, "log", ""))
-            found[name] = {"failed": str(error) if isinstance(error, RankFailed) else sentence(error)}
+            why = str(error) if isinstance(error, RankFailed) else sentence(error)
+            log.error("%s failed: %s\n%s", name, why, getattr(error, "log", ""))
+            found[name] = {"failed": why}
     return found
 
 

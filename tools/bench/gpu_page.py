@@ -21,13 +21,14 @@ _PACKAGES = ("torch", "triton", "transformer-engine", "liger-kernel", "nvidia-mo
 def machine() -> dict[str, Any]:
     """What was measured on."""
     import torch
+    from torch.cuda import nccl
 
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
         "gpus": [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices],
         "compute_capability": [f"{device.major}.{device.minor}" for device in devices],
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if devices else None,
+        "nccl": ".".join(map(str, nccl.version())) if devices else None,
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),

@@ -138,12 +138,12 @@ class Ranks:
         return (self._folder / "log").read_text(errors="replace")[-LOG_CHARACTERS:]
 
     def _start(self) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         self.close()
         self._scratch = tempfile.TemporaryDirectory(prefix="asft-gpu-ranks-", ignore_cleanup_errors=True)
         self._folder, self._jobs = Path(self._scratch.name), 0
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store: Any = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         with (self._folder / "log").open("wb") as log:
             self._processes = [
                 subprocess.Popen(
@@ -197,7 +197,8 @@ class Ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # each leads a session, its helpers are in it
             process.wait()
-        self._processes, self._store = [], None
+        self._processes = []
+        self._store = None
         self._scratch.cleanup()
         self._scratch = None
 

@@ -57,10 +57,11 @@ def train_form(settings: list[str], *, warm_up: int, watch_copies: bool) -> dict
     spec = read_model_spec(base_dir / "context" / "hf")
     parts = build(run, spec=spec, base_dir=base_dir, data=data, resume=None)
     watch = Stopwatch(device)
-    kept = [one for one in parts.trainer.callbacks if not isinstance(one, CheckpointCallback)]
-    parts.trainer.callbacks = [_timer(watch), *kept]
+    trainer: Any = parts.trainer
+    kept = [one for one in trainer.callbacks if not isinstance(one, CheckpointCallback)]
+    trainer.callbacks = [_timer(watch), *kept]
     with _watched_copies(device if watch_copies else "") as copies:
-        parts.trainer.fit(parts.model, datamodule=parts.data)
+        trainer.fit(parts.model, datamodule=parts.data)
     if not is_writer():
         return None
     found = read_metrics(Path(run.run.dir), warm_up=warm_up, world_size=run.run.world_size)

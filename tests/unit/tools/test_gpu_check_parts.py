@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
+TOOLS = Path(__file__).resolve().parents[3] / "tools"
+sys.path.insert(0, str(TOOLS))
 
-from bench import gpu_page, gpu_parts, gpu_table
-from bench.gpu_parts import UNMEASURED, Bar, Check, Part, SkipPart, run_part, run_parts, verdicts
-from bench.gpu_rank import sentence
-from bench.gpu_ranks import RankFailed
+from bench import gpu_page, gpu_parts, gpu_table  # noqa: E402
+from bench.gpu_parts import UNMEASURED, Bar, Check, Part, SkipPart, run_part, run_parts, verdicts  # noqa: E402
+from bench.gpu_rank import sentence  # noqa: E402
+from bench.gpu_ranks import RankFailed  # noqa: E402
 
 
 def check_of(folder: Path, *, device: str = "cuda", **given: Any) -> Check:
@@ -158,8 +159,17 @@ def test_the_rows_are_whole(parts: tuple[Part, ...]) -> None:
         keys = [bar.key for bar in part.bars]
         assert len(set(keys)) == len(keys), part.name
         assert part.seconds > 0
-    # the issue of the budget: everything fits the time that is given unasked
+    # everything fits the time that is given unasked
     assert sum(part.seconds for part in parts) <= 60 * (10 if parts is gpu_table.SEVERAL else 60)
+
+
+def test_the_page_in_the_docs_has_every_bar_and_part() -> None:
+    page = (TOOLS.parent / "docs" / "gpu_check.md").read_text()
+    assert gpu_table.promises() in page
+    for part in (*gpu_table.ONE_GPU, *gpu_table.SEVERAL):
+        assert f"| `{part.name}` |" in page.split("## The bars")[0], part.name
+    for part in gpu_table.ONE_GPU:
+        assert f"| `{part.name}` | {part.seconds / 60:g} |" in page, part.name
 
 
 def record_of(parts: dict[str, Any], bars: list[dict[str, Any]]) -> dict[str, Any]:
