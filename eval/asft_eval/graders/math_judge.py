@@ -124,6 +124,9 @@ def _numbers(gold: str, answer: str) -> Verdict | None:
 
 
 def _close(a: Fraction, b: Fraction) -> bool:
+    """Equal, or nearly where one of them is no whole number and may have been rounded."""
+    if a.denominator == b.denominator == 1:
+        return a == b
     return a == b or abs(a - b) <= _CLOSE_ENOUGH * max(abs(a), abs(b))
 
 
