@@ -56,12 +56,16 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     pictures, lacking = _pictures(comparison, runs)
     table = markdown(comparison)
+    contents = {
+        TABLE: table,
+        VALUES: json.dumps(values, indent=2) + "\n",
+        PAGE: comparison_page(comparison, examples, pictures, lacking),
+    }
     out: Path = arguments.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / TABLE).write_text(table, encoding="utf-8")
-        (out / VALUES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        (out / PAGE).write_text(comparison_page(comparison, examples, pictures, lacking), encoding="utf-8")
+        for name, content in contents.items():
+            (out / name).write_text(content, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): give --out a folder of yours") from None
     warnings = [f"warning: {text}" for text in comparison.warnings]
@@ -125,6 +129,12 @@ def markdown(comparison: Comparison) -> str:
             f"▲ ▼: better or worse than {first}, paired, corrected by Holm.\n"
         )
         parts += [markdown_table(header, rows), meaning]
+    calibrations = comparison.calibration_table()
+    if calibrations is not None:
+        parts += [
+            markdown_table(*calibrations),
+            "Expected calibration error of multiple choice: how far the chosen letter's probability among the letters is from how often it is right.\n",
+        ]
     drift = drift_table(comparison.results)
     if drift is not None:
         parts += [

@@ -47,6 +47,7 @@ def comparison_page(
         _scores(comparison),
         _pictures(pictures, "Suite by suite"),
         _differences(comparison),
+        _calibration(comparison),
         _drift(comparison, pictures),
         _pictures(pictures, "Training"),
         _examples(comparison, examples),
@@ -147,6 +148,23 @@ def _count(number: int, n: int) -> str:
 
 def _p(value: float) -> str:
     return "&lt;0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _calibration(comparison: Comparison) -> str:
+    found = comparison.calibration_table()
+    if found is None:
+        return ""
+    (_, *suites), by_model = found
+    rows = [
+        row_of(_name(suite), [f"<td>{row[column]}</td>" for row in by_model])
+        for column, suite in enumerate(suites, start=1)
+    ]
+    caption = (
+        "Expected calibration error of multiple choice over ten bins: how far the chosen letter’s probability among the letters is from how often it "
+        "is right."
+    )
+    narrow = len(comparison.results) <= _MOST_NARROW
+    return "<h2>Calibration</h2>" + table_of(("", *_heads(comparison)), rows, caption, dense=narrow)
 
 
 def _drift(comparison: Comparison, pictures: Pictures) -> str:

@@ -32,7 +32,7 @@ def read_answers(directory: Path | str, result: Result) -> Answers:
         EvaluationError: `samples.jsonl` is missing, damaged, or does not hold each completion of `results.json` once.
     """
     right: dict[str, dict[str, int]] = {suite: {} for suite in result.suites}
-    seen: dict[str, int] = dict.fromkeys(result.suites, 0)
+    seen: dict[str, set[tuple[str, int]]] = {suite: set() for suite in result.suites}
     texts = {suite: hashlib.sha256() for suite in result.suites}
     for sample in each_sample(directory):
         suite, example = sample["suite"], str(sample["id"])
@@ -43,13 +43,17 @@ def read_answers(directory: Path | str, result: Result) -> Answers:
         if example not in right[suite]:
             texts[suite].update(f"{example}\n{sample['prompt']}\n".encode("utf-8", "surrogatepass"))
         right[suite][example] = right[suite].get(example, 0) + bool(sample["correct"])
-        seen[suite] += 1
+        if (example, sample["sample"]) in seen[suite]:
+            raise EvaluationError(
+                f"{Path(directory) / SAMPLES} has completion {sample['sample'] + 1} of {suite}:{example} twice: evaluate with this directory as --out again"
+            )
+        seen[suite].add((example, sample["sample"]))
     scores: dict[str, dict[str, float]] = {}
     for suite, figures in result.suites.items():
         expected = figures.n * figures.protocol.n
-        if (len(right[suite]), seen[suite]) != (figures.n, expected):
+        if (len(right[suite]), len(seen[suite])) != (figures.n, expected):
             raise EvaluationError(
-                f"{Path(directory) / SAMPLES} has {seen[suite]} completions of suite {suite}, {expected} were graded: "
+                f"{Path(directory) / SAMPLES} has {len(seen[suite])} completions of suite {suite}, {expected} were graded: "
                 "evaluate with this directory as --out again"
             )
         scores[suite] = {id_: example_score(figures.protocol, count) for id_, count in right[suite].items()}

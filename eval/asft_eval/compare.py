@@ -26,7 +26,7 @@ from asft_eval.resampling import (
 from asft_eval.result import Result, SuiteResult, read_result
 from asft_eval.statistics import wilson_interval
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MEAN = "mean of suites"
 LEVEL = 1 - COVERAGE
 
@@ -109,6 +109,28 @@ class Comparison:
         mark = f" {difference.mark}" if difference and difference.mark else ""
         return f"{100 * score.value:.1f} [{100 * score.low:.1f}, {100 * score.high:.1f}]{mark}"
 
+    @property
+    def calibrations(self) -> dict[tuple[str, str], float]:
+        """(name, suite) -> expected calibration error, of the suites that have one; results from before schema version 4 have none."""
+        return {
+            (name, suite): found["ece"]
+            for name, result in self.results.items()
+            for suite in self.suites
+            if (found := result.suites[suite].calibration) is not None
+        }
+
+    def calibration_table(self) -> tuple[list[str], list[list[str]]] | None:
+        """Header and rows: a row a model, a column a suite of multiple choice; None where there is none."""
+        found = self.calibrations
+        suites = [suite for suite in self.suites if any(key[1] == suite for key in found)]
+        if not suites:
+            return None
+        rows = [
+            [name, *(f"{found[name, suite]:.3f}" if (name, suite) in found else "–" for suite in suites)]
+            for name in self.results
+        ]
+        return ["model", *suites], rows
+
     def to_json(self) -> dict[str, Any]:
         """What `comparison.json` holds; docs/evaluation.md describes it."""
         return {
@@ -131,6 +153,10 @@ class Comparison:
                 for row in _rows(self.differences)
             ],
             "changes": _rows(self.changes),
+            "calibration": [
+                {"model": name, "suite": suite, "ece": ece}
+                for (name, suite), ece in self.calibrations.items()
+            ],
             "warnings": list(self.warnings),
         }
 

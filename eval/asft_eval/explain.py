@@ -26,6 +26,8 @@ def explain(result_dir: Path | str, example: str) -> str:
     """
     samples = read_samples(result_dir)
     found = [x for x in samples if example in (str(x["id"]), f"{x['suite']}:{x['id']}")]
+    if not samples:
+        raise EvaluationError(f"{result_dir} has no example: it was evaluated without suites")
     if not found:
         raise EvaluationError(f"{result_dir} has no example {example}: {_others(example, samples)}")
     if "correct" not in found[0]:
@@ -54,7 +56,7 @@ def _words(sample: Mapping[str, Any], *, first: bool) -> str:
         "",
         _end(sample["prompt"]),
         "",
-        f"right answer: {sample['answer']}",
+        f"right answer: {_end(sample['answer'])}",
     ]
     verdict = {None: "not judged", True: "right", False: "wrong"}[sample["correct"]]
     cut = "" if sample["finished"] else f", cut after {sample['num_tokens']} tokens"
@@ -62,7 +64,7 @@ def _words(sample: Mapping[str, Any], *, first: bool) -> str:
         "",
         f"## completion {sample['sample'] + 1}: {verdict}{cut}",
         _end(sample["completion"]),
-        f"read as the answer: {sample['parsed'] or 'nothing'}",
+        f"read as the answer: {_end(sample['parsed']) or 'nothing'}",
         f"why: {sample['reason']}",
     ]
     if "logprobs" in sample:

@@ -23,13 +23,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from asft_eval.errors import EvaluationError
+from asft_eval.errors import EvaluationError, one_line
 from asft_eval.types import Protocol
 
 SCHEMA_VERSION = 4
 _READABLE = (2, 3, 4)  # 2 had no drift; 3 no backend and no calibration of a suite
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 
+_ALWAYS = ("suite", "id", "sample", "prompt", "answer", "completion", "num_tokens", "finished")
+"""What every line of `samples.jsonl` has, graded or not."""
 _BLOCK = 1 << 16
 _BLOCKS_OF_A_LARGE_FILE = 64
 
@@ -167,10 +169,21 @@ def each_sample(result_dir: Path | str) -> Iterator[dict[str, Any]]:
     path = Path(result_dir) / SAMPLES
     try:
         # Lines of a file end at line feeds alone; splitlines() would also cut at U+2028 within a completion.
-        with path.open(encoding="utf-8", newline="\n") as lines:
-            for line in lines:
-                yield json.loads(line)
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield _sample(line, f"line {number} of {path}")
     except FileNotFoundError:
         raise EvaluationError(f"{result_dir} holds no {SAMPLES}: evaluate again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path} is damaged ({error}): evaluate again") from error
+
+
+def _sample(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row: Any = json.loads(line)
+        lacks = [f"no {name}" for name in _ALWAYS if name not in row]
+    except (ValueError, TypeError, RecursionError) as error:
+        row, lacks = None, [one_line(error)]
+    if lacks:
+        raise EvaluationError(
+            f"{where} is damaged ({lacks[0]}): evaluate with this directory as --out again, which asks only what is lost"
+        )
+    return row

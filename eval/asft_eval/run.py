@@ -88,8 +88,8 @@ def evaluate(
         require_library(part.suite.name, part.suite.grader)
     require_folder(out_dir)
     former = former_result(out_dir)
-    require_same_model(former, model_dir, out_dir)
     opened = _opener(backend, former, parts, model_dir, out_dir, options)
+    require_same_model(former, model_dir, out_dir)
     # Before the backend holds the model, so that the two never share memory.
     found_drift = _drift(model_dir, drift, out_dir)
     engine = opened()
