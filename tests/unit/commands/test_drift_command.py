@@ -61,6 +61,16 @@ def test_read_later_the_drift_is_set_beside_the_suites(
     assert found["drift"]["forward_kl"]["value"] == 0
     assert {**found, "drift": None} == former
     assert (out / "samples.jsonl").read_text() == answers
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"prompt": "copy AB:", "answer": "AB"}) + "\n")
+    assert cli.main(["eval", TINY, "--suite", str(more), "--max-tokens", "6", "--out", str(out)]) == 0
+    assert "drift: KL(ref||policy)" in capsys.readouterr().out
+    both = json.loads((out / "results.json").read_text())
+    assert (list(both["suites"]), both["drift"]) == (["copy", "more"], found["drift"])
+    assert cli.main(["eval", TINY, "--drift", text, "--out", str(out)]) == 0
+    both, answers = json.loads((out / "results.json").read_text()), (out / "samples.jsonl").read_text()
+    assert (list(both["suites"]), both["drift"]["base"]) == (["copy", "more"], None)
+    capsys.readouterr()
     whole = (out / "results.json").read_text()
     other = tmp_path / "other"
     shutil.copytree(TINY, other)
