@@ -41,6 +41,7 @@ OUTSIDE = {
 
 _FENCE = re.compile(r"^(```|~~~).*?^\1[^\S\n]*$", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
+_LOGARITHM = re.compile(r"(<mi>(?:log|ln)</mi>)(?!<mo)")
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', flags=re.DOTALL)
 
 
@@ -107,4 +108,5 @@ def _mathml(text: str, *, block: bool) -> str:
     r"""The MathML of what stands between `\(` and `\)` or `\[` and `\]`."""
     latex = unescape(text).strip()[2:-2].strip()
     mathml = convert(latex, display="block" if block else "inline")
+    mathml = _LOGARITHM.sub(r'\1<mspace width="0.17em"/>', mathml)  # TeX's own space behind such a word
     return f'<div class="equation" tabindex="0">{mathml}</div>' if block else mathml
