@@ -39,11 +39,6 @@ class Parameters:
         return self.linear, self.other, self.embedding, self.head, self.adapters
 
     @property
-    def base(self) -> int:
-        """Everything but adapters: what a frozen reference holds."""
-        return sum(self.parts) - self.adapters
-
-    @property
     def total(self) -> int:
         """Everything that the rank holds."""
         return sum(self.parts)
