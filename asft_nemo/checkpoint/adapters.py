@@ -192,7 +192,7 @@ class AdapterReader(ClosesFiles):
             )
         self.description = described
         self.mappings = {target: b_mapping(spec, target, described.rank) for target in described.targets}
-        self._reader = DistReader(weights)
+        self._reader = DistReader(weights, summed=True)
         try:
             check_adapter_tensors(self._reader, spec, described)
         except CheckpointError:

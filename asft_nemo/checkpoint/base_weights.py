@@ -85,7 +85,7 @@ class DistBase:
         """Reads the metadata; raises `CheckpointError` when it is not that of the model."""
         weights = hf_files.weights_directory(checkpoint)
         self.files = tuple(weights.iterdir())
-        self._reader = DistReader(weights)
+        self._reader = DistReader(weights, summed=True)
         check_megatron_tensors(self._reader, spec)
         self._origin = hf_files.read_origin(checkpoint)
         stated = config.get("dtype", config.get("torch_dtype"))

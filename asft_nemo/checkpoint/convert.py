@@ -40,6 +40,7 @@ from asft_nemo.checkpoint.safetensors_io import (
     index_text,
     plan_shards,
 )
+from asft_nemo.checkpoint.seal import write_seal
 from asft_nemo.checkpoint.shards import OutRows, ProduceRows, write_shards
 from asft_nemo.checkpoint.staging import resumable_directory, write_synced
 from asft_nemo.config.run_folder import model_source
@@ -154,6 +155,7 @@ def import_hf(
             context = staging / hf_files.CONTEXT
             files = hf_files.copy_hf_files(hf_dir, context / hf_files.HF_FILES)
             hf_files.write_origin(context, origin)
+            write_seal(staging)
     logger.info("imported %s to %s", hf_dir, out_dir)
     return ImportReport(
         path=out_dir,
@@ -200,7 +202,7 @@ def export_hf(
     source = hf_files.hf_files_directory(ckpt_dir, base_dir)
     config = read_hf_config(source)
     spec = model_spec(config)
-    with DistReader(weights) as reader:
+    with DistReader(weights, summed=True) as reader:
         check_megatron_tensors(reader, spec)
         dtypes = _target_dtypes(ckpt_dir, reader, spec, config, dtype)
         tensors = {tensor.name: tensor for tensor in hf_tensors(spec)}

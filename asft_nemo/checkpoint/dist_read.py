@@ -10,6 +10,7 @@ no memory.
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import math
 import os
@@ -26,11 +27,15 @@ import torch
 from asft_nemo.checkpoint.dist_metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
+    StorageInfo,
     TensorStorageMetadata,
     read_metadata,
 )
 from asft_nemo.checkpoint.safetensors_io import ClosesFiles, read_into
+from asft_nemo.checkpoint.seal import SEAL, check_seal
 from asft_nemo.errors import CheckpointError
+
+_BLOCK = 1 << 22
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -112,13 +117,21 @@ class _FileSpan(io.RawIOBase):
 class DistReader(ClosesFiles):
     """The tensors of a torch distributed checkpoint. Thread safe."""
 
-    def __init__(self, weights_dir: str | Path) -> None:
+    def __init__(self, weights_dir: str | Path, *, summed: bool = False) -> None:
         """Reads the metadata.
 
+        Args:
+            weights_dir: the directory.
+            summed: read the whole of a chunk, once, before any of its rows, and hold it against the CRC-32 that torch stored with it.
+
         Raises:
-            CheckpointError: the directory holds no complete distributed checkpoint.
+            CheckpointError: the directory holds no complete distributed checkpoint, or its files are not as they were written.
         """
         self.weights_dir = Path(weights_dir)
+        check_seal(self.weights_dir.parent)
+        # Others may have told torch to store no sums (`torch.serialization.set_crc32_options`).
+        self._sums = (self.weights_dir.parent / SEAL).is_file()
+        self._summed = summed and self._sums
         loaded = read_metadata(self.weights_dir)
         self._storage = loaded.storage_data
         self.tensors: dict[str, TensorStorageMetadata] = {
@@ -207,19 +220,12 @@ class DistReader(ClosesFiles):
             raise CheckpointError(
                 f"{self.weights_dir}: .metadata does not say where a chunk of {index.fqn} lies: copy the checkpoint again"
             )
-        path = self.weights_dir / info.relative_path
-        if Path(info.relative_path).name != info.relative_path or not path.is_file():
-            raise CheckpointError(
-                f"{self.weights_dir}: the file {info.relative_path} of {index.fqn} is missing: copy the"
-                " checkpoint again"
-            )
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY)
-        descriptor = self._descriptors[path]
+        path, descriptor = self._open(index, info)
         dtype = self.dtype(index.fqn)
         try:
-            span = io.BufferedReader(_FileSpan(descriptor, info.offset, info.length), 4096)
-            archive = zipfile.ZipFile(span)
+            archive = _archive(descriptor, info)
+            if self._summed:
+                _check_sums(archive)
             pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             key, stored, first, size, stride = _ChunkUnpickler(io.BytesIO(archive.read(pickled))).load()
             record = archive.getinfo(f"{pickled.removesuffix('data.pkl')}data/{key}")
@@ -247,8 +253,70 @@ class DistReader(ClosesFiles):
         data = info.offset + record.header_offset + 30 + name_length + extra_length
         return _Record(path=path, offset=data + first * dtype.itemsize, dtype=dtype)
 
+    def _open(self, index: MetadataIndex, info: StorageInfo) -> tuple[Path, int]:
+        path = self.weights_dir / info.relative_path
+        if Path(info.relative_path).name != info.relative_path or not path.is_file():
+            raise CheckpointError(
+                f"{self.weights_dir}: the file {info.relative_path} of {index.fqn} is missing: copy the"
+                " checkpoint again"
+            )
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return path, self._descriptors[path]
+
+    def check_numbers(self, *, part: int = 0, parts: int = 1) -> None:
+        """Reads one of `parts` parts of everything, objects and optimizer state included, and holds it against the stored CRC-32.
+
+        torch's own loader looks at none of them (torch 2.13). Does nothing where the checkpoint has no seal.
+
+        Raises:
+            CheckpointError: a chunk is not as it was written.
+        """
+        if not self._sums:
+            return
+        places = sorted(self._storage.items(), key=lambda item: (item[1].relative_path, item[1].offset))
+        for index, info in places[part::parts]:
+            path, descriptor = self._open(index, info)
+            try:
+                _check_sums(_archive(descriptor, info))
+            except Exception as error:
+                raise _damaged(path, index, error) from error
+
     def close(self) -> None:
         """Closes the files."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+@functools.cache
+def check_before_load(weights_dir: Path, rank: int, ranks: int) -> None:
+    """Holds a rank's share of a checkpoint against its checksums, once a process; for Megatron's loader, which looks at none.
+
+    Raises:
+        CheckpointError: a file is not as it was written.
+    """
+    with DistReader(weights_dir) as reader:
+        reader.check_numbers(part=rank, parts=ranks)
+
+
+def _archive(descriptor: int, info: StorageInfo) -> zipfile.ZipFile:
+    return zipfile.ZipFile(io.BufferedReader(_FileSpan(descriptor, info.offset, info.length), 4096))
+
+
+def _check_sums(archive: zipfile.ZipFile) -> None:
+    """Reads every record of a chunk.
+
+    Raises:
+        zipfile.BadZipFile: its bytes have another CRC-32 than was stored.
+    """
+    for record in archive.infolist():
+        with archive.open(record) as stream:
+            while stream.read(_BLOCK):
+                pass
+
+
+def _damaged(path: Path, index: MetadataIndex, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: the chunk of {index.fqn} cannot be read ({error}): copy the checkpoint again"
+    )

@@ -23,6 +23,7 @@ from asft_nemo.checkpoint.adapters import (
 from asft_nemo.checkpoint.blocks import BLOCK_BYTES, MODULE_PREFIX
 from asft_nemo.checkpoint.mapping import Segment, hf_runs
 from asft_nemo.checkpoint.peft_adapter import PeftAdapter
+from asft_nemo.checkpoint.seal import write_seal
 from asft_nemo.checkpoint.staging import staged_directory, write_synced
 from asft_nemo.errors import CheckpointError
 from asft_nemo.model import ModelSpec, read_model_spec
@@ -116,6 +117,7 @@ def import_peft(
             context = staging / hf_files.CONTEXT
             hf_files.copy_hf_files(hf_dir, context / hf_files.HF_FILES)
             write_synced(context / ADAPTER_FILE, adapters.to_json().encode())
+            write_seal(staging)
     logger.info("imported the adapters of %s to %s (rank %d)", peft_dir, out_dir, adapters.rank)
     return PeftImportReport(out_dir, adapters, nbytes, dtype, exact, time.monotonic() - started)
 

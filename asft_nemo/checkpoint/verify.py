@@ -69,7 +69,10 @@ def verify(ckpt_dir: str | Path, hf_dir: str | Path, *, progress: Progress | Non
         CheckpointError: one of the two is incomplete, or they are of different shapes.
     """
     spec = read_model_spec(hf_dir)
-    with SafetensorsReader(hf_dir) as hf, DistReader(hf_files.weights_directory(Path(ckpt_dir))) as reader:
+    with (
+        SafetensorsReader(hf_dir) as hf,
+        DistReader(hf_files.weights_directory(Path(ckpt_dir)), summed=True) as reader,
+    ):
         check_hf_tensors(hf, spec)
         check_megatron_tensors(reader, spec)
         tensors = hf_tensors(spec)

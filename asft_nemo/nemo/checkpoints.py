@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 
 from asft_nemo.checkpoint.adapters import ADAPTER_FILE, AdapterDescription
 from asft_nemo.checkpoint.base_weights import nemo_base_sample
+from asft_nemo.checkpoint.seal import write_seal
 from asft_nemo.nemo.callbacks import MetricsCallback, most_of_ranks
 from asft_nemo.nemo.keep import Keep
 from asft_nemo.nemo.schedule import PrepassCallback
@@ -88,6 +89,7 @@ class CheckpointCallback(Callback):
                 (partial / "context" / ADAPTER_FILE).write_text(
                     self.adapters.to_json(base_sample=nemo_base_sample(self.base_dir))
                 )
+            write_seal(partial)
             partial.rename(final)
             point_at(self.dir, "latest", final.name)
             self.keep.tidy(step, best=best)

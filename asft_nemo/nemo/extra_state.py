@@ -17,6 +17,7 @@ import io
 import logging
 import pickle  # nosec B403 # for the name of an error
 from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from typing_extensions import override
 
 from asft_nemo.checkpoint.dist_metadata import read_metadata
+from asft_nemo.checkpoint.dist_read import check_before_load
 from asft_nemo.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -54,13 +56,15 @@ class ExtraStateTolerant(_WrappingCheckpointIO):
         """As NeMo's, without the extra states that are not trusted or were not written. Collective over all ranks.
 
         Raises:
-            CheckpointError: an object in it is more than plain values.
+            CheckpointError: an object in it is more than plain values, or a file is not as it was written.
         """
         assert self.checkpoint_io is not None
+        weights = Path(ckpt_to_weights_subdir(path, is_saving=False))
+        check_before_load(weights, torch.distributed.get_rank(), torch.distributed.get_world_size())
         asked = given.get("sharded_state_dict")
         if asked is not None:
             trusted = self.trusts()
-            written = read_metadata(ckpt_to_weights_subdir(path, is_saving=False)).state_dict_metadata
+            written = read_metadata(weights).state_dict_metadata
             entries = list(_extra_states(asked))
             absent = 0
             for holder, key in entries:

@@ -26,6 +26,7 @@ from nemo.collections.llm.peft.lora import LoRA, LoRALinear
 from torch import Tensor, nn
 
 from asft_nemo.checkpoint.adapters import draw_a, seed_of
+from asft_nemo.checkpoint.dist_read import check_before_load
 from asft_nemo.errors import CheckpointError
 from asft_nemo.nemo.compat import AnchoredStrategy, lora_without_transformer_engine
 
@@ -151,6 +152,7 @@ def load_weights(chunks: Sequence[MegatronGPTModel], weights_dir: Path, *, adapt
             for key, value in state.items()
             if (_ADAPTER in key) == adapters and "_extra_state" not in key  # neither has any that is needed
         }
+    check_before_load(weights_dir, torch.distributed.get_rank(), torch.distributed.get_world_size())
     loaded: Any = dist_checkpointing.load(wanted, str(weights_dir))
     for index, chunk in enumerate(chunks):
         _copy(loaded[f"chunk_{index}"], chunk, adapters=adapters)

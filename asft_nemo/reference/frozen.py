@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor, nn
 
+from asft_nemo.checkpoint.dist_read import check_before_load
 from asft_nemo.reference.prepass import forward_hidden
 from asft_nemo.reference.source import ReferenceBytes, ReferenceSource
 
@@ -119,6 +120,7 @@ class FrozenChunks(ReferenceSource):
         Raises:
             RuntimeError: tensors are missing or left over.
         """
+        check_before_load(weights_dir, torch.distributed.get_rank(), torch.distributed.get_world_size())
         loaded: Any = dist_checkpointing.load(self.sharded_states(), str(weights_dir))
         for index, chunk in enumerate(self.chunks):
             state = {key.removeprefix("module."): value for key, value in loaded[f"chunk_{index}"].items()}
