@@ -10,7 +10,7 @@ from typing import Any
 
 from asft_nemo.config.schema import DataConfig
 from asft_nemo.data.digests import tokenizer_digests
-from asft_nemo.data.store import MANIFEST, PARTS, Counts, Part, write_json
+from asft_nemo.data.store import MANIFEST, PARTS, Counts, Part, summed, whole, write_json
 from asft_nemo.errors import DataError
 
 VERSION = 1  # of the form on disk; also of how rows become tokens, so that a change of either makes new parts
@@ -72,13 +72,13 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Writes it; from then on the directory is complete."""
-        whole = {
+        values = {
             "format": _FORMAT,
             "version": VERSION,
             **asdict(self),
             "total": asdict(self.total()),
         }
-        write_json(folder / MANIFEST, whole)
+        write_json(folder / MANIFEST, summed(values))
 
 
 def settings_of(data: DataConfig) -> dict[str, Any]:
@@ -112,6 +112,8 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{folder} has version {value['version']} of the prepared form, and this asft reads version {VERSION}: run asft data "
                 "prepare again"
             )
+        if not whole(value):
+            raise ValueError("its checksum does not match")
         sources = tuple(
             Source(**{**source, "counts": Counts(**source["counts"])}) for source in value["sources"]
         )
@@ -135,12 +137,12 @@ def open_parts(folder: Path, data: DataConfig, *, tokenizer_dir: str | Path) -> 
         tokenizer_dir: of the run's tokenizer.
 
     Raises:
-        DataError: it was prepared with other settings or another tokenizer, or is damaged.
+        DataError: it was prepared with other settings or another tokenizer, or is damaged: all of it is read once.
     """
     manifest = read_manifest(folder)
     _refuse_other_settings(folder, manifest.settings, settings_of(data))
     _refuse_other_tokenizer(folder, manifest.tokenizer, tokenizer_dir, data.template)
-    return [(source.name, Part(folder / PARTS / source.part)) for source in manifest.sources]
+    return [(source.name, Part(folder / PARTS / source.part).check()) for source in manifest.sources]
 
 
 def _refuse_other_settings(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -230,7 +230,7 @@ def _is_there(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        Part(folder)
+        Part(folder).check()
     except DataError:
         shutil.rmtree(folder)
         return False

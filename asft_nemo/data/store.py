@@ -8,7 +8,7 @@ A prepared directory holds `manifest.json`, which names the sources, and a part 
                                            counted) and its line (from 1)
     bad_rows.txt      a JSON array a line: row, line, reason
     contaminated.txt  a JSON array a line: row, line, what was found; rows left out on purpose
-    part.json         the counts, and the sizes of the files above
+    part.json         the counts, sizes and CRC-32 of the files above, and a CRC-32 of its own
 
 Examples are not cut to a sequence length, so one form serves all of them. Numbers are little-endian. A part is renamed into place when it is
 complete; `PartWriter` keeps `progress.json` beside the files of one that is not.
@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -160,7 +161,12 @@ class PartWriter:
 
     def finish(self, target: Path) -> Counts:
         """Puts the part in its place."""
-        self._save(_PART, {})
+        for stream in self._streams.values():
+            stream.flush()
+        sums = {
+            name: _crc32(self._folder / name) for name in _FILES
+        }  # some of it a process before this one wrote
+        self._save(_PART, {"crc32": sums})
         self.close()
         target.parent.mkdir(exist_ok=True)
         self._folder.rename(target)
@@ -184,7 +190,7 @@ class PartWriter:
             stream.flush()
             os.fsync(stream.fileno())
             sizes[file] = stream.tell()
-        write_json(self._folder / name, {"counts": asdict(self.counts), "sizes": sizes, **more})
+        write_json(self._folder / name, summed({"counts": asdict(self.counts), "sizes": sizes, **more}))
         self._saved = time.monotonic()
 
 
@@ -208,6 +214,7 @@ class Part:
         if described is None:
             raise DataError(f"{folder / _PART} is missing or damaged: {_AGAIN}")
         self.counts = Counts(**described["counts"])
+        self._sums: dict[str, int] = described.get("crc32", {})  # none in parts of an older version
         for name, size in described["sizes"].items():
             path = folder / name
             found = path.stat().st_size if path.is_file() else None
@@ -215,6 +222,17 @@ class Part:
                 is_ = "is missing" if found is None else f"has {found} bytes where {size} were written"
                 raise DataError(f"{path} {is_}: {_AGAIN}")
         self.tokens, self.spans, self.index = (_map(folder / name) for name in (TOKENS, SPANS, INDEX))
+
+    def check(self) -> Part:
+        """Reads everything once and holds it against its checksums.
+
+        Raises:
+            DataError: a file is not as it was written.
+        """
+        for name, written in self._sums.items():
+            if _crc32(self.folder / name) != written:
+                raise DataError(f"{self.folder / name} is not as it was written: {_AGAIN}")
+        return self
 
     def __reduce__(self) -> tuple[type[Part], tuple[Path]]:
         return Part, (self.folder,)
@@ -262,12 +280,32 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     _sync(path.parent)
 
 
+def summed(value: dict[str, Any]) -> dict[str, Any]:
+    """The same with a CRC-32 over it; `whole` holds the two against each other."""
+    return {**value, "checksum": zlib.crc32(json.dumps(value, sort_keys=True).encode())}
+
+
+def whole(value: dict[str, Any]) -> bool:
+    """Whether a read object is what was written; one of an older version, without a checksum, counts as that."""
+    rest = {key: kept for key, kept in value.items() if key != "checksum"}
+    return "checksum" not in value or value == summed(rest)
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            found = zlib.crc32(block, found)
+    return found
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     """The object, or None where there is none or it is none of ours."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         known = {item.name for item in fields(Counts)}
-        return value if set(value["counts"]) == known and set(value["sizes"]) == set(_FILES) else None
+        ours = set(value["counts"]) == known and set(value["sizes"]) == set(_FILES) and whole(value)
+        return value if ours else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

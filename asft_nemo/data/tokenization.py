@@ -87,7 +87,7 @@ class TextTokenizer:
             )
         try:
             return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))  # nosec B615 # a directory
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # tokenizers raises nothing more special
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
                 f"no tokenizer can be read from {folder} ({reason}): correct its tokenizer.json"

@@ -195,3 +195,20 @@ def test_a_damaged_part_is_named_and_made_again(
         SupervisedDataset.from_files([out], DataConfig(), tokenizer=tokenizer)
     assert made(model, out, file).made == 1
     SupervisedDataset.from_files([out], DataConfig(), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "spans.bin", "index.bin", "part.json", "manifest.json"])
+def test_a_flipped_bit_is_named_and_made_again(model: Path, jsonl: Writer, tmp_path: Path, name: str) -> None:
+    """With size and times as they were: what a disk does."""
+    file, out, tokenizer = jsonl(*ROWS[:9]), tmp_path / "out", TextTokenizer.load(model)
+    made(model, out, file)
+    [path] = out.rglob(name)
+    state, data = path.stat(), bytearray(path.read_bytes())
+    place = data.rindex(b"1") if path.suffix == ".json" else len(data) // 2
+    data[place] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(DataError, match=rf"{path} .*: run asft data prepare again"):
+        SupervisedDataset.from_files([out], DataConfig(), tokenizer=tokenizer)
+    assert made(model, out, file).made == (0 if name == "manifest.json" else 1)
+    SupervisedDataset.from_files([out], DataConfig(), tokenizer=tokenizer)
