@@ -24,7 +24,7 @@ from asft_nemo.commands.output import BUG, DONE, INTERRUPTED, MENDABLE, Command,
 from asft_nemo.commands.plan import add_plan
 from asft_nemo.commands.report import add_report
 from asft_nemo.commands.training import add_training
-from asft_nemo.errors import ConfigError, UserError
+from asft_nemo.errors import ConfigError, UserError, mendable
 from asft_nemo.logs import set_up_logging
 
 
@@ -49,25 +49,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("asft_eval").setLevel(logging.INFO)
         return arguments.command(arguments)
     except UserError as error:
-        if debug:
-            traceback.print_exc()
-        sentences = error.violations if isinstance(error, ConfigError) else (str(error),)
-        for sentence in sentences:
-            print(f"asft: {sentence}", file=sys.stderr)
-        return MENDABLE
+        return _said(error, debug=debug)
     except KeyboardInterrupt:
         print("asft: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, for example `asft ... | head`
         sys.stderr.close()
         return DONE
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and (told := mendable(error)) is not None:
+            return _said(told, debug=debug)
         traceback.print_exc()
         print(
             "asft: this is a bug in asft, not in your settings: please report the lines above",
             file=sys.stderr,
         )
         return BUG
+
+
+def _said(error: UserError, *, debug: bool) -> int:
+    """Says what the user can mend."""
+    if debug:
+        traceback.print_exc()
+    sentences = error.violations if isinstance(error, ConfigError) else (str(error),)
+    for sentence in sentences:
+        print(f"asft: {sentence}", file=sys.stderr)
+    return MENDABLE
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ sentence on stderr and exit code 2; any other exception is our bug and exits wit
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 
@@ -43,3 +44,27 @@ class LayoutError(UserError):
 
 class ObjectiveError(UserError):
     """An unknown objective, or an option that the objective does not have."""
+
+
+# What a system says of files and disks that a user can mend, and how.
+_CURES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "ask its owner for the right, or choose another place"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or choose a place on another disk"),
+    **dict.fromkeys(
+        (errno.EISDIR, errno.ENOTDIR, errno.EEXIST), "move away what is there, or choose another place"
+    ),
+    errno.EROFS: "choose a place that can be written to",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or choose another file system",
+    errno.ELOOP: "mend the link",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "look after that disk or mount, and try again"),
+}
+
+
+def mendable(error: OSError) -> UserError | None:
+    """The sentence for what the system said of a file or disk; None where it is nothing that a user can mend."""
+    cure = _CURES.get(error.errno or 0)
+    if cure is None:
+        return None
+    where = f"{error.filename} cannot be used" if error.filename else "a file cannot be written"
+    return UserError(f"{where} ({error.strerror}): {cure}")

@@ -13,11 +13,11 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
-import psutil
+from asft_nemo.leaving import USER_ERROR_EXIT, give_up, leave
 
-USER_ERROR_EXIT = 2
+__all__ = ["USER_ERROR_EXIT", "leave", "main"]
+
 TERMINATED_EXIT = 143  # what a shell reports for SIGTERM
 WATCH_SECONDS = 1.0
 
@@ -25,7 +25,7 @@ WATCH_SECONDS = 1.0
 def main(argv: list[str]) -> int:
     """Does the jobs; a `UserError` goes to the file named by ``ASFT_ERROR_FILE`` for the launcher to say once."""
     from asft_nemo.config.schema import from_dict
-    from asft_nemo.errors import UserError
+    from asft_nemo.errors import UserError, mendable
     from asft_nemo.logs import set_up_logging
     from asft_nemo.train import cache_reference, train, write_logits
 
@@ -45,9 +45,10 @@ def main(argv: list[str]) -> int:
         try:
             does[job["job"]](from_dict(job["config"]), **files)
         except UserError as error:
-            _report(error)
-            leave(USER_ERROR_EXIT)
-        except Exception:
+            give_up(error)
+        except Exception as error:
+            if isinstance(error, OSError) and (told := mendable(error)) is not None:
+                give_up(told)
             logging.getLogger(__name__).error(
                 "rank %s failed:\n%s", os.environ.get("RANK", "0"), traceback.format_exc()
             )
@@ -75,24 +76,6 @@ def _alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in ("Z", "X")
-
-
-def _report(error: Exception) -> None:
-    target = os.environ.get("ASFT_ERROR_FILE")
-    if target is None:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201  started by hand, nobody else will say it
-        return
-    partial = Path(f"{target}.{os.getpid()}")
-    partial.write_text(json.dumps({"message": str(error)}))
-    partial.replace(target)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends this rank and its helper processes at once: other ranks may wait in a collective for it, and torchrun ends them when one has gone."""
-    for child in psutil.Process().children(recursive=True):
-        child.kill()  # megatron's checkpoint writer keeps a helper process that would outlive us
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

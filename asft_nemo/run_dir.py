@@ -12,6 +12,7 @@ tensorboard/          the same metrics as events
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 ALARMS, STARTS = "alarms.jsonl", "starts.jsonl"
 ADAPTER_FOLDER = "adapter"  # what peft.adapter became
 CACHE_FOLDER = "reference_cache"  # of the reference, where reference.cache_dir names no other
+logger = logging.getLogger(__name__)
+
 # What stages of a launched run leave before it trains.
 MADE_BEFORE = (BASE_FOLDER, ADAPTER_FOLDER, CACHE_FOLDER, "data", "launch", "launch.json", "eval")
 VERSIONED = (
@@ -155,6 +158,8 @@ def base_checkpoint(run: RunConfig) -> Path:
             import_hf(source, target)
         elif (problem := other_base(target, source)) is not None:
             raise ConfigError(problem)
+        else:
+            check_fits(target, hf_dir(run))
     return target
 
 
@@ -223,8 +228,12 @@ def check_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
             raise ConfigError(
                 f"run.dir={folder} holds another run: choose another run.dir, or set trainer.resume=if_exists to continue it"
             )
-        if record.exists():  # also without a checkpoint yet
-            _same_run(run, json.loads(record.read_text()), data_fingerprint)
+        if not record.exists():
+            raise ConfigError(
+                f"run.dir={folder} holds a run, and no {record.name} that says which: copy context/run.json of its latest checkpoint there, or "
+                "choose another run.dir"
+            )
+        _same_run(run, record, data_fingerprint)  # also without a checkpoint yet
     elif (
         not record.exists()
         and folder.exists()
@@ -299,12 +308,19 @@ def this_process() -> str:
     return f"process {os.getpid()} of {user} on {socket.gethostname()}{job}"
 
 
-def _same_run(run: RunConfig, before: dict[str, Any], data_fingerprint: str) -> None:
-    recorded = from_dict(before["config"])  # settings that are newer than the run have their defaults
+def _same_run(run: RunConfig, record: Path, data_fingerprint: str) -> None:
+    try:
+        before = json.loads(record.read_text())
+        recorded = from_dict(before["config"])  # settings that are newer than the run have their defaults
+        before_data = before["data_fingerprint"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{record} is damaged ({error!r}): copy context/run.json of the latest checkpoint there, or choose another run.dir"
+        ) from None
     changed = [key for key in IDENTITY if _at(to_dict(run), key) != _at(to_dict(recorded), key)]
     if run.data.packing and run.parallel.cp_size != recorded.parallel.cp_size:
         changed.append("parallel.cp_size, which packed rows depend on")
-    if before["data_fingerprint"] != data_fingerprint and "data" not in changed:
+    if before_data != data_fingerprint and "data" not in changed:
         changed.append("the contents of the data files")
     if changed:
         raise ConfigError(
@@ -369,19 +385,29 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def drop_steps_after(path: Path, step: int) -> None:
-    """Keeps the lines of steps up to `step`: a resumed run writes the later ones again. A torn last line goes too."""
+    """Keeps the lines of steps up to `step`: a resumed run writes the later ones again. A torn line goes too."""
     if not path.exists():
         return
     kept = []
-    for text in path.read_text().splitlines():
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
             if json.loads(text)["step"] <= step:
                 kept.append(text)
-        except (json.JSONDecodeError, KeyError):
-            break
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: line %d is damaged and left out", path, number)
     partial = path.with_suffix(".partial")
     partial.write_text("".join(line + "\n" for line in kept))
     partial.replace(path)
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """Adds a line of JSON; what a killed process has left of one goes first, for the next would become a part of it."""
+    text = path.read_bytes() if path.exists() else b""
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        os.truncate(path, whole)
+    with path.open("a") as out:
+        out.write(json.dumps(value) + "\n")
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

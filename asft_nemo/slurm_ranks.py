@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from asft_nemo import stop_signal
 from asft_nemo.config.schema import RunConfig
-from asft_nemo.errors import ConfigError, UserError
+from asft_nemo.errors import ConfigError, UserError, mendable
 from asft_nemo.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,10 @@ def run_rank(run: RunConfig, job: str) -> NoReturn:
     except UserError as error:
         _say(str(error))
         leave(USER_ERROR_EXIT)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and (told := mendable(error)) is not None:
+            _say(str(told))
+            leave(USER_ERROR_EXIT)
         if job != "train":
             # The collective may have failed because another rank left as asked: this one hears the same in a moment, and leaves like it.
             stop_signal.heard(within=_OTHERS_WAIT)

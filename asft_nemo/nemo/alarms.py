@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from collections import deque
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_nemo.config.schema import AlarmsConfig
-from asft_nemo.run_dir import ALARMS
+from asft_nemo.run_dir import ALARMS, append_line
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +46,7 @@ class Alarms:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         line = {"time": now, "step": step, "kind": kind, "text": text}
         try:
-            with self._path.open("a") as out:
-                out.write(json.dumps(line) + "\n")
+            append_line(self._path, line)
         except OSError as error:  # a full disk is no reason to end a run that still trains
             logger.warning("%s could not be written: %s", self._path, error)
 

@@ -23,7 +23,7 @@ from asft_nemo.nemo.profiling import StepProfiler
 from asft_nemo.nemo.progress import Progress
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.speed import SpeedMeter
-from asft_nemo.run_dir import STARTS, drop_steps_after
+from asft_nemo.run_dir import STARTS, append_line, drop_steps_after
 from asft_nemo.stop_signal import Stopped
 from asft_nemo.wandb_run import WandbRun
 
@@ -160,8 +160,7 @@ class MetricsCallback(Callback):
             "host": socket.gethostname(),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
-        with (self.path.parent / STARTS).open("a") as out:
-            out.write(json.dumps(line) + "\n")
+        append_line(self.path.parent / STARTS, line)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Remembers the learning rate this step uses and when it began; its profile starts before the clock."""

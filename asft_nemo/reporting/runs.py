@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,18 +128,26 @@ def _lines(path: Path, *keys: str) -> tuple[Line, ...]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The objects of a file that a run may be writing: what follows a line that is not whole, itself included, is left out."""
+    """The objects of a file that a run may be writing: a last line without its end is left out.
+
+    Raises:
+        UserError: another line is none that a run writes.
+    """
     lines: list[Line] = []
-    if not path.is_file():
+    if not os.path.lexists(path):
         return lines
-    for text in path.read_text(errors="replace").splitlines():
+    *texts, _ = path.read_text(errors="replace").split("\n")
+    for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
         except ValueError:
-            break
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            break
-        lines.append(line)
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        else:
+            raise UserError(
+                f"{path} is damaged in line {number} of {len(texts)}: restore it, or remove that line"
+            )
     return lines
 
 

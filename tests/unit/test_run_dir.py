@@ -18,6 +18,7 @@ from asft_nemo.config.paths import project_dir
 from asft_nemo.config.schema import RunConfig, from_dict, replace
 from asft_nemo.errors import CheckpointError, ConfigError
 from asft_nemo.run_dir import (
+    append_line,
     base_checkpoint,
     check_run_dir,
     checkpoint_steps,
@@ -221,6 +222,7 @@ def test_a_checkpoint_of_another_shape_is_refused(run: RunConfig, tmp_path: Path
     config_file = tmp_path / "base" / "context" / "hf" / "config.json"
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] * 2}))
+    (tmp_path / "base" / "context" / "seal.json").unlink()  # changed on purpose
     with pytest.raises(CheckpointError, match=r"linear_fc1.weight has shape .* where config.json asks for"):
         base_checkpoint(replace(run, {"model.path": str(tmp_path / "base")}))
 
@@ -330,3 +332,44 @@ def test_a_repository_around_an_installation_is_not_ours(
     monkeypatch.setattr(run_dir, "__file__", str(tmp_path / "asft_nemo" / "run_dir.py"))
     (tmp_path / "asft_nemo").mkdir()
     assert len(str(git_commit())) == 40
+
+
+def test_a_damaged_line_costs_that_line_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"st\n{"step": 3}\n{"step": 4}\n{"step"')
+    drop_steps_after(file, 3)
+    assert file.read_text() == '{"step": 1}\n{"step": 3}\n'
+    assert "line 2 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("left", ["", '{"step": 1}\n', '{"step": 1}\n{"step": 2, "te', '{"ste'])
+def test_a_line_is_never_added_to_a_torn_one(left: str, tmp_path: Path) -> None:
+    """Else a kill in mid-line would cost the next start's line, too."""
+    file = tmp_path / "starts.jsonl"
+    file.write_text(left)
+    append_line(file, {"step": 5})
+    whole = left[: left.rfind("\n") + 1]
+    assert file.read_text() == whole + '{"step": 5}\n'
+
+
+def test_a_run_without_its_run_json_is_not_gone_on_with(run: RunConfig) -> None:
+    """Nothing would show that it is the same run."""
+    folder = Path(run.run.dir)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(
+        ConfigError, match=r"holds a run, and no run\.json that says which: copy context/run\.json"
+    ):
+        check_run_dir(replace(run, {"trainer.resume": "if_exists"}), data_fingerprint="x")
+
+
+def test_a_damaged_run_json_is_named_with_its_cure(run: RunConfig) -> None:
+    folder = Path(run.run.dir)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    for text in ("", "{", "[]", "{}", "null"):
+        (folder / "run.json").write_text(text)
+        with pytest.raises(
+            ConfigError, match=r"run\.json is damaged .*: copy context/run\.json of the latest"
+        ):
+            check_run_dir(replace(run, {"trainer.resume": "if_exists"}), data_fingerprint="x")

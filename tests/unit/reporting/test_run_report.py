@@ -13,6 +13,7 @@ import pytest
 
 from asft_nemo import cli
 from asft_nemo.config.schema import from_dict, to_dict
+from asft_nemo.errors import UserError
 from asft_nemo.reporting.curves import MOST_POINTS, thinned
 from asft_nemo.reporting.runs import distinct_names, read_lines
 
@@ -184,8 +185,17 @@ def test_names_are_as_long_as_they_must_be() -> None:
     assert distinct_names([Path("/a/x"), Path("/b/y")]) == ["x", "y"]
 
 
-@pytest.mark.parametrize("torn", ["{", "3\n", '{"loss": 1}\n', "\x00\x00"])
+@pytest.mark.parametrize("torn", ["{", "3", '{"step": 2', "\x00\x00"])
 def test_what_follows_a_torn_line_is_left_out(torn: str, tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     file.write_text('{"step": 1}\n' + torn)
     assert read_lines(file) == [{"step": 1}]
+
+
+@pytest.mark.parametrize("damaged", ['{"st\n{"step": 3}\n', "3\n", '{"loss": 1}\n', "\x00\n"])
+def test_a_damaged_line_is_refused(damaged: str, tmp_path: Path) -> None:
+    """No stopped writer leaves that, and the steps behind it would be missing from the curves."""
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"step": 1}\n' + damaged)
+    with pytest.raises(UserError, match=r"lines\.jsonl is damaged in line 2 of [23]: restore it"):
+        read_lines(file)
