@@ -208,6 +208,9 @@ class AlarmsConfig(Section):
     nll_factor: float | None = 2.0  # a step's nll is more than so many times the median of the last steps
     nll_window: int = 50  # steps
     max_kl: float | None = 1.0  # nats per token to the reference, on training data
+    hang_seconds: float | None = (
+        600.0  # a rank that gives no sign for so long, or stays behind the others, ends the run by name
+    )
 
 
 @dataclass(unsafe_hash=True)

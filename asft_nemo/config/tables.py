@@ -78,6 +78,7 @@ RANGES: dict[str, tuple[float, float | None, bool]] = {
     "alarms.nll_factor": (1, None, False),
     "alarms.nll_window": (2, None, True),
     "alarms.max_kl": (0, None, False),
+    "alarms.hang_seconds": (1, None, False),
     "run.seed": (0, 2**31 - 1, True),
     "run.world_size": (1, None, True),
     "cluster.nodes": (1, None, True),

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback
 from nemo.lightning.megatron_parallel import MegatronStep
 
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, core_chunks
+from asft_nemo.nemo.hangs import has_its_micro_batches
 from asft_nemo.nemo.prepass import Prepass
 from asft_nemo.nemo.steps import data_step
 from asft_nemo.reference import PolicySnapshot, ReferenceSource
@@ -50,6 +51,8 @@ class AnchoredStep(MegatronStep):
         for index, batch in enumerate(micro_batches):
             batch["micro_batch_index"] = index
         started = time.perf_counter()
+        if self.report is not None:
+            has_its_micro_batches()
         if self.prepass is not None:
             self.prepass.feed(
                 micro_batches, sequence_length=self.seq_length, micro_batch_size=self.micro_batch_size
