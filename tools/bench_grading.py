@@ -6,7 +6,7 @@
 Questions and right answers are the published ones (`ASFT_DATA_DIR`, by default ../shared/data); no model wrote the completions, they are made of them:
 
 * mathematics, 16 a problem: six right (the published solution, other spellings), one right without a box, one right after a wrong box, one right and 12,000
-  characters long; five wrong (answers of other problems, a digit or a sign off); one without an answer; one that repeats itself until it is cut.
+  characters long; five wrong but for chance (answers of other problems, a digit or a sign off); one without an answer; one that repeats itself until it is cut.
 * mathematics, all different: 16 wrong answers of other problems a problem, so that no comparison is spared. The worst case.
 * math-verify alone: the first mixture with its `parse` and `verify` on every pair, as many processes as there are cores, its own time limits; once.
 * code: the canonical solutions in the sandbox. choice: the three medical suites.
