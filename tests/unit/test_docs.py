@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shlex
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,18 +22,10 @@ READMES = [
 ]
 HERE = "the link must lead to a file of the repository"
 
-pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="no README here: not a clone")
-
-
-@pytest.fixture(autouse=True)
-def keep_logging_and_warnings() -> Iterator[None]:
-    """The command sets up logging and warning filters for its whole process; here it is only a guest."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    with warnings.catch_warnings():
-        yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="no README here: not a clone"),
+    pytest.mark.usefixtures("keep_logging_and_warnings"),
+]
 
 
 def without_code(text: str) -> str:
