@@ -70,7 +70,7 @@ $(STAMP): requirements/base.txt requirements/dev.txt requirements/hashes/main.tx
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "Python 3.11 is needed (the pins are for it); found $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing about 220 pinned packages (3.4 GB on disk, 2 to 10 minutes) ..."
+	@echo "installing about 240 pinned packages (3.5 GB on disk, 2 to 10 minutes) ..."
 	tools/install $(BIN)/python main
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
