@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_forms import lacks
-from bench.gpu_parts import TESTS, TRANSFORMER_ENGINE, Check, a_gpu, cell
+from bench.gpu_parts import TESTS, TIME_IS_UP, TRANSFORMER_ENGINE, Check, a_gpu, cell
 from bench.gpu_rank import sentence
 from bench.gpu_ranks import RankFailed
 
@@ -74,17 +74,21 @@ def fitting(layouts: Mapping[str, tuple[int, dict[str, Any]]], nproc: int) -> di
     return {name: settings for name, (ranks, settings) in layouts.items() if nproc % ranks == 0}
 
 
-def attempts(works: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """What each one found, or why it failed; the others go on."""
-    found = {}
+def attempts(works: Mapping[str, Callable[[], dict[str, Any]]], check: Check) -> dict[str, dict[str, Any]]:
+    """What each one found, or why it failed, or was skipped for want of time; the others go on."""
+    found: dict[str, dict[str, Any]] = {}
     for name, work in works.items():
         log.info("  %s", name)
+        if check.late():
+            found[name] = {"skipped": TIME_IS_UP}
+            continue
         try:
             found[name] = work()
         except Exception as error:
             why = str(error) if isinstance(error, RankFailed) else sentence(error)
             log.error("%s failed: %s\n%s", name, why, getattr(error, "log", ""))
-            found[name] = {"failed": why}
+            late = isinstance(error, RankFailed) and check.late()
+            found[name] = {"skipped": TIME_IS_UP} if late else {"failed": why}
     return found
 
 
@@ -160,7 +164,7 @@ def check_gradients(layouts: Mapping[str, tuple[int, dict[str, Any]]], check: Ch
     with check.ranks(environment=NO_TF32) as ranks:
         group = Timed(ranks)
         wanted = fitting(layouts, check.nproc)
-        rows = attempts({name: lambda name=name: one(name, wanted[name]) for name in wanted})
+        rows = attempts({name: lambda name=name: one(name, wanted[name]) for name in wanted}, check)
     return {"rows": rows, "bars": bars_of(rows, "error", EXACT)}
 
 
@@ -184,7 +188,7 @@ def check_bf16(layouts: Mapping[str, tuple[int, dict[str, Any]]], check: Check) 
     with check.ranks() as ranks:
         group = Timed(ranks)
         wanted = fitting(layouts, check.nproc)
-        rows = attempts({name: lambda name=name: one(name, wanted[name]) for name in wanted})
+        rows = attempts({name: lambda name=name: one(name, wanted[name]) for name in wanted}, check)
     return {"rows": rows, "bars": bars_of(rows, "of_plain", OF_PLAIN)}
 
 
@@ -206,7 +210,7 @@ def check_main_grad(check: Check) -> dict[str, Any]:
     with check.ranks(environment=NO_TF32) as ranks:
         group = Timed(ranks)
         wanted = fitting(LAYOUTS, check.nproc)
-        rows = attempts({name: lambda name=name: one(wanted[name]) for name in ("tp2_sp", "dp")})
+        rows = attempts({name: lambda name=name: one(wanted[name]) for name in ("tp2_sp", "dp")}, check)
     return {"rows": rows, "bars": bars_of(rows, "error", EXACT)}
 
 
@@ -256,7 +260,7 @@ def check_overlap(check: Check) -> dict[str, Any]:
         works[tensor] = lambda: apart("tensor", inside, {"parallel.tp_comm_overlap": True}, OF_BF16)
     with check.ranks(environment=NO_TF32) as ranks:
         group = Timed(ranks)
-        rows = attempts(works)
+        rows = attempts(works, check)
     bars = bars_of(rows, "of_bound", 1.0)
     return {"rows": {**rows, **({} if missing is None else {tensor: {"skipped": missing}})}, "bars": bars}
 
@@ -278,7 +282,9 @@ def check_checkpoint(check: Check) -> dict[str, Any]:
         group = Timed(ranks)
         expected = _losses(check, group, model, "resumed", {**saved, **_TP2})
         wanted = {f"TP2 to {name}": fitting(LAYOUTS, check.nproc)[name] for name in ("tp2", "pp2", "dp")}
-        rows = attempts({name: lambda layout=layout: resumed(layout) for name, layout in wanted.items()})
+        rows = attempts(
+            {name: lambda layout=layout: resumed(layout) for name, layout in wanted.items()}, check
+        )
     return {"rows": rows, "bars": bars_of(rows, "difference", EXACT)}
 
 
@@ -297,5 +303,5 @@ def check_fp8(check: Check) -> dict[str, Any]:
     with check.ranks() as ranks:
         group = Timed(ranks)
         bf16 = _losses(check, group, model, "fp8_bf16", {**sft, "precision": "bf16"})[-2]
-        rows = attempts({name: lambda name=name: one(name) for name in ("fp8_current", "fp8_delayed")})
+        rows = attempts({name: lambda name=name: one(name) for name in ("fp8_current", "fp8_delayed")}, check)
     return {"rows": rows, "bars": bars_of(rows, "difference", LOSS_OF_FP8)}

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = (ROOT / "tests", ROOT / "tests" / "nemo_cpu")
 GIB = 2**30
 UNMEASURED = "unmeasured"
+TIME_IS_UP = "--minutes was up"
 
 
 class SkipPart(Exception):
@@ -58,6 +59,10 @@ class Check:
     def left(self) -> float:
         """Seconds."""
         return 60 * self.minutes - (time.monotonic() - self.began)
+
+    def late(self) -> bool:
+        """Whether no time is left, so that what was not done in time need not be broken."""
+        return self.left() < 1
 
     def place(self, name: str) -> Path:
         """An empty folder of its own."""
@@ -207,11 +212,14 @@ def run_part(part: Part, check: Check) -> dict[str, Any]:
     except SkipPart as skipped:
         return {"status": "skipped", "reason": str(skipped)}
     except Exception as error:  # the other parts still tell something
+        seconds = time.monotonic() - began
+        if isinstance(error, RankFailed) and check.late():
+            return {"status": "skipped", "reason": f"{TIME_IS_UP}: {error}", "seconds": seconds}
         log.exception("%s", part.name)
         if isinstance(error, RankFailed):
             log.error("%s", error.log)
         reason = str(error) if isinstance(error, RankFailed) else sentence(error)
-        return {"status": "failed", "reason": reason, "seconds": time.monotonic() - began}
+        return {"status": "failed", "reason": reason, "seconds": seconds}
 
 
 def run_parts(parts: Sequence[Part], check: Check) -> Iterator[tuple[Part, dict[str, Any]]]:

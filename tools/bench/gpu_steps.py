@@ -139,6 +139,8 @@ def _runs(steps: Steps, check: Check, folder: Path) -> list[dict[str, Any]]:
         except RankFailed as failed:
             if not runs:  # nothing to hold the others against
                 raise
+            if check.late():
+                break
             log.error("%s: %s\n%s", form, failed, failed.log)
             runs.append({"form": form, "failed": str(failed)})
         free_of(folder / f"run_{number}")

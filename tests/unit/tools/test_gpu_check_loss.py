@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
-from bench import gpu_loss, truth
+from bench import gpu_clock, gpu_loss, truth
 from bench.contenders import Case
 from bench.gpu_parts import Check
 
@@ -94,7 +94,7 @@ def test_the_gradient_that_training_adds_up_is_the_losses() -> None:
 def test_the_bars_of_the_loss(ratio: float, memory: float, passed: bool) -> None:
     errors = {"loss": 1e-6, "dhidden": 1e-3, "dhead": 1e-3}
     found = {
-        "seconds": {"gemms": [1.0, 2.0, 4.0], "fused": [ratio, 2 * ratio, 4 * ratio]},
+        "seconds": {"gemms": [2.0, 4.0, 8.0], "fused": [2 * ratio, 4 * ratio, 8 * ratio]},
         "memory": {"fused": {"bytes": 1000 * memory}, "authors": {"bytes": 1000}},
         "errors": {"fused": errors, "authors": {key: 2 * value for key, value in errors.items()}},
     }
@@ -118,3 +118,48 @@ def test_kernels_that_do_not_run_are_not_called_right(
     assert gpu_loss.check_kernels(Check(argparse.Namespace(tokens=8, vocab=8), "cuda", tmp_path))["bars"][
         "wrong"
     ] == {"measured": 1, "limit": 0}
+
+
+class FakeEvent:
+    """A CUDA event of a device on which each is 0.25 s after the one before."""
+
+    now = 0.0
+
+    def __init__(self, *, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.now += 0.25
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_laps_on_a_gpu_are_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append("waited"))
+    watch = gpu_clock.Stopwatch("cuda")
+    for _ in range(2):
+        watch.start()
+        watch.stop()
+    assert waits == [], "measuring waits for nothing"
+    assert watch.seconds() == [0.25, 0.25]
+    assert waits == ["waited"]
+
+
+def test_memory_on_a_gpu_is_the_peak_above_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    for name, value in {"memory_allocated": 100, "max_memory_allocated": 170}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: told.append(name))
+    with gpu_clock.peak_above("cuda") as peak:
+        told.append("work")
+    assert peak == {"bytes": 70}
+    assert (
+        told.index("reset_peak_memory_stats")
+        < told.index("work")
+        < len(told) - 1 - told[::-1].index("synchronize")
+    )

@@ -82,6 +82,18 @@ def test_what_does_not_fit_the_time_is_left_out_and_what_still_does_is_not(tmp_p
     assert check_of(tmp_path).left() == math.inf
 
 
+def test_what_the_end_of_the_time_cuts_off_has_not_failed(tmp_path: Path) -> None:
+    def cut(check: Check) -> dict[str, Any]:
+        check.minutes = 0.0
+        raise RankFailed("x:y was not done in 5 s: rank 0 at its start")
+
+    result = run_part(part_of("p", cut), check_of(tmp_path, minutes=1.0))
+    assert (result["status"], result["reason"]) == (
+        "skipped",
+        "--minutes was up: x:y was not done in 5 s: rank 0 at its start",
+    )
+
+
 BARS = (
     Bar("low", "a ratio", "2"),
     Bar("high", "another", "2"),
