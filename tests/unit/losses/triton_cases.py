@@ -359,6 +359,39 @@ def rows_apart(device: Device) -> None:
     assert (buffer[:, :, 53:] == 7.0).all()
 
 
+def refusal(kind: type[Exception], call: Callable[[], object]) -> str:
+    """What a call is refused with; pytest need not be there on a GPU's machine."""
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError("it was not refused")
+
+
+def columns_apart(device: Device) -> None:
+    """Columns at a distance are refused: the kernels would read the numbers between them. Of a single column nothing is between."""
+    case, chosen = stage_case(device, "forward"), objective("sft")
+    own_N, label_index_N = VocabShard.full(53).local_index(case.labels_N)
+    apart_NV = case.logits_NV.T.contiguous().T
+    said = refusal(ValueError, lambda: launch.row_statistics(chosen, apart_NV, None, own_N, label_index_N))
+    assert said == "logits with strides (1, 9): the last dim must be contiguous"
+    one_N1 = torch.ones(9, 4, device=device)[:, :1].T.contiguous().T
+    found_NK = launch.row_statistics(chosen, one_N1, None, own_N, torch.zeros_like(label_index_N))
+    assert (found_NK[:, 1] == 1.0).all(), "the sum of exponentials of one logit"
+
+
+def tried_out(device: Device) -> None:
+    """What is run before the kernels are used: two equal logits. A kernel that computes something else is told."""
+    launch.try_out(device)
+    right = launch.row_gradient
+    try:
+        launch.row_gradient = lambda *given: right(*given) + 0.25
+        said = refusal(RuntimeError, lambda: launch.try_out(device))
+    finally:
+        launch.row_gradient = right
+    assert said == "the gradient of two equal logits is off by 0.25"
+
+
 def _cases() -> dict[str, Callable[[Device], None]]:
     named: dict[str, Callable[[Device], None]] = {}
     for name, direction in VARIANTS:
@@ -394,6 +427,8 @@ def _cases() -> dict[str, Callable[[Device], None]]:
         "fp64": fp64_stays_with_pytorch,
         "minus-infinity": minus_infinity,
         "rows": rows_apart,
+        "columns": columns_apart,
+        "tried-out": tried_out,
     }
 
 
