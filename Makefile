@@ -76,4 +76,4 @@ $(STAMP): requirements/base.txt requirements/dev.txt requirements/hashes/main.tx
 	@touch $(STAMP)
 
 clean:  ## removes runs and caches, keeps .venv
-	rm -rf runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf runs site .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -171,6 +171,28 @@ def test_tables_of_objectives_are_the_codes(page: Path) -> None:
     assert said == dict.fromkeys(tables.OBJECTIVES, True)
 
 
+FIGURES = [
+    pytest.param(cells[column], cells[linked], id=f"{page}: {cells[0][:50]}")
+    for page, first, column, linked in (("performance", "question", 2, 3), ("numerics", "compared", 3, 3))
+    for cells in table_rows(ROOT / "docs" / f"{page}.md", first)
+    if "](" in cells[linked] and re.search(r"\d", re.sub(r"\(.*\)", "", cells[column]))
+]
+
+
+@pytest.mark.parametrize(("said", "linked"), FIGURES)
+def test_figures_are_those_of_the_page_they_are_from(said: str, linked: str) -> None:
+    sources = re.findall(r"\]\(([^)#]+)[^)]*\)", linked)
+    text = "".join((ROOT / "docs" / source).read_text() for source in sources)
+    figures = re.findall(r"\d[\d.,]*(?:e-?\d+)?(?<![.,])", re.sub(r"\]\([^)]*\)", "", said))
+    assert figures
+    for figure in figures:
+        assert figure in text, f"{figure} is not in {sources}"
+
+
+def test_there_are_figures_to_compare() -> None:
+    assert len(FIGURES) >= 8
+
+
 def test_gradient_figures_are_within_the_tests_bound() -> None:
     source = (ROOT / "tests" / "nemo_cpu" / "gradients.py").read_text()
     bound = float(re.findall(r"^BOUND = (\S+)", source, flags=re.MULTILINE)[0])
