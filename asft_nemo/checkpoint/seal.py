@@ -1,6 +1,6 @@
 """What a finished checkpoint says of its own files, so that one that was cut, lost or changed afterwards is refused and not read.
 
-`context/seal.json` holds the bytes of every file and its CRC-32, of large ones that of some blocks: enough to tell one checkpoint's file from another's.
+`seal.json` beside `weights/` and `context/` holds the bytes of every file and its CRC-32, of large ones that of some blocks: enough to tell one checkpoint's file from another's.
 What lies between them is proven where it is read: each chunk of a `.distcp` file carries the CRC-32 that torch wrote (`DistReader.check_numbers`).
 Checkpoints of other programs have no seal and are read as they are.
 """
@@ -17,7 +17,7 @@ from asft_nemo.checkpoint.journal import JOURNAL_NAME
 from asft_nemo.checkpoint.staging import write_synced
 from asft_nemo.errors import CheckpointError
 
-SEAL = Path("context") / "seal.json"
+SEAL = Path("seal.json")
 FORMAT = 1
 _WHOLE_BYTES = 1 << 20  # reading more of every file at every start would be felt
 _BLOCK, _BLOCKS = 1 << 12, 16  # of a larger one
@@ -29,7 +29,6 @@ def write_seal(checkpoint: Path) -> None:
     files = {str(path.relative_to(checkpoint)): _described(path) for path in _files(checkpoint)}
     values = {"format": FORMAT, "files": files}
     text = json.dumps({**values, "crc32": _sum_of(values)}, indent=1) + "\n"
-    (checkpoint / SEAL).parent.mkdir(exist_ok=True)
     write_synced(checkpoint / SEAL, text.encode())
 
 
@@ -44,6 +43,8 @@ def check_seal(checkpoint: Path) -> None:
         return
     for name, (nbytes, crc32) in _read(path).items():
         file = checkpoint / name
+        if not (checkpoint / Path(name).parts[0]).exists():
+            continue  # `context/` may be left behind: an export takes --base then
         if not file.is_file():
             raise CheckpointError(
                 f"{file} is missing, and was there when the checkpoint was written: {_AGAIN}"

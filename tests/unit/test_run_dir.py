@@ -222,7 +222,7 @@ def test_a_checkpoint_of_another_shape_is_refused(run: RunConfig, tmp_path: Path
     config_file = tmp_path / "base" / "context" / "hf" / "config.json"
     config = json.loads(config_file.read_text())
     config_file.write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] * 2}))
-    (tmp_path / "base" / "context" / "seal.json").unlink()  # changed on purpose
+    (tmp_path / "base" / "seal.json").unlink()  # changed on purpose
     with pytest.raises(CheckpointError, match=r"linear_fc1.weight has shape .* where config.json asks for"):
         base_checkpoint(replace(run, {"model.path": str(tmp_path / "base")}))
 

@@ -31,6 +31,6 @@ def edit_config():
     def edit(directory: Path, **changes):
         path = directory / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-        (directory.parent / "seal.json").unlink(missing_ok=True)  # of a checkpoint: changed on purpose
+        (directory.parent.parent / "seal.json").unlink(missing_ok=True)  # of a checkpoint: changed on purpose
 
     return edit

@@ -206,9 +206,7 @@ def test_broken_checkpoints_are_named(tmp_path):
     write_hf(tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "ckpt")
     weights = tmp_path / "ckpt" / "weights"
-    (
-        tmp_path / "ckpt" / "context" / "seal.json"
-    ).unlink()  # as of another program, whose files nothing describes
+    (tmp_path / "ckpt" / "seal.json").unlink()  # as of another program, whose files nothing describes
     key, rows = "module.embedding.word_embeddings.weight", torch.zeros((300, 32), dtype=torch.bfloat16)
     for path in weights.glob("*.distcp"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -209,7 +209,7 @@ def test_a_corrected_config_starts_over(source, tmp_path, direction, monkeypatch
     )
     assert wrong != right
     (folder / "config.json").write_text(wrong)
-    (tmp_path / "nemo" / "context" / "seal.json").unlink()  # changed on purpose
+    (tmp_path / "nemo" / "seal.json").unlink()  # changed on purpose
     files, real = [], Journal.add
     monkeypatch.setattr(
         Journal,
