@@ -12,7 +12,15 @@ from torch import Tensor
 
 from asft_nemo.losses import VocabShard, dense_loss, fused_linear_loss
 from asft_nemo.losses.fused_linear import HeadGradient
-from bench.contenders import CONTENDERS, Case, Tensors, Unavailable, build_objective, make_tensors
+from bench.contenders import (
+    CONTENDERS,
+    Case,
+    Tensors,
+    Unavailable,
+    build_objective,
+    fused_chunk_tokens,
+    make_tensors,
+)
 from bench.gpu_clock import peak_above, seconds_of, tidy
 from bench.gpu_parts import Bar, Check, Part, cell, package
 from bench.gpu_rank import at, sentence
@@ -23,6 +31,7 @@ SIZE = {"tokens": 8192, "vocab": 152064, "hidden": 5120}  # the head of Qwen2.5-
 SMALL = {"tokens": 96, "vocab": 640, "hidden": 32}
 KERNEL_SIZE = {"tokens": 2048, "vocab": 32768, "hidden": 1024}
 ROUNDS, ORACLE_ROWS = 10, 512
+CHUNKS = (512, 1024, 2048)  # tokens; what `auto` takes is set by bytes that no GPU has been asked about
 OUR_TIME, OUR_MEMORY = 1.6, 1 / 8
 
 Work = Callable[[], Any]
@@ -31,6 +40,7 @@ TITLES = {
     "fused": "ours as training calls it: dHead is added to main_grad",
     "fused_returned": "ours, dHead returned in bf16",
     "fused_pytorch": "ours as training calls it, without Triton",
+    **{f"fused_{tokens}": f"ours as training calls it, {tokens} tokens a chunk" for tokens in CHUNKS},
     "authors": "naive: the authors' arithmetic",
     "liger": "Liger-Kernel, Triton",
     "liger_chunked": "Liger-Kernel, chunked, CE unweighted",
@@ -103,6 +113,8 @@ def _work(name: str, case: Case, t: Tensors) -> Work:
         raise Unavailable("on a CPU there is nothing but PyTorch")
     if name in ("fused", "fused_pytorch"):
         return _as_training(case, t, triton=name == "fused")
+    if (size := name.removeprefix("fused_")).isdigit():
+        return _as_training(replace(case, chunk_tokens=int(size)), t)
     return _contender("fused" if name == "fused_returned" else name, case, t)
 
 
@@ -122,7 +134,7 @@ def times(case: Mapping[str, Any], rounds: int, names: Sequence[str] = tuple(TIT
     """Seconds of forward and backward of rows of `TITLES`, in interleaved rounds whose order moves on by one, after one that does not count.
 
     Returns:
-        `seconds`: name -> one number a round; `skipped`: name -> why.
+        `seconds`: name -> one number a round; `skipped`: name -> why; `chunk_tokens` that "auto" takes.
     """
     size = Case(**case)
     tensors = make_tensors(size)
@@ -149,7 +161,7 @@ def times(case: Mapping[str, Any], rounds: int, names: Sequence[str] = tuple(TIT
             seconds[name].append(seconds_of(works[name], size.device))
             tensors.hidden_TH.grad = tensors.head_VH.grad = None
         order = order[1:] + order[:1]
-    return {"seconds": seconds, "skipped": skipped}
+    return {"seconds": seconds, "skipped": skipped, "chunk_tokens": fused_chunk_tokens(size)}
 
 
 def memory(case: Mapping[str, Any], names: Sequence[str] = tuple(TITLES)) -> dict[str, Any]:
@@ -288,7 +300,7 @@ def loss_table(found: Mapping[str, Any]) -> str:
     case = found["case"]
     lines = [
         f"T={case['tokens']}, V={case['vocab']}, H={case['hidden']}, {case['dtype']}, {case['objective']}, forward and backward. "
-        "Memory is the peak above inputs and returned gradients.",
+        f"Ours has {found['chunk_tokens']} tokens a chunk. Memory is the peak above inputs and returned gradients.",
         "",
         "| | ms, median (min) | of the bare products | memory, MiB |",
         "| --- | --- | --- | --- |",
