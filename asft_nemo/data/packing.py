@@ -98,13 +98,10 @@ class _OpenRows:
     def take_first(self, size: int) -> int | None:
         """Puts `size` into the first row with room for it; None where there is none."""
         low, high, row = self._leaves + size, 2 * self._leaves, self._nothing
-        while low < high:
+        while low < high:  # the end of the leaves, a power of two: nothing is left over on that side
             if low & 1:
                 row = min(row, self._first[low])
                 low += 1
-            if high & 1:
-                high -= 1
-                row = min(row, self._first[high])
             low, high = low >> 1, high >> 1
         if row == self._nothing:
             return None
