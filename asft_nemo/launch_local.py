@@ -110,9 +110,11 @@ def _prepare(run: RunConfig, held: ExitStack) -> bool:
         hf_dir,
         initial_adapters,
         open_run_dir,
+        refuse_busy,
         resume_from,
     )
 
+    refuse_busy(run)
     check_trainable(read_model_spec(hf_dir(run)))
     if resume_from(run) is None:
         check_initial_adapters(run)

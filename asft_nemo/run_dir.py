@@ -244,6 +244,19 @@ def check_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
         raise ConfigError(f"run.dir={folder} is not empty and holds no run: choose another run.dir")
 
 
+def refuse_busy(run: RunConfig) -> None:
+    """Refuses a folder that another process trains in, ahead of all that takes long or reads what that process is about to remove.
+
+    Raises:
+        ConfigError: naming that process.
+    """
+    if (Path(run.run.dir) / ".run.lock").exists():
+        try:
+            _lock(run, claim=False).release()
+        except OSError:  # said with more words where it is opened
+            return
+
+
 def open_run_dir(run: RunConfig, *, data_fingerprint: str) -> FileLock:
     """Checks `run.dir`, locks it and writes run.json. Called once a run.
 
@@ -280,7 +293,7 @@ def claim_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
         _held.append(open_run_dir(run, data_fingerprint=data_fingerprint))
 
 
-def _lock(run: RunConfig) -> FileLock:
+def _lock(run: RunConfig, *, claim: bool = True) -> FileLock:
     """A lock on the run's folder, held while it is written to; released when the process that holds it ends, however it ends.
 
     Who holds it is said in a file of its own, which an attempt to lock does not empty; what a process that has ended left there is nobody's.
@@ -297,7 +310,8 @@ def _lock(run: RunConfig) -> FileLock:
         raise ConfigError(
             f"run.dir={folder} is being trained in by {holder}: wait for it, or choose another run.dir"
         ) from None
-    owner.write_text(this_process())
+    if claim:
+        owner.write_text(this_process())
     return lock
 
 

@@ -27,6 +27,7 @@ from asft_nemo.run_dir import (
     initial_adapters,
     open_run_dir,
     point_at,
+    refuse_busy,
     resume_from,
 )
 
@@ -373,3 +374,17 @@ def test_a_damaged_run_json_is_named_with_its_cure(run: RunConfig) -> None:
             ConfigError, match=r"run\.json is damaged .*: copy context/run\.json of the latest"
         ):
             check_run_dir(replace(run, {"trainer.resume": "if_exists"}), data_fingerprint="x")
+
+
+def test_a_busy_folder_is_refused_before_anything_is_read(run: RunConfig) -> None:
+    """Its checkpoints may be going as they are looked at; a folder that nobody holds stays as it is."""
+    refuse_busy(run)
+    assert not Path(run.run.dir).exists()
+    lock = open_run_dir(run, data_fingerprint="x")
+    with pytest.raises(ConfigError, match=rf"is being trained in by process {os.getpid()} of"):
+        refuse_busy(run)
+    lock.release()
+    before = (Path(run.run.dir) / ".run.owner").read_text()
+    refuse_busy(run)
+    open_run_dir(run, data_fingerprint="x").release()
+    assert (Path(run.run.dir) / ".run.owner").read_text() == before
