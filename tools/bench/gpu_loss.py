@@ -22,7 +22,7 @@ from bench.contenders import (
     make_tensors,
 )
 from bench.gpu_clock import peak_above, seconds_of, tidy
-from bench.gpu_parts import Bar, Check, Part, cell, package
+from bench.gpu_parts import Bar, Check, Part, cell, gpu_gib, package
 from bench.gpu_rank import at, sentence
 from bench.truth import GRADIENT_BOUNDS, LOSS_BOUND, checks, triton_set_to
 
@@ -60,10 +60,15 @@ def _products(t: Tensors) -> Work:
     return work
 
 
-def _as_training(case: Case, t: Tensors, *, triton: bool = True) -> Work:
-    """Ours: the head's gradient goes into an fp32 buffer, as into Megatron's `main_grad`, while the loss is computed."""
+def _main_grad(t: Tensors) -> Tensor:
+    """What Megatron's `main_grad` is to the head: fp32 [V, H]."""
+    return torch.zeros_like(t.head_VH, dtype=torch.float32)
+
+
+def _as_training(case: Case, t: Tensors, main_grad_VH: Tensor, *, triton: bool = True) -> Work:
+    """Ours: the head's gradient is added to `main_grad_VH` while the loss is computed."""
     chosen, shard = build_objective(case.objective), VocabShard.full(case.vocab)
-    sink = HeadGradient(torch.zeros_like(t.head_VH, dtype=torch.float32), upstream_scale=1.0)
+    sink = HeadGradient(main_grad_VH, upstream_scale=1.0)
 
     def work() -> None:
         t.hidden_TH.grad = None
@@ -101,7 +106,7 @@ def _contender(name: str, case: Case, t: Tensors) -> Work:
     return work
 
 
-def _work(name: str, case: Case, t: Tensors) -> Work:
+def _work(name: str, case: Case, t: Tensors, main_grad_VH: Tensor) -> Work:
     """One visit of what a row of `TITLES` names.
 
     Raises:
@@ -112,9 +117,9 @@ def _work(name: str, case: Case, t: Tensors) -> Work:
     if name == "fused_pytorch" and case.device != "cuda":
         raise Unavailable("on a CPU there is nothing but PyTorch")
     if name in ("fused", "fused_pytorch"):
-        return _as_training(case, t, triton=name == "fused")
+        return _as_training(case, t, main_grad_VH, triton=name == "fused")
     if (size := name.removeprefix("fused_")).isdigit():
-        return _as_training(replace(case, chunk_tokens=int(size)), t)
+        return _as_training(replace(case, chunk_tokens=int(size)), t, main_grad_VH)
     return _contender("fused" if name == "fused_returned" else name, case, t)
 
 
@@ -138,12 +143,13 @@ def times(case: Mapping[str, Any], rounds: int, names: Sequence[str] = tuple(TIT
     """
     size = Case(**case)
     tensors = make_tensors(size)
+    main_grad_VH = _main_grad(tensors)
     works: dict[str, Work] = {}
     skipped: dict[str, str] = {}
     for name in names:
         at(f"the first visit of {name}")
         try:
-            work = _work(name, size, tensors)
+            work = _work(name, size, tensors, main_grad_VH)
         except Unavailable as why:
             skipped[name] = str(why)
             continue
@@ -167,15 +173,16 @@ def times(case: Mapping[str, Any], rounds: int, names: Sequence[str] = tuple(TIT
 def memory(case: Mapping[str, Any], names: Sequence[str] = tuple(TITLES)) -> dict[str, Any]:
     """Peak bytes of one visit of rows of `TITLES`, above its inputs and the gradients that it returns; where it did not run, why.
 
-    Rows warm up first. An fp32 buffer that dHead is added to is there before, as `main_grad` is, and counts as the returned gradient.
+    Rows warm up first. The fp32 buffer that dHead is added to is there before, as `main_grad` is, and counts as the returned gradient.
     """
     size = Case(**case)
     tensors = make_tensors(size)
+    main_grad_VH = _main_grad(tensors)
     found: dict[str, Any] = {}
     for name in names:
         at(f"memory of {name}")
         try:
-            work = _work(name, size, tensors)
+            work = _work(name, size, tensors, main_grad_VH)
         except Unavailable as why:
             found[name] = {"skipped": str(why)}
             continue
@@ -372,7 +379,7 @@ KERNELS = Part(
 LOSS = Part(
     "loss",
     "The fused loss at T=8192, V=152064, H=5120",
-    (_LIGHT,),
+    (_LIGHT, gpu_gib(60)),
     120,
     check_loss,
     loss_table,
