@@ -87,11 +87,9 @@ def test_a_dataset_without_files_of_its_own_is_refused(monkeypatch: pytest.Monke
     """Rows that a script made in memory have no file to read again."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(hub, "_cached", lambda found: datasets.Dataset.from_dict({"prompt": ["a"]}))
-    found = HubId(*(["owner/name", None, None][: len(HubId.__dataclass_fields__)]))
-    said = refusal(hub.hub_files, "hf:owner/name", found)
-    assert (
-        said == "hf:owner/name is no dataset of rows in files: save it (save_to_disk) and name the directory"
-    )
+    said = refusal(hub.hub_files, "owner/name", HubId("owner/name", None, "train"))
+    expected = "owner/name is no dataset of rows in files: save it (save_to_disk) and name the directory"
+    assert said == expected
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

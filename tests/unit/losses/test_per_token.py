@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from loss_cases import make_case, worst
 
 from asft_nemo.errors import ConfigError, DataError, LayoutError, ObjectiveError
-from asft_nemo.losses import VocabShard
+from asft_nemo.losses import VocabShard, dense_loss, fused_linear_loss, vocab_parallel_loss
 from asft_nemo.losses.chunks import resolve_chunk_tokens
 from asft_nemo.losses.per_token import accumulation_dtype, require_reference, valid_tokens
 from asft_nemo.losses.reduce import HIGH_WEIGHT, metric_names, metrics_of_tokens
@@ -186,3 +187,52 @@ def test_metrics_of_each_token_in_the_order_of_their_names():
     assert metric_names(objective("eaft")) == (*common, "topk_entropy")
     assert metric_names(objective("asft", kl_weight=1.0)) == (*common, "kl")
     assert metric_names(objective("asft", kl_weight=1.0, kl_direction="reverse")) == (*common, "kl_reverse")
+
+
+def of_shards(case, chosen, **changes):
+    """`vocab_parallel_loss` on one rank."""
+    given = {"shard": VocabShard.full(case.vocab_size), "ref_logits_TV": case.ref_logits_TV} | changes
+    return vocab_parallel_loss(case.logits_TV, case.labels_T, case.loss_mask_T, objective=chosen, **given)
+
+
+def test_logits_that_fit_no_shard_are_refused_by_name():
+    case, anchored = make_case(), objective("asft", kl_weight=0.3)
+    rest = "pass the rank's own slice and a shard made with the same padded vocabulary size"
+    wide = VocabShard.of_rank(0, 1, 64, 53, None)
+    assert refusal(LayoutError, of_shards, case, anchored, shard=wide) == (
+        f"the logits tensor has 53 vocabulary rows on rank 0, its shard has 64: {rest}"
+    )
+    assert refusal(LayoutError, of_shards, case, anchored, ref_logits_TV=case.ref_logits_TV[:, :50]) == (
+        f"the reference's logits tensor has 50 vocabulary rows on rank 0, its shard has 53: {rest}"
+    )
+    assert "reads the reference and got none" in refusal(
+        ObjectiveError, of_shards, case, anchored, ref_logits_TV=None
+    )
+
+
+def test_a_reference_that_nothing_reads_may_have_any_shape():
+    case, chosen = make_case(), objective("sft")
+    expected = dense_loss(case.logits_TV, case.labels_T, case.loss_mask_T, objective=chosen)
+    found = of_shards(case, chosen, ref_logits_TV=case.ref_logits_TV[:, :50])
+    assert worst((found.loss_sum, expected.loss_sum)) <= 1e-12
+    fused = fused_linear_loss(
+        case.hidden_TH,
+        case.head_VH,
+        case.labels_T,
+        case.loss_mask_T,
+        objective=chosen,
+        shard=VocabShard.full(case.vocab_size),
+        ref_hidden_TH=case.ref_hidden_TH[:3],
+        ref_head_VH=case.ref_head_VH[:3],
+    )
+    assert worst((fused.loss_sum, expected.loss_sum)) <= 1e-12
+
+
+def test_a_vocabulary_of_fewer_rows_than_the_entropy_takes():
+    case, chosen = make_case(vocab=7), objective("eaft")
+    expected = dense_loss(case.logits_TV, case.labels_T, case.loss_mask_T, objective=chosen)
+    found = of_shards(case, chosen)
+    assert worst((found.loss_sum, expected.loss_sum)) <= 1e-12
+    assert found.metrics["topk_entropy"][0].item() == pytest.approx(
+        expected.metrics["topk_entropy"][0].item(), rel=1e-12
+    )

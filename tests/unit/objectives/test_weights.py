@@ -130,3 +130,23 @@ def test_weights_are_in_the_dtype_of_the_policys_log_probabilities(name):
     chosen = objective(name)
     assert chosen.token_weight(mixed).dtype == torch.float32
     assert chosen.token_weight(mixed).tolist() == pytest.approx(chosen.token_weight(given).tolist(), rel=1e-5)
+
+
+def test_sequences_that_the_policy_prefers_less_count_less_also_those_of_one_token():
+    def column(*values):
+        return torch.tensor(values, dtype=torch.float64)
+
+    given = WeightInputs(
+        column(-2.0, -1.0, -0.5),
+        ref_label_logprob_N=column(-1.0, -0.5, -2.5),
+        segment_ids_N=torch.tensor([5, 5, 0]),
+    )
+    found = objective("iw_sft").token_weight(given).tolist()
+    assert found == pytest.approx([math.exp(-0.75), math.exp(-0.75), math.exp(2.0)], abs=1e-14)
+
+
+def test_at_its_upper_clip_a_ratio_still_counts():
+    """The surrogate's kink: the unclipped branch is taken there, as in the paper's minimum."""
+    same = torch.tensor([-0.5], dtype=torch.float64)
+    chosen = objective("psft", clip_high=0.0)
+    assert chosen.token_weight(WeightInputs(same, old_label_logprob_N=same)).item() == 1.0
