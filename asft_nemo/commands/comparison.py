@@ -39,7 +39,11 @@ def add_comparison(add: Add) -> None:
         metavar="NAME=RUN_DIR",
         help="run.dir of the training that made NAME, for curves of the training; may be given several times",
     )
-    compare.add_argument("--force", action="store_true", help="compare although they were not measured alike; all three files say so")
+    compare.add_argument(
+        "--force",
+        action="store_true",
+        help="compare although they were not measured alike; all three files say so",
+    )
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from asft_eval.drift import DriftRequest
 
 
+_NUMBERS = {
+    "seed": "of what is drawn; default: %(default)s",
+    "limit": "only the first examples of each suite",
+    "max_tokens": "of one completion; default: the protocol's, 4096",
+    "batch_size": "prompts run together; default: hf 16, openai 32, vllm its own",
+    "tensor_parallel_size": "vllm: GPUs; default: all visible ones that can share the model's heads",
+}
+
+
 def add_evaluation(add: Add) -> None:
     """Adds the command."""
     defaults = EvalConfig()
@@ -45,30 +54,9 @@ def add_evaluation(add: Add) -> None:
         default=defaults.prompt,
         help="prompt variant: alpaca, alpaca_newline, chat, question_answer, qwen_boxed, raw; default: each suite's own",
     )
-    evaluate.add_argument(
-        "--seed", type=int, default=defaults.seed, help="of what is drawn; default: %(default)s"
-    )
-    evaluate.add_argument(
-        "--limit", type=int, default=defaults.limit, help="only the first examples of each suite"
-    )
-    evaluate.add_argument(
-        "--max-tokens",
-        type=int,
-        default=defaults.max_tokens,
-        help="of one completion; default: the protocol's, 4096",
-    )
-    evaluate.add_argument(
-        "--batch-size",
-        type=int,
-        default=defaults.batch_size,
-        help="prompts run together; default: hf 16, openai 32, vllm its own",
-    )
-    evaluate.add_argument(
-        "--tensor-parallel-size",
-        type=int,
-        default=defaults.tensor_parallel_size,
-        help="vllm: GPUs; default: all visible ones that can share the model's heads",
-    )
+    for name, words in _NUMBERS.items():
+        option = f"--{name.replace('_', '-')}"
+        evaluate.add_argument(option, type=int, default=getattr(defaults, name), help=words)
     evaluate.add_argument(
         "--base-url", help="openai: the server, e.g. http://127.0.0.1:8000/v1; default: OPENAI_BASE_URL"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,21 @@ def require(model_dir: Path, pattern: str, what: str) -> None:
         raise EvaluationError(f"{model_dir} lacks {what}: {MEND}")
 
 
+_INDEX = "model.safetensors.index.json"
+
+
 def require_model(model_dir: Path) -> None:
-    """A configuration and weights; see `require`."""
+    """A configuration and weights, of several files each that their index names (vLLM runs without a lost one); see `require`."""
     require(model_dir, "config.json", "a model configuration")
     require(model_dir, "*.safetensors", "weights (*.safetensors)")
+    if not (model_dir / _INDEX).is_file():
+        return
+    try:
+        named = set(json.loads((model_dir / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{model_dir / _INDEX} is damaged ({one_line(error)}): {MEND}") from None
+    for name in sorted(named):
+        require(model_dir, name, f"{name}, which {_INDEX} names")
 
 
 def require_tokenizer(model_dir: Path) -> None:

@@ -52,11 +52,18 @@ def lacks_a_tensor(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def lacks_a_shard(folder: Path) -> None:
+    shards = {"model.norm.weight": "model-2-of-2.safetensors", "lm_head.weight": "model.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
 BROKEN: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (lambda x: without(x, "*.safetensors"), "lacks weights .*: name a complete"),
     "no tokenizer": (lambda x: without(x, "tokenizer*"), "lacks a tokenizer .copy the base model's tokenizer files"),
     "no config.json": (lambda x: without(x, "config.json"), "lacks a model configuration: name a complete"),
     "weights cut off": (lambda x: cut(x, "model.safetensors"), "transformers cannot load .*header.*: name a complete"),
+    "a shard lost": (lacks_a_shard, r"lacks model-2-of-2\.safetensors, which model\.safetensors\.index\.json names: name a complete"),
+    "an index cut off": (lambda x: (x / "model.safetensors.index.json").write_text('{"a') and None, r"index\.json is damaged .*: name a complete"),
     "a tensor lost": (lacks_a_tensor, r"lacks weights of the model \(1, e\.g\. model\.norm\.weight\): name a complete"),
     "config.json cut off": (lambda x: cut(x, "config.json", b'{"a":'), "(transformers cannot load|no max_position_embeddings) .*: name a complete"),
     "tokenizer cut off": (lambda x: cut(x, "tokenizer.json", b"{"), "cannot load the tokenizer in .*: copy the base model's"),
