@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import platform
 import sys
 import tempfile
@@ -102,7 +101,6 @@ def main(arguments: list[str]) -> int:
     """Measures and writes. Returns the exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    os.environ["OMP_NUM_THREADS"] = "1"
     if options.cases:
         from exactness_covering import covering_cases
 

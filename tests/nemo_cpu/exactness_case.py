@@ -73,8 +73,10 @@ def make_models(folder: Path) -> dict[str, Path]:
     return made
 
 
-def measure(case: Case, group: RankGroup, models: dict[str, Path], folder: Path) -> Measured:
-    """Runs a case; what it leaves in `folder` is removed."""
+def measure(
+    case: Case, group: RankGroup, models: dict[str, Path], folder: Path, *, fault: str | None = None
+) -> Measured:
+    """Runs a case, with a key of `exactness_faults.FAULTS` wrongly; what it leaves in `folder` is removed."""
     began = time.perf_counter()
     base, run_dir, out = models[case["embeddings"]], folder / "run", folder / "gradients"
     settings = {**settings_of_case(case), "model.path": str(base / "nemo"), "run.dir": str(run_dir)}
@@ -82,7 +84,7 @@ def measure(case: Case, group: RankGroup, models: dict[str, Path], folder: Path)
     packed = case["rows"] == "packed"
     size = FILLING[packed] if settings["reference.fill"] == "first_epoch" else MANY
     assert group.world_size == world_size(case)
-    group.run("exactness_jobs:step", settings=settings, valid=VALID, size=size, out=str(out))
+    group.run("exactness_jobs:step", settings=settings, valid=VALID, size=size, out=str(out), fault=fault)
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     if settings["reference.form"] == "cached":
         assert last["cache_hit_rate"] == 1.0

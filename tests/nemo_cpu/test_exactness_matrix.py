@@ -17,7 +17,9 @@ from exactness_factors import (
     refusal,
     world_size,
 )
+from exactness_faults import FAULTS
 from gradients import BOUND
+from kept import some_of
 from ranks import RankGroup
 
 KEPT = 11  # the first cases bring three quarters of all pairs
@@ -64,3 +66,18 @@ def test_gradients_equal_the_oracle(
     found = measure(case, group, matrix_models, tmp_path / "case")
     print(f"{name_of(case)}: {found}")
     assert found.exact, (name_of(case), found, BOUND)
+
+
+@pytest.mark.nemo
+@pytest.mark.multiproc
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", some_of(FAULTS, kept=["packed examples see each other"]))
+def test_a_mistake_shows(
+    fault: str, matrix_models: dict[str, Path], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """What the matrix is for: a case that is exact is far from it with the mistake."""
+    case = FAULTS[fault].case()
+    group: RankGroup = request.getfixturevalue(f"ranks{world_size(case)}")
+    found = measure(case, group, matrix_models, tmp_path / "case", fault=fault)
+    print(f"{fault}: {name_of(case)}: {found}")
+    assert found.error > 100 * BOUND
