@@ -75,6 +75,9 @@ def test_nothing_is_fetched(pages: dict[str, Page], site: Path) -> None:
     for name, page in pages.items():
         elsewhere = {address for address in page.loads if urlsplit(address).netloc}
         assert not elsewhere, f"{name} loads {elsewhere}"
+        for address in page.loads if name != "404.html" else ():
+            file = site / os.path.dirname(name) / unquote(urlsplit(address).path)
+            assert address.startswith("data:") or file.exists(), f"{name} loads {address}, which is not there"
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(?:url\(|@import)\s*['\"]?https?:", sheet.read_text()), sheet.name
 
