@@ -177,7 +177,8 @@ class HangCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the thread, where there are ranks to wait for."""
         if trainer.world_size > 1:
-            store = torch.distributed.distributed_c10d._get_default_store()  # torch has no public name for it
+            # torch has no public name for it, nor a type that says what its stores can
+            store: Any = torch.distributed.distributed_c10d._get_default_store()
             watch = HangWatch(
                 trainer.global_rank, trainer.world_size, self._seconds, store.clone(), self._end
             )

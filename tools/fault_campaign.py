@@ -1,0 +1,174 @@
+"""Faults, many of them, and what became of each: damaged artefacts, killed and hanging processes, full disks, clocks that jump.
+
+    python tools/fault_campaign.py --short --out runs/faults          # some of every kind
+    python tools/fault_campaign.py --long --seed 0 --out runs/faults  # all of them
+    python tools/fault_campaign.py --seed 0 --only NAME --out runs/faults
+
+docs/faults.md says what each fault must lead to. Exit code 1 where one did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from faults.artefacts import Undisturbed, drawn, try_fault
+from faults.chain import LONG, SHORT, Chain, Disturbance
+from faults.kills import kills, try_kill
+from faults.places import bad_places, can_mount, try_place
+from faults.rows import Book, Row
+from faults.yard import Yard
+
+SHORT_ARTEFACTS, SHORT_PLACES, SHORT_KILLS = 40, 6, 4
+LONG_KILLS = 3  # of each command and signal
+
+
+@dataclass(frozen=True)
+class Try:
+    """A fault that can be tried by itself."""
+
+    name: str
+    go: Callable[[], Row]
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs a campaign; 1 with violations."""
+    given = _parser().parse_args(words)
+    if given.scratch is None:
+        with tempfile.TemporaryDirectory(prefix="asft-faults-") as scratch:
+            return _campaign(given, Path(scratch).resolve())
+    return _campaign(given, given.scratch.resolve())
+
+
+def _campaign(given: argparse.Namespace, scratch: Path) -> int:
+    _import_what_commands_need()
+    yard = Yard(scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
+    mounts = can_mount(scratch)
+    tries = _tries(given, yard, mounts=mounts)
+    chains = _chains(given)
+    book = Book(seed=given.seed, planned=len(tries) + sum(len(chain) + 1 for chain in chains.values()))
+    if not (given.keep and yard.pristine.is_dir()):
+        print("making the artefacts", file=sys.stderr, flush=True)
+        yard.make()
+    for part in given.join:
+        book.join(part)
+    for one in tries:
+        book.add(one.go())
+    for number, disturbances in chains.items():
+        yard.restore()
+        for row in Chain(yard, seed=given.seed, number=number).disturb(disturbances):
+            book.add(row)
+    book.write(given.out, called=_called(given), notes=_notes(mounts=mounts))
+    print(f"{len(book.rows)} faults, {book.violations} violations: {given.out / 'fault_campaign.md'}")
+    return 1 if book.violations else 0
+
+
+def _tries(given: argparse.Namespace, yard: Yard, *, mounts: bool) -> list[Try]:
+    """What is tried: all, those of a name, or some of each kind."""
+    undisturbed, seed = Undisturbed(yard), given.seed
+    chance = random.Random(f"{seed} which")
+    every = given.only is not None or not given.short
+    found: list[Try] = []
+
+    def take(tries: Iterator[Try], count: int) -> None:
+        kept = list(tries)
+        if given.only is not None:
+            kept = [one for one in kept if given.only in one.name]
+        found.extend(kept if every else chance.sample(kept, min(count, len(kept))))
+
+    def lazily(function: Callable[..., Row], fault: object, *more: object) -> Callable[[], Row]:
+        return lambda: function(fault, yard, *more, seed=seed)
+
+    artefacts = drawn(None if every else SHORT_ARTEFACTS, seed=seed)
+    take((Try(x.name, lazily(try_fault, x, undisturbed)) for x in artefacts), len(artefacts))
+    take((Try(x.name, lazily(try_place, x)) for x in bad_places(mounts=mounts)), SHORT_PLACES)
+    take((Try(x.name, lazily(try_kill, x, undisturbed)) for x in kills(LONG_KILLS)), SHORT_KILLS)
+    return found
+
+
+def _chains(given: argparse.Namespace) -> dict[int, tuple[Disturbance, ...]]:
+    """Runs on ranks that are disturbed, by number; with `--only` those that have such a disturbance, whole."""
+    numbered = dict(enumerate([SHORT] if given.short else LONG))
+
+    def named(number: int, chain: tuple[Disturbance, ...]) -> bool:
+        return any(given.only in one.name(number, place) for place, one in enumerate(chain))
+
+    return {n: chain for n, chain in numbered.items() if given.only is None or named(n, chain)}
+
+
+def _notes(*, mounts: bool) -> list[str]:
+    disks = (
+        "full and read-only disks are file systems in memory, mounted for the fault"
+        if mounts
+        else "this user may mount nothing: full and read-only disks were not tried, limits of a file's size were"
+    )
+    rights = "root gives up its right to pass over modes" if os.geteuid() == 0 else "the user is not root"
+    return [
+        f"Made on {os.cpu_count()} cores: {disks}; for unreadable files and read-only folders {rights}.",
+        "Seconds are those of the command, or of the whole fault where it has several; the machine had other work.",
+    ]
+
+
+def _called(given: argparse.Namespace) -> str:
+    """The command that gives these rows, without the places of this machine."""
+    only = () if given.only is None else ("--only", given.only)
+    form = "--short" if given.short else "--long"
+    return " ".join(["python tools/fault_campaign.py", form, "--seed", str(given.seed), *only])
+
+
+def _import_what_commands_need() -> None:
+    """Here once, so that the process of each command, a fork of this one, starts at once."""
+    import asft_eval.run
+    import matplotlib.figure
+    import torch
+    import transformers
+
+    import asft_nemo.checkpoint.dist_write
+    import asft_nemo.data
+    import asft_nemo.reference.cache_reader
+    import asft_nemo.reporting.run_page
+    from asft_nemo import cli
+
+    torch.set_num_threads(1)
+    cli.parser()
+    needed = (asft_eval, matplotlib, transformers, asft_nemo)
+    assert all(module.__name__ in sys.modules for module in needed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--short", action="store_true", help="some of every kind")
+    form.add_argument("--long", action="store_true", help="all (default)")
+    parser.add_argument("--seed", type=int, default=0, help="of every random place and moment")
+    parser.add_argument("--only", metavar="NAME", help="only faults with this in their names")
+    parser.add_argument("--out", type=Path, required=True, help="folder of fault_campaign.json and .md")
+    parser.add_argument("--scratch", type=Path, help="where artefacts are made (default: a folder that goes)")
+    parser.add_argument(
+        "--join",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="--out of earlier parts of this campaign (--only), whose rows go in front",
+    )
+    parser.add_argument("--keep", action="store_true", help="use the artefacts that are in --scratch already")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

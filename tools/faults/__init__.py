@@ -1,0 +1,1 @@
+"""Parts of the fault campaign (`tools/fault_campaign.py`)."""

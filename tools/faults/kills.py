@@ -1,0 +1,129 @@
+"""Commands without ranks that are killed at a random moment, stopped while another does the same, or find a clock that jumped; then done again.
+
+Each must end with what an undisturbed command makes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from faults.artefacts import Undisturbed
+from faults.checks import CHECKS, Check, answer_of, perform
+from faults.rows import REFUSED, RESUMED, VIOLATION, Row
+from faults.shell import LIMIT, Running, Said
+from faults.yard import Yard, prepare_words
+
+KILLED = "the same command, started again, makes what it makes undisturbed, bit for bit; nothing else changes"
+DOUBLED = (
+    "the second is refused at once with a sentence, exit code 2; the first makes what it makes undisturbed"
+)
+
+_ATTEMPTS = 10
+_PREPARE = Check("asft data prepare", lambda yard: prepare_words("train.jsonl", "new"), ("new",))
+WORK: dict[str, Check] = {
+    "import": CHECKS["import"],
+    "export": CHECKS["export"],
+    "prepare": _PREPARE,
+    "eval": CHECKS["eval"],
+    "compare": CHECKS["compare"],
+    "report": CHECKS["report"],
+}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One command, and how it is disturbed.
+
+    Attributes:
+        name: of the row.
+        work: a key of `WORK`.
+        how: ``SIGKILL``, ``SIGTERM`` or ``twice``.
+    """
+
+    name: str
+    work: str
+    how: str
+
+
+def kills(times: int) -> Iterator[Kill]:
+    """All of them, `times` kills of each command and signal."""
+    for number in range(1, times + 1):
+        for work in WORK:
+            for how in ("SIGKILL", "SIGTERM"):
+                yield Kill(f"kill:{work}:{how}:{number}", work, how)
+    for work in ("import", "export", "prepare"):
+        yield Kill(f"kill:{work}:twice", work, "twice")
+
+
+def try_kill(kill: Kill, yard: Yard, undisturbed: Undisturbed, *, seed: int) -> Row:
+    """Disturbs, does it again, and judges."""
+    check = WORK[kill.work]
+    answer, usual = undisturbed.of(check), undisturbed.seconds(check)
+    yard.restore()
+    started, chance = time.monotonic(), random.Random(f"{seed} {kill.name}")
+    does: Callable[..., tuple[str, str, str]] = _twice if kill.how == "twice" else _killed
+    place, problem, sentence = does(kill, check, yard, chance, usual)
+    if not problem:
+        said = perform(check, yard) if kill.how != "twice" else None
+        if said is not None and said.code != 0:
+            problem, sentence = f"started again it ends with {said.code}", " / ".join(said.sentences)
+        elif answer_of(check, yard, said or Said(0, "", "", 0.0)).files != answer.files:
+            problem = "another result than undisturbed"
+    good = REFUSED if kill.how == "twice" else RESUMED
+    return Row(
+        name=kill.name,
+        kind="two at once" if kill.how == "twice" else f"{kill.how} of the process",
+        artefact=check.title,
+        place=place,
+        moment=check.title,
+        expected=DOUBLED if kill.how == "twice" else KILLED,
+        outcome=VIOLATION if problem else good,
+        sentence=sentence.replace(f"{yard.here}/", "")[:400],
+        seconds=round(time.monotonic() - started, 2),
+        problem=problem,
+    )
+
+
+def _killed(
+    kill: Kill, check: Check, yard: Yard, chance: random.Random, usual: float
+) -> tuple[str, str, str]:
+    for _ in range(_ATTEMPTS):
+        running = Running(check.job(yard), cwd=yard.here)
+        after = chance.uniform(0.0, usual)
+        time.sleep(after)
+        running.send(signal.Signals[kill.how])
+        said = running.wait(LIMIT)
+        if said.code is None:
+            return f"after {after:.2f} s", "does not end", ""
+        if said.code != 0:
+            return f"after {after:.2f} s of about {usual:.2f}", "", ""
+        yard.restore()  # it had ended before the signal came: that was no kill
+        usual = min(usual, said.seconds)
+    return "", f"{_ATTEMPTS} times it had ended before the signal came", ""
+
+
+def _twice(kill: Kill, check: Check, yard: Yard, chance: random.Random, usual: float) -> tuple[str, str, str]:
+    """Stops the first once it has begun to write, so that the second surely meets it."""
+    target = yard.here / check.makes[0]
+    begun = (target, target.with_name(f".{target.name}.partial"))
+    first = Running(check.job(yard), cwd=yard.here)
+    deadline = time.monotonic() + LIMIT
+    while not any(place.exists() for place in begun):
+        if time.monotonic() > deadline or not first.alive():
+            first.send(signal.SIGKILL)
+            return "", "the first never began to write", " / ".join(first.wait(LIMIT).sentences)
+        time.sleep(0.0005)
+    first.send(signal.SIGSTOP)
+    second = perform(check, yard)
+    first.send(signal.SIGCONT)
+    ended = first.wait(LIMIT)
+    sentence = " / ".join(second.sentences)
+    if ended.code != 0:
+        return "", f"the first ends with {ended.code}: {ended.err[-200:]}", sentence
+    if second.code != 2 or "Traceback" in second.err or len(second.sentences) != 1:
+        return "", f"the second ends with {second.code}", sentence
+    return "while the first was writing", "", sentence
