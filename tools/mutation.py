@@ -1,0 +1,236 @@
+"""Small wrong changes in objectives/ and losses/, and which of them the tests do not notice: mutmut on a copy of the tree.
+
+    nice python tools/mutation.py --work runs/mutation --out benchmarks/results [--only losses.dense objectives] [--seconds 3000]
+
+Every function of these packages without a decorator is changed in every way that mutmut knows, and the unit tests that call it are run on each change
+until one fails. What was tried stays in `--work`: the same command goes on, and tries again what belongs to functions that have changed since. Writes
+`mutation.json` and `mutation.md`: a table by module, and every change that survived with the reason that tools/mutation_survivors.json gives. Exit code 1
+where a survivor has none, 3 where changes are left to try. About 2,800 changes, 1 to 4 seconds each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+REASONS = ROOT / "tools" / "mutation_survivors.json"
+COPIED = (
+    "asft_nemo",
+    "eval",
+    "recipes",
+    "conf",
+    "assets",
+    "tests/*.py",
+    "tests/unit/conftest.py",
+    "tests/unit/losses",
+    "tests/unit/objectives",
+)
+# jaxtyping's checks wrap mutmut's switches instead of the functions; Triton compiles the text of its kernels.
+LEFT_OUT = ("tests/unit/losses/test_shapes.py", "tests/unit/losses/test_triton.py")
+SETTINGS = """
+[tool.mutmut]
+source_paths = ["asft_nemo"]
+only_mutate = ["asft_nemo/losses/*.py", "asft_nemo/objectives/*.py"]
+do_not_mutate = ["asft_nemo/losses/triton/*.py"]
+also_copy = ["eval", "recipes", "conf", "assets", "tests"]
+pytest_add_cli_args_test_selection = ["tests/unit/losses", "tests/unit/objectives"]
+pytest_add_cli_args = ["-p", "no:cacheprovider"]
+process_isolation = "forkserver"
+use_git_change_detection = false
+
+"""
+NOTICED = {
+    1: "killed",
+    3: "killed",
+    -11: "crashed",
+    -9: "crashed",
+    24: "too slow",
+    -24: "too slow",
+    36: "too slow",
+    152: "too slow",
+    255: "too slow",
+}
+SURVIVED, NO_TEST, LEFT = "survived", "no test", "left"
+STATES = {**NOTICED, 0: SURVIVED, 5: NO_TEST, 33: NO_TEST, None: LEFT}
+INCOMPLETE = 3  # exit code
+
+
+def prepare(work: Path) -> None:
+    """Copies what the tests need; what mutmut has found there stays."""
+    work.mkdir(parents=True, exist_ok=True)
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--", *COPIED], capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    for name in listed:
+        source, target = ROOT / name, work / name
+        if not name or name in LEFT_OUT or not source.is_file():
+            continue
+        if (
+            not target.exists() or target.read_bytes() != source.read_bytes()
+        ):  # mutmut goes by the time of a file's last change
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    (work / "pyproject.toml").write_text(SETTINGS + pytest_settings((ROOT / "pyproject.toml").read_text()))
+
+
+def pytest_settings(text: str) -> str:
+    """The section about pytest of a pyproject.toml."""
+    lines = text.splitlines()
+    start = lines.index("[tool.pytest.ini_options]")
+    inside = lines[start + 1 :]
+    length = next((n for n, line in enumerate(inside) if line.startswith("[tool.")), len(inside))
+    return "\n".join(lines[start : start + 1 + length]) + "\n"
+
+
+def try_mutants(work: Path, only: list[str], seconds: float | None) -> None:
+    """Runs mutmut on what is left, one change at a time, and ends it when the time is up."""
+    names = [f"asft_nemo.{name}*" for name in only]
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", "1", *names]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, cwd=work, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=seconds)
+
+
+def outcomes(work: Path) -> dict[str, str]:
+    """Mutant -> what became of it."""
+    found: dict[str, str] = {}
+    for file in sorted((work / "mutants" / "asft_nemo").rglob("*.meta")):
+        codes = json.loads(file.read_text())["exit_code_by_key"]
+        found |= {name: STATES.get(code, "crashed") for name, code in codes.items()}
+    return found
+
+
+def changes(work: Path, names: list[str]) -> dict[str, tuple[str, str]]:
+    """Mutant -> the lines it takes away and those it puts there."""
+    from mutmut.mutation.diff_apply import get_diff_for_mutant
+
+    found: dict[str, tuple[str, str]] = {}
+    with contextlib.chdir(work):
+        for name in names:
+            diff = [line for line in get_diff_for_mutant(name).splitlines() if line[:3] not in ("---", "+++")]
+            was, became = (
+                " ".join(line[1:].strip() for line in diff if line.startswith(sign)) for sign in "-+"
+            )
+            found[name] = was, became
+    return found
+
+
+def module_of(name: str) -> str:
+    """`losses.dense` of a mutant's name."""
+    return name.rpartition(".")[0].removeprefix("asft_nemo.")
+
+
+def record_of(
+    found: dict[str, str], changed: dict[str, tuple[str, str]], groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Counts by module, survivors with their reasons."""
+    from asft_nemo.run_dir import git_commit, versions
+
+    reasons = {tuple(mutant): group["why"] for group in groups for mutant in group["mutants"]}
+    modules: dict[str, Counter[str]] = {}
+    for name, state in found.items():
+        modules.setdefault(module_of(name), Counter())[state] += 1
+    survivors = [
+        {
+            "module": module_of(name),
+            "was": was,
+            "became": became,
+            "state": found[name],
+            "why": reasons.get((module_of(name), was, became)),
+        }
+        for name, (was, became) in changed.items()
+    ]
+    return {
+        "date": date.today().isoformat(),
+        "commit": git_commit(),
+        "versions": versions(),
+        "machine": platform.platform(),
+        "modules": {name: dict(counts) for name, counts in sorted(modules.items())},
+        "survivors": survivors,
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as Markdown: modules, then survivors by reason."""
+    lines = [
+        f"{record['date']}, commit `{str(record['commit'])[:9]}`.",
+        "",
+        "| module | changes | noticed | survived | no test calls it | not tried |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    total: Counter[str] = Counter()
+    for name, counts in [*record["modules"].items(), ("all", total)]:
+        noticed = sum(counts.get(state, 0) for state in set(NOTICED.values()))
+        cells = [
+            sum(counts.values()),
+            noticed,
+            *(counts.get(state, 0) for state in (SURVIVED, NO_TEST, LEFT)),
+        ]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+        total.update(counts)
+    by_reason: dict[str, list[dict[str, Any]]] = {}
+    for row in record["survivors"]:
+        by_reason.setdefault(row["why"] or "**No reason given.**", []).append(row)
+    for why, rows in by_reason.items():
+        lines += ["", f"{why} ({len(rows)})", "", "| module | was | became |", "| --- | --- | --- |"]
+        lines += [f"| {row['module']} | {_code(row['was'])} | {_code(row['became'])} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    escaped = text.replace("|", "\\|")
+    return f"`{escaped}`" if text else ""
+
+
+def main(words: list[str]) -> int:
+    """Tries and writes. Returns the exit code."""
+    options = _parser().parse_args(words)
+    work = options.work.resolve()
+    prepare(work)
+    if not options.again:
+        try_mutants(work, options.only, options.seconds)
+    found = outcomes(work)
+    changed = changes(work, [name for name, state in found.items() if state in (SURVIVED, NO_TEST)])
+    record = record_of(found, changed, json.loads(REASONS.read_text()))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "mutation.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options.out / "mutation.md").write_text(table(record))
+    if not all(row["why"] for row in record["survivors"]):
+        return 1
+    return INCOMPLETE if LEFT in found.values() else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of mutation.json and mutation.md")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/mutation"), help="what was tried (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["objectives", "losses"],
+        metavar="MODULE",
+        help="for example losses.dense",
+    )
+    parser.add_argument("--seconds", type=float, help="stop trying after so long")
+    parser.add_argument(
+        "--again", action="store_true", help="try nothing, write the table from what is there"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
