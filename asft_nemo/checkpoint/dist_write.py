@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -231,7 +231,7 @@ class LayerFileWriter(FileSystemWriter):
                     offset = stream.tell()
                     data = planner.resolve_data(item)
                     if isinstance(data, torch.Tensor):
-                        torch.save(data, stream)
+                        _save(data, stream)
                     else:
                         stream.write(data.getbuffer())
                     places.append([offset, stream.tell() - offset])
@@ -262,6 +262,39 @@ class LayerFileWriter(FileSystemWriter):
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+
+class _Told:
+    """A stream that remembers why it could not be written to: torch's archive ends with a `RuntimeError` of its own instead (torch 2.13)."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _save(tensor: torch.Tensor, stream: IO[bytes]) -> None:
+    """`torch.save`, whose error is the system's where the system refused.
+
+    Raises:
+        OSError: a full disk, a limit.
+    """
+    told = _Told(stream)
+    try:
+        torch.save(tensor, cast(IO[bytes], told))
+    except RuntimeError as error:
+        if told.error is None:
+            raise
+        raise told.error from error
 
 
 def write_dist_checkpoint(
