@@ -236,3 +236,21 @@ def test_a_vocabulary_of_fewer_rows_than_the_entropy_takes():
     assert found.metrics["topk_entropy"][0].item() == pytest.approx(
         expected.metrics["topk_entropy"][0].item(), rel=1e-12
     )
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_vocabulary_of_one_row_has_nothing_to_learn(direction):
+    """p = q = 1: every loss, divergence and gradient is 0."""
+    case, chosen = make_case(vocab=1), objective("asft", kl_weight=0.3, kl_direction=direction)
+    logits_TV = case.logits_TV.requires_grad_()
+    found = vocab_parallel_loss(
+        logits_TV,
+        case.labels_T,
+        case.loss_mask_T,
+        objective=chosen,
+        shard=VocabShard.full(1),
+        ref_logits_TV=case.ref_logits_TV,
+    )
+    found.loss_sum.backward()
+    assert found.loss_sum.item() == 0.0
+    assert not logits_TV.grad.any()
