@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Try:
 def main(words: Sequence[str]) -> int:
     """Runs a campaign; 1 with violations."""
     given = _parser().parse_args(words)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ranks and mounts go with it
     if given.scratch is None:
         with tempfile.TemporaryDirectory(prefix="asft-faults-") as scratch:
             return _campaign(given, Path(scratch).resolve())
@@ -64,15 +66,24 @@ def _campaign(given: argparse.Namespace, scratch: Path) -> int:
         yard.make()
     for part in given.join:
         book.join(part)
-    for one in tries:
-        book.add(one.go())
-    for number, disturbances in chains.items():
-        yard.restore()
-        for row in Chain(yard, seed=given.seed, number=number).disturb(disturbances):
-            book.add(row)
-    book.write(given.out, called=_called(given), notes=_notes(mounts=mounts))
+    for row in _rows(given, yard, tries, chains):
+        book.add(row)
+        book.write(given.out, called=_called(given), notes=_notes(mounts=mounts))  # a campaign may be ended
     print(f"{len(book.rows)} faults, {book.violations} violations: {given.out / 'fault_campaign.md'}")
     return 1 if book.violations else 0
+
+
+def _rows(
+    given: argparse.Namespace,
+    yard: Yard,
+    tries: Sequence[Try],
+    chains: Mapping[int, tuple[Disturbance, ...]],
+) -> Iterator[Row]:
+    for one in tries:
+        yield one.go()
+    for number, disturbances in chains.items():
+        yard.restore()
+        yield from Chain(yard, seed=given.seed, number=number).disturb(disturbances)
 
 
 def _tries(given: argparse.Namespace, yard: Yard, *, mounts: bool) -> list[Try]:

@@ -56,23 +56,27 @@ class Disturbance:
 
 LONG: tuple[tuple[Disturbance, ...], ...] = (
     (
-        Disturbance("start", "all", "SIGKILL"),
         Disturbance("training", "rank 1", "SIGKILL"),
         Disturbance("checkpoint", "rank 0", "SIGKILL"),
         Disturbance("training", "rank 1", "SIGSTOP"),
+    ),
+    (
+        Disturbance("start", "all", "SIGKILL"),
+        Disturbance("checkpoint", "launcher", "SIGKILL"),
         Disturbance("training", "launcher", "twice"),
     ),
     (
-        Disturbance("start", "launcher", "SIGTERM"),
-        Disturbance("checkpoint", "launcher", "SIGKILL"),
         Disturbance("training", "torchrun", "SIGKILL"),
         Disturbance("checkpoint", "rank 1", "SIGTERM"),
         Disturbance("training", "rank 0", "SIGSTOP"),
     ),
     (
-        Disturbance("training", "all", "SIGTERM"),
+        Disturbance("start", "launcher", "SIGTERM"),
         Disturbance("checkpoint", "all", "SIGKILL"),
         Disturbance("training", "rank 0", "SIGTERM"),
+    ),
+    (
+        Disturbance("training", "all", "SIGTERM"),
         Disturbance("checkpoint", "torchrun", "SIGTERM"),
     ),
 )

@@ -109,7 +109,7 @@ def _killed(
 def _twice(kill: Kill, check: Check, yard: Yard, chance: random.Random, usual: float) -> tuple[str, str, str]:
     """Stops the first once it has begun to write, so that the second surely meets it."""
     target = yard.here / check.makes[0]
-    begun = (target, target.with_name(f".{target.name}.partial"))
+    begun = (target / "unfinished", target.with_name(f".{target.name}.partial"))
     first = Running(check.job(yard), cwd=yard.here)
     deadline = time.monotonic() + LIMIT
     while not any(place.exists() for place in begun):

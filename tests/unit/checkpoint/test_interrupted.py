@@ -262,11 +262,12 @@ def test_a_link_where_the_temporary_directory_goes_is_refused(source, tmp_path):
     (tmp_path / ".out.partial").unlink()
 
 
-def test_a_limit_met_in_the_middle_of_a_file_is_said_and_the_next_start_goes_on(source, tmp_path):
+@pytest.mark.parametrize("limit", [3_000, 12_000])
+def test_a_limit_met_in_the_middle_of_a_file_is_said_and_the_next_start_goes_on(source, tmp_path, limit):
     """As a disk that fills up behind the look at its free space: torch's own writer would end with an error of its own."""
     shutil.copytree(source / "hf", tmp_path / "hf")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(
             CheckpointError, match=r"cannot write .*out \(File too large.*the same command goes on from there"
