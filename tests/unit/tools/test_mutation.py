@@ -57,6 +57,22 @@ def test_outcomes_are_mutmuts(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_left_or_was_not_noticed_is_tried() -> None:
+    assert tool.to_try({}, ["objectives", "losses.dense"]) == [
+        "asft_nemo.objectives*",
+        "asft_nemo.losses.dense*",
+    ]
+    found = {
+        f"{DENSE}1": "killed",
+        f"{DENSE}2": "survived",
+        f"{DENSE}3": "left",
+        f"{TABLE}1": "no test",
+        f"{TABLE}2": "too slow",
+    }
+    assert tool.to_try(found, ["losses"]) == [f"{DENSE}2", f"{DENSE}3"]
+    assert tool.to_try(found, ["objectives", "losses"]) == [f"{DENSE}2", f"{DENSE}3", f"{TABLE}1"]
+
+
 def test_survivors_are_counted_by_module_and_told_with_their_reason() -> None:
     found = {
         f"{DENSE}1": "killed",
