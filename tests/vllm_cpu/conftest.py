@@ -40,7 +40,9 @@ def environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
-    return {**os.environ, **ours, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    # Bytecode is written even where a container forbids it: compiling vLLM and torch anew takes half of each start.
+    ours |= {"PYTHONDONTWRITEBYTECODE": "", "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **ours}
 
 
 @pytest.fixture(scope="session")
@@ -53,16 +55,45 @@ def exported(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three questions."""
+    file = tmp_path_factory.mktemp("suite") / "copy.jsonl"
+    rows = [{"prompt": f"copy {word}:", "answer": word} for word in ("KTAB", "AB", "XYZ")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result folder of `asft eval` with vLLM; `answers` fills it."""
+    return tmp_path_factory.mktemp("evaluated") / "vllm"
+
+
+@pytest.fixture(scope="session")
 def answers(
-    vllm_python: Path, exported: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    vllm_python: Path, exported: Path, environment: dict[str, str], suite: Path, evaluated: Path
 ) -> dict[str, Any]:
     """What the backend `vllm` answers; see worker.py."""
-    out = tmp_path_factory.mktemp("answers") / "answers.json"
-    words = [str(vllm_python), str(HERE / "worker.py"), str(exported), str(out)]
+    out = evaluated.parent / "answers.json"
+    return asked(vllm_python, environment, exported, out, suite, evaluated)
+
+
+def asked(python: Path, environment: dict[str, str], model: Path, out: Path, *more: Path) -> dict[str, Any]:
+    """What worker.py writes into `out`."""
+    words = [str(python), str(HERE / "worker.py"), *map(str, (model, out, *more))]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "", "stdout belongs to results"
     return json.loads(out.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def divided(
+    vllm_python: Path, exported: Path, environment: dict[str, str], evaluated: Path
+) -> dict[str, Any]:
+    """What an engine of two processes answers. Their threads are bound by nobody: vLLM would ask for a NUMA node each."""
+    unbound = {**environment, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return asked(vllm_python, unbound, exported, evaluated.parent / "divided.json")
 
 
 @pytest.fixture(scope="session")

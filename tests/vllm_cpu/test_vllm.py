@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,32 +82,28 @@ def test_a_prompt_without_room_for_an_answer_is_one_sentence(answers: dict[str, 
     assert "tokens and the model's context 2048, which leaves no room" in answers["too_long"]
 
 
-def suite_file(folder: Path) -> Path:
-    rows = [{"prompt": f"copy {word}:", "answer": word} for word in ("KTAB", "AB", "XYZ")]
-    (folder / "copy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "copy.jsonl"
-
-
 def test_asft_eval_gives_the_same_results(
-    vllm_python: Path, exported: Path, environment: dict[str, str], tmp_path: Path
+    answers: dict[str, Any], exported: Path, suite: Path, evaluated: Path, tmp_path: Path
 ):
-    suite = suite_file(tmp_path)
-    settings = {"max_tokens": 8, "protocol": "both"}
-    evaluate(exported, [suite], backend="hf", out_dir=tmp_path / "hf", **settings)
-    words = [str(vllm_python), "-m", "asft_nemo", "eval", str(exported), "--suite", str(suite), "--json"]
-    words += ["--backend", "vllm", "--protocol", "both", "--max-tokens", "8", "--out", str(tmp_path / "vllm")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout)["backend"] == "vllm"
-    ours, theirs = read_result(tmp_path / "vllm"), read_result(tmp_path / "hf")
+    evaluate(exported, [suite], backend="hf", out_dir=tmp_path / "hf", protocol="both", max_tokens=8)
+    assert json.loads(answers["printed"])["backend"] == "vllm"
+    ours, theirs = read_result(evaluated), read_result(tmp_path / "hf")
     assert "vllm" in ours.versions
     assert ours.suites["copy"].right == theirs.suites["copy"].right
     rows = [
-        [(x["id"], x["completion"]) for x in read_samples(tmp_path / y) if x["suite"] == "copy"]
-        for y in ("vllm", "hf")
+        [(x["id"], x["completion"]) for x in read_samples(folder) if x["suite"] == "copy"]
+        for folder in (evaluated, tmp_path / "hf")
     ]
     assert rows[0] == rows[1]
-    assert len(read_samples(tmp_path / "vllm")) == 3 + 3 * 16
+    assert len(read_samples(evaluated)) == 3 + 3 * 16
+
+
+def test_a_model_divided_over_two_processes_answers_alike(divided: dict[str, Any], hf: HfBackend):
+    asked = [prompt for prompt in PROMPTS if prompt]
+    found = [text for prompt, text in zip(PROMPTS, divided["completions"], strict=True) if prompt]
+    assert found == [x.text for x in hf.generate(asked, protocol=GREEDY)]
+    for row, expected in zip(divided["choices"], hf.choice_logprobs(PROMPTS, CHOICES), strict=True):
+        assert row == [close(x) for x in expected]
 
 
 @pytest.mark.parametrize("named", ["directory", "name"])
@@ -130,8 +125,9 @@ def test_vllm_serve_answers_as_transformers_do(server: str, exported: Path, hf: 
         assert (row.logprob, row.num_tokens) == (close(expected.logprob), expected.num_tokens)
 
 
-def test_vllm_serve_puts_questions_into_the_template(server: str, exported: Path, tmp_path: Path):
-    suite = suite_file(tmp_path)
+def test_vllm_serve_puts_questions_into_the_template(
+    server: str, exported: Path, suite: Path, tmp_path: Path
+):
     settings = {"max_tokens": 8, "prompt": "chat"}
     evaluate(exported, [suite], backend="hf", out_dir=tmp_path / "hf", **settings)
     backend = OpenAIBackend(SERVED, base_url=server, api="chat", batch_size=8)

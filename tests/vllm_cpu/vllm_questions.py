@@ -5,6 +5,7 @@ from __future__ import annotations
 SERVED, KEY = "tiny", "key-of-the-test"
 SECONDS = 420  # for vLLM to start and answer, on a machine that does other things meanwhile
 MAX_TOKENS = 24
+EVALUATION = ("--protocol", "both", "--max-tokens", "8")
 SKILLS = [f"copy {word}:" for word in ("KTAB", "QZ", "MOTOR", "A")]
 SKILLS += [f"reverse {word}:" for word in ("ABC", "QWERTZ", "XY")]
 SUMS = [f"add {a}+{b}:" for a, b in ((3, 4), (12, 30), (9, 9), (27, 5), (40, 41))]

@@ -1,7 +1,13 @@
-"""Asks the backend `vllm` within the environment that has vLLM: `python worker.py MODEL_DIR OUT.json`."""
+"""Asks the backend `vllm` within the environment that has vLLM.
+
+python worker.py MODEL_DIR OUT.json SUITE RESULT_DIR    runs `asft eval` on a suite, then asks the backend that it opened
+python worker.py MODEL_DIR OUT.json                     a model divided over two processes
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -13,12 +19,47 @@ from asft_eval.backends import vllm as module
 from asft_eval.backends.tokens import completion
 from asft_eval.errors import EvaluationError
 from asft_eval.types import Completion, Protocol
-from vllm_questions import CHOICES, MAX_TOKENS, PROMPTS, TEXTS
+from vllm_questions import CHOICES, EVALUATION, MAX_TOKENS, PROMPTS, TEXTS
+
+from asft_nemo import cli
+
+GREEDY = Protocol(max_tokens=MAX_TOKENS)
 
 
-def main(model_dir: str, out: str) -> None:
-    backend = module.VllmBackend(model_dir)
-    greedy = Protocol(max_tokens=MAX_TOKENS)
+def evaluated(model_dir: str, suite: str, result_dir: str) -> tuple[module.VllmBackend, str]:
+    """The backend that `asft eval` opened, and what the command printed."""
+    opened: list[module.VllmBackend] = []
+
+    class Kept(module.VllmBackend):
+        """Loading takes half a minute: what is opened once serves the whole process."""
+
+        def __init__(self, *arguments: Any, **settings: Any):
+            super().__init__(*arguments, **settings)
+            opened.append(self)
+
+    module.VllmBackend = Kept
+    words = [
+        "eval",
+        model_dir,
+        "--suite",
+        suite,
+        "--backend",
+        "vllm",
+        *EVALUATION,
+        "--json",
+        "--out",
+        result_dir,
+    ]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = cli.main(words)
+    assert code == 0, f"asft eval ended with {code}"
+    (backend,) = opened
+    return backend, printed.getvalue()
+
+
+def ask(model_dir: str, suite: str, result_dir: str) -> dict[str, Any]:
+    """Everything that one engine is asked."""
+    backend, printed = evaluated(model_dir, suite, result_dir)
     ids: list[list[int]] = []
     told: dict[int, list[int]] = {}
 
@@ -27,13 +68,14 @@ def main(model_dir: str, out: str) -> None:
         return completion(tokenizer, written)
 
     module.completion = seen  # a completion's tokens are no part of a backend's answer
-    completions = backend.generate(PROMPTS, protocol=greedy, done=lambda i, _: told.update({i: ids[-1]}))
+    completions = backend.generate(PROMPTS, protocol=GREEDY, done=lambda i, _: told.update({i: ids[-1]}))
     drawn = Protocol(name="paper", max_tokens=MAX_TOKENS, temperature=1.0, seed=0)
     seeds = list(range(len(PROMPTS)))
     together = backend.generate(PROMPTS, protocol=drawn, seeds=seeds)
     alone = [backend.generate([x], protocol=drawn, seeds=[i])[0] for i, x in list(enumerate(PROMPTS))[:4]]
     several = backend.generate(["story: the"] * 20, protocol=drawn, seeds=range(20))
-    answers: dict[str, Any] = {
+    return {
+        "printed": printed,
         "completions": [asdict(x) for x in completions],
         "tokens": [told[i] for i in range(len(PROMPTS))],
         "together": [x.text for x in together[:4]],
@@ -42,10 +84,18 @@ def main(model_dir: str, out: str) -> None:
         "choices": backend.choice_logprobs(PROMPTS, CHOICES),
         "texts": [asdict(x) for x in backend.loglikelihood(TEXTS)],
         "too_long": refusal(backend, "a b c " * 2000),
-        "after": [x.text for x in backend.generate(PROMPTS[:2], protocol=greedy)],
+        "after": [x.text for x in backend.generate(PROMPTS[:2], protocol=GREEDY)],
         "versions": dict(backend.versions),
     }
-    Path(out).write_text(json.dumps(answers), encoding="utf-8")
+
+
+def ask_divided(model_dir: str) -> dict[str, Any]:
+    """A little of the same, of an engine whose layers are divided over two processes."""
+    backend = module.VllmBackend(model_dir, tensor_parallel_size=2)
+    return {
+        "completions": [x.text for x in backend.generate(PROMPTS, protocol=GREEDY)],
+        "choices": backend.choice_logprobs(PROMPTS, CHOICES),
+    }
 
 
 def refusal(backend: module.VllmBackend, prompt: str) -> str:
@@ -56,5 +106,10 @@ def refusal(backend: module.VllmBackend, prompt: str) -> str:
     return ""
 
 
-if __name__ == "__main__":
+def main(model_dir: str, out: str, *evaluation: str) -> None:
+    answers = ask(model_dir, *evaluation) if evaluation else ask_divided(model_dir)
+    Path(out).write_text(json.dumps(answers), encoding="utf-8")
+
+
+if __name__ == "__main__":  # vLLM's processes import this file
     main(*sys.argv[1:])
