@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,32 @@ from lightning.pytorch import Callback
 from asft_nemo.checkpoint.adapters import ADAPTER_FILE, AdapterDescription
 from asft_nemo.checkpoint.base_weights import nemo_base_sample
 from asft_nemo.checkpoint.seal import write_seal
+from asft_nemo.errors import CheckpointError
 from asft_nemo.nemo.callbacks import MetricsCallback, most_of_ranks
 from asft_nemo.nemo.keep import Keep
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.run_dir import point_at
+
+_FULL_BYTES = 16 << 20  # what the writers of several ranks may leave of a disk that they filled
+
+
+@contextlib.contextmanager
+def full_disk_named(partial: Path) -> Iterator[None]:
+    """Says that the disk is full where a write failed and it is: torch's and Megatron's writers end with errors of their own then.
+
+    Raises:
+        CheckpointError: next to nothing is free where `partial` was to be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(partial.parent).free
+        if free > _FULL_BYTES:
+            raise
+        raise CheckpointError(
+            f"{partial} cannot be written, for that disk is full ({free} bytes are free): make room, then go on from the checkpoint before it "
+            "with trainer.resume=must"
+        ) from error
 
 
 class CheckpointCallback(Callback):
@@ -78,9 +102,10 @@ class CheckpointCallback(Callback):
             shutil.rmtree(final, ignore_errors=True)
             partial.mkdir(parents=True)
         trainer.strategy.barrier()
-        trainer.save_checkpoint(str(partial))
-        self.prepass.finish_writing()
-        self.prepass.save_snapshot(partial)
+        with full_disk_named(partial):
+            trainer.save_checkpoint(str(partial))
+            self.prepass.finish_writing()
+            self.prepass.save_snapshot(partial)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             shutil.copytree(self.base_dir / "context", partial / "context")
