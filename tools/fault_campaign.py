@@ -46,7 +46,6 @@ class Try:
 def main(words: Sequence[str]) -> int:
     """Runs a campaign; 1 with violations."""
     given = _parser().parse_args(words)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ranks and mounts go with it
     if given.scratch is None:
         with tempfile.TemporaryDirectory(prefix="asft-faults-") as scratch:
             return _campaign(given, Path(scratch).resolve())
@@ -59,13 +58,13 @@ def _campaign(given: argparse.Namespace, scratch: Path) -> int:
     scratch.mkdir(parents=True, exist_ok=True)
     mounts = can_mount(scratch)
     tries = _tries(given, yard, mounts=mounts)
-    chains = _chains(given)
+    chains = _chains(given, mounts=mounts)
     book = Book(seed=given.seed, planned=len(tries) + sum(len(chain) + 1 for chain in chains.values()))
     if not (given.keep and yard.pristine.is_dir()):
         print("making the artefacts", file=sys.stderr, flush=True)
         yard.make()
     for part in given.join:
-        book.join(part)
+        book.join(part, _names(mounts=mounts))
     for row in _rows(given, yard, tries, chains):
         book.add(row)
         book.write(given.out, called=_called(given), notes=_notes(mounts=mounts))  # a campaign may be ended
@@ -84,6 +83,15 @@ def _rows(
     for number, disturbances in chains.items():
         yard.restore()
         yield from Chain(yard, seed=given.seed, number=number).disturb(disturbances)
+
+
+def _names(*, mounts: bool) -> set[str]:
+    """Of all faults of the long form."""
+    alone = {
+        x.name for some in (drawn(None, seed=0), bad_places(mounts=mounts), kills(LONG_KILLS)) for x in some
+    }
+    chained = {one.name(n, place) for n, chain in enumerate(LONG) for place, one in enumerate(chain)}
+    return alone | chained | {f"chain{number}:end:clock" for number in range(len(LONG))}
 
 
 def _tries(given: argparse.Namespace, yard: Yard, *, mounts: bool) -> list[Try]:
@@ -109,9 +117,10 @@ def _tries(given: argparse.Namespace, yard: Yard, *, mounts: bool) -> list[Try]:
     return found
 
 
-def _chains(given: argparse.Namespace) -> dict[int, tuple[Disturbance, ...]]:
+def _chains(given: argparse.Namespace, *, mounts: bool) -> dict[int, tuple[Disturbance, ...]]:
     """Runs on ranks that are disturbed, by number; with `--only` those that have such a disturbance, whole."""
-    numbered = dict(enumerate([SHORT] if given.short else LONG))
+    every = [SHORT] if given.short else LONG
+    numbered = {n: tuple(x for x in chain if mounts or x.how != "full") for n, chain in enumerate(every)}
 
     def named(number: int, chain: tuple[Disturbance, ...]) -> bool:
         return any(given.only in one.name(number, place) for place, one in enumerate(chain))
@@ -182,4 +191,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ranks and mounts go with it
     sys.exit(main(sys.argv[1:]))

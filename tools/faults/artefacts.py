@@ -121,9 +121,10 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "tokenizer",
         "hf/tokenizer_config.json",
-        ("truncated", "directory"),
-        ("read_data", "eval"),
+        ("truncated", "missing", "directory"),
+        ("read_data",),
     ),
+    Target("tokenizer", "hf/tokenizer_config.json", ("truncated",), ("eval",)),  # a model may have none
     *_checkpoint("converted base", "nemo", f"run/checkpoints/step_{STEPS}", ("export_base", "inspect_base")),
     *_checkpoint(
         "training checkpoint",

@@ -21,9 +21,10 @@ from typing import Any
 
 import psutil
 
+from faults.places import ROOMY, Disk
 from faults.rows import REFUSED, RESUMED, VIOLATION, Row
 from faults.shell import LIMIT, Said, run
-from faults.yard import PROJECT, RANKS_LIMIT, STEPS, Yard, digests
+from faults.yard import PROJECT, RANKS_LIMIT, STEPS, Yard, digests, release
 
 HANG_SECONDS = 6
 ENDS_WITHIN = (
@@ -42,7 +43,7 @@ class Disturbance:
     Attributes:
         moment: a key of `MOMENTS`.
         whom: ``launcher``, ``torchrun``, ``rank 0``, ``rank 1`` or ``all``.
-        how: a signal's name, ``clock`` (time jumps) or ``twice`` (a second start of the same run).
+        how: a signal's name, ``twice`` (a second start of the same run) or ``full`` (the disk, of a run that has nothing yet).
     """
 
     moment: str
@@ -54,6 +55,7 @@ class Disturbance:
         return f"chain{number}:{self.moment}:{self.whom}:{self.how}:{place}".replace(" ", "")
 
 
+SMALL_DISK = 60_000_000  # a base and a checkpoint fit, a second one does not
 LONG: tuple[tuple[Disturbance, ...], ...] = (
     (
         Disturbance("training", "rank 1", "SIGKILL"),
@@ -76,6 +78,7 @@ LONG: tuple[tuple[Disturbance, ...], ...] = (
         Disturbance("training", "rank 0", "SIGTERM"),
     ),
     (
+        Disturbance("start", "launcher", "full"),
         Disturbance("training", "all", "SIGTERM"),
         Disturbance("checkpoint", "torchrun", "SIGTERM"),
     ),
@@ -108,16 +111,21 @@ class Chain:
         for place, disturbance in enumerate(disturbances):
             yield self._row(disturbance.name(self._number, place), disturbance)
         yield self._last_row()
+        release(self._dir)
 
     def _row(self, name: str, disturbance: Disturbance) -> Row:
         started = time.monotonic()
+        disk = Disk(self._dir, nbytes=SMALL_DISK).__enter__() if disturbance.how == "full" else None
         process = self._start()
         where, sentence, problem = "", "", ""
         try:
-            where = self._await(MOMENTS[disturbance.moment], process)
+            where = (
+                f"{SMALL_DISK} bytes of room" if disk else self._await(MOMENTS[disturbance.moment], process)
+            )
             act: Callable[[Disturbance, subprocess.Popen[bytes]], tuple[str, str]] = {
                 "twice": self._twice,
                 "SIGSTOP": self._stop,
+                "full": self._fill,
             }.get(disturbance.how, self._kill)
             sentence, problem = act(disturbance, process)
         except _HadEnded:
@@ -126,8 +134,10 @@ class Chain:
             problem = str(error)
         finally:
             _end_all(process)
+        if disk is not None:
+            disk.become(f"size={ROOMY}")
         problem = problem or self._saved_is_whole()
-        refused = disturbance.how in ("twice", "SIGSTOP")
+        refused = disturbance.how in ("twice", "SIGSTOP", "full")
         return Row(
             name=name,
             kind=_KINDS.get(disturbance.how, disturbance.how),
@@ -227,6 +237,21 @@ class Chain:
             return self._log(), f"exit code {code}, and no sentence names {disturbance.whom}"
         return sentences[-1], ""
 
+    def _fill(self, disturbance: Disturbance, process: subprocess.Popen[bytes]) -> tuple[str, str]:
+        """Lets the disk fill up in the second checkpoint: the ranks end with a sentence."""
+        try:
+            code = process.wait(RANKS_LIMIT)
+        except subprocess.TimeoutExpired:
+            return "", f"it does not end in {RANKS_LIMIT:.0f} s on a full disk"
+        sentences = [
+            line.removeprefix("asft: ")
+            for line in self._log(whole=True).splitlines()
+            if "disk is full" in line
+        ]
+        if code != 2 or not sentences:
+            return self._log(), f"exit code {code} on a full disk"
+        return sentences[-1], ""
+
     def _twice(self, disturbance: Disturbance, process: subprocess.Popen[bytes]) -> tuple[str, str]:
         """A second start of the same run is refused at once, and the first goes on: it takes another step."""
         before = len(_lines(self._dir / "metrics.jsonl"))
@@ -321,7 +346,7 @@ MOMENTS: dict[str, Moment] = {
     ),
     "checkpoint": Moment("the first byte of a checkpoint", 0.4, _partial),
 }
-_KINDS = {"SIGSTOP": "hanging rank (SIGSTOP)", "twice": "two at once"}
+_KINDS = {"full": "full disk", "SIGSTOP": "hanging rank (SIGSTOP)", "twice": "two at once"}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

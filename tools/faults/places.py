@@ -19,7 +19,7 @@ EXPECTED = (
     "one sentence and exit code 2, nothing under the name that was asked for; with the fault gone, the same command makes what it makes "
     "undisturbed, bit for bit"
 )
-ROOMY = 256 << 20  # bytes
+ROOMY = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,19 @@ def bad_places(*, mounts: bool) -> Iterator[Bad]:
 
 
 class Disk:
-    """A small file system in the yard, in memory."""
+    """A file system in the yard, in memory.
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    Args:
+        folder: where.
+        nbytes: its size.
+    """
+
+    def __init__(self, folder: Path, *, nbytes: int = ROOMY):
+        self._folder, self._nbytes = folder, nbytes
 
     def __enter__(self) -> Disk:
         self._folder.mkdir(exist_ok=True)
-        _mount("-t", "tmpfs", "-o", f"size={ROOMY}", "asft-faults", str(self._folder))
+        _mount("-t", "tmpfs", "-o", f"size={self._nbytes}", "asft-faults", str(self._folder))
         return self
 
     def become(self, options: str) -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Book:
 
     def add(self, row: Row) -> None:
         """Notes a fault, and says so on a terminal or every tenth time."""
-        self.rows.append(row)
+        self._put(row)
         if row.violated:
             print(f"VIOLATION {row.name}: {row.problem}\n  said: {row.sentence}", file=sys.stderr)
             print(f"  again: --seed {self.seed} --only '{row.name}'", file=sys.stderr, flush=True)
@@ -73,14 +73,21 @@ class Book:
                 flush=True,
             )
 
-    def join(self, folder: Path) -> None:
-        """Puts the rows of an earlier part of the campaign in front."""
+    def join(self, folder: Path, names: Collection[str]) -> None:
+        """Puts the rows of an earlier part of the campaign in front, of those faults that are still in it."""
         values = json.loads((folder / FILE).read_text())
         if values["seed"] != self.seed:
             raise ValueError(f"{folder} is of seed {values['seed']}, this is {self.seed}")
-        self.rows += [Row(**row) for row in values["rows"]]
-        self.planned += len(values["rows"])
+        found = [Row(**row) for row in values["rows"] if row["name"] in names]
+        before = len(self.rows)
+        for row in found:
+            self._put(row)
+        self.planned += len(self.rows) - before
         self.started -= values["seconds"]
+
+    def _put(self, row: Row) -> None:
+        """In place of an earlier one of the same fault."""
+        self.rows = [one for one in self.rows if one.name != row.name] + [row]
 
     @property
     def violations(self) -> int:

@@ -112,7 +112,8 @@ class Yard:
 
     def restore(self) -> None:
         """Puts everything back. What is large is linked: `alone` parts a file that is about to be damaged."""
-        release(self.here / PLACE)  # a campaign that was killed has left it
+        for place in (self.here / PLACE, *self.here.glob("chain*")):
+            release(place)  # of a campaign that was killed
         _remove(self.here)
         shutil.copytree(self.pristine, self.here, symlinks=True, copy_function=_copy_or_link)
 

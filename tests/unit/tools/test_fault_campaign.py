@@ -229,6 +229,23 @@ def test_the_book_counts_and_says_how_to_repeat(tmp_path: Path, capsys: pytest.C
     assert "**a traceback**" in page
 
 
+def test_parts_are_joined_and_what_is_tried_again_counts_once(tmp_path: Path) -> None:
+    def row(name: str, outcome: str) -> Row:
+        return Row(name, "k", "a", "p", "m", "e", outcome, "", 0.0, "bad" if outcome == VIOLATION else "")
+
+    part = Book(seed=1, planned=3)
+    for one in (row("a", SAME), row("b", VIOLATION), row("gone", VIOLATION)):
+        part.add(one)
+    part.write(tmp_path, called="", notes=[])
+    book = Book(seed=1, planned=1)
+    book.join(tmp_path, {"a", "b"})
+    assert [x.name for x in book.rows] == ["a", "b"]
+    book.add(row("b", REFUSED))
+    assert ([x.name for x in book.rows], book.violations) == (["a", "b"], 0)
+    with pytest.raises(ValueError, match="is of seed 1, this is 2"):
+        Book(seed=2, planned=0).join(tmp_path, {"a"})
+
+
 def test_an_answer_that_cannot_be_read_is_a_violation(yard: Yard) -> None:
     check = Check("x", lambda yard: [], (), lambda said: json.loads(said.out))
     yard.restore()
@@ -244,7 +261,7 @@ def test_exit_code_says_whether_something_was_violated(
         row = Row(name, "k", "a", "p", "m", "e", outcome, "", 0.0)
         one = fault_campaign.Try(name, lambda row=row: row)
         monkeypatch.setattr(fault_campaign, "_tries", lambda *_, one=one, **__: [one])
-        monkeypatch.setattr(fault_campaign, "_chains", lambda *_: {})
+        monkeypatch.setattr(fault_campaign, "_chains", lambda *_, **__: {})
         monkeypatch.setattr(Yard, "make", lambda self: None)
         code = fault_campaign.main(["--short", "--out", str(tmp_path / name)])
         assert code == (1 if outcome == VIOLATION else 0)
