@@ -1,0 +1,71 @@
+"""The GPU check's parts that train, at small sizes on CPU ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import RankGroup
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
+
+import gpu_check
+from bench import gpu_cluster, gpu_steps
+from bench.gpu_parts import Check
+
+pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
+
+
+class Forked:
+    """Ranks of the tests' nursery, which has imported NeMo already, in place of the check's own processes."""
+
+    def __init__(self, group: RankGroup):
+        self.world_size, self._group = group.world_size, group
+
+    def run(self, call: str, *, timeout: float, **arguments: Any) -> list[Any]:
+        if call.startswith("bench."):
+            return self._group.run("gpu_check_jobs:call", timeout=timeout, job=call, arguments=arguments)
+        return self._group.run(call, timeout=timeout, **arguments)
+
+
+class ForkedCheck(Check):
+    """A rehearsal on forked ranks; `one` and `two` are theirs."""
+
+    groups: dict[int, RankGroup]
+
+    def ranks(self, size: int | None = None, **environment: Any) -> Any:
+        return contextlib.nullcontext(Forked(self.groups[size or self.nproc]))
+
+
+@pytest.fixture(scope="module")
+def ranks1() -> Iterator[RankGroup]:
+    group = RankGroup(1)
+    yield group
+    group.close()
+
+
+def forked_check(folder: Path, *groups: RankGroup, nproc: int = 1) -> ForkedCheck:
+    options = gpu_check._parser().parse_args(["--out", str(folder), "--prompt-share", "0.3"])
+    options.precision = "fp32"
+    check = ForkedCheck(options, "cpu", folder, nproc=nproc)
+    check.groups = {group.world_size: group for group in groups}
+    return check
+
+
+def test_steps_with_lora_at_small_sizes(ranks1: RankGroup, tmp_path: Path) -> None:
+    """The part as a GPU runs it: model, examples, three runs, ratios; only the times mean nothing here."""
+    found = gpu_steps.check_steps(gpu_steps.LORA, forked_check(tmp_path, ranks1))
+    assert [run["form"] for run in found["runs"]] == ["lora_sft", "lora_adapter_disabled", "lora_sft"]
+    assert [len(run["seconds"]) for run in found["runs"]] == [2, 2, 2]
+    assert found["runs"][0]["losses"] == found["runs"][2]["losses"]
+    assert found["runs"][1]["first_kl"] == 0.0
+    (row,) = found["rows"]
+    assert 1.3 < row["law"] < 1.5
+    assert 0.6 < row["learned_share"] < 0.85, "--prompt-share 0.3"
+    assert row["ratio"] > 0
+    assert found["bars"]["ratio_lora_adapter_disabled"]["limit"] == row["law"] + 0.03
+    assert not (tmp_path / "steps_lora_sft").exists(), "nothing of the real sizes' tens of GB stays"
