@@ -14,7 +14,7 @@ from ranks import RankGroup
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
 import gpu_check
-from bench import gpu_cluster, gpu_steps
+from bench import gpu_steps
 from bench.gpu_parts import Check
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
