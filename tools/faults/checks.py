@@ -151,13 +151,16 @@ def _digest(path: Path) -> str:
 
 
 def _user_errors(job: Callable[[], str]) -> int:
-    """Runs a function as `asft` would run a command."""
-    from asft_nemo.errors import UserError
+    """Runs a function as `asft_nemo.ranks` would."""
+    from asft_nemo.errors import UserError, mendable
 
     try:
         print(job())
-    except UserError as error:
-        print(f"asft: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        told = mendable(error) if isinstance(error, OSError) else error
+        if told is None:
+            raise
+        print(f"asft: {told}", file=sys.stderr)
         return 2
     return 0
 
