@@ -32,6 +32,7 @@ _FIRST_USER = (
 )
 _NOBODY = 65_534
 _WATCH_SECONDS = 0.05
+_COUNTED = ("VmRSS:", "VmSwap:", "VmPTE:")
 _DEVICES = ("null", "zero", "random", "urandom")
 
 Order = Mapping[str, Any]
@@ -205,21 +206,21 @@ def _watch(child: int, control: int, deadline: float, memory_bytes: int) -> dict
             return {"kind": "closed", "number": 0}
         if time.monotonic() > deadline:
             return {"kind": "wall", "number": 0}
-        if _resident_bytes() > memory_bytes:
+        if _used_bytes() > memory_bytes:
             return {"kind": "memory", "number": 0}
 
 
-def _resident_bytes() -> int:
-    """Resident memory of all processes of the namespace but this one."""
-    pages = 0
+def _used_bytes() -> int:
+    """Memory of all processes of the namespace but this one: resident, swapped out, and the tables of their pages."""
+    kibibytes = 0
     for name in os.listdir("/proc"):
         if name.isdigit() and name != "1":
             try:
-                with open(f"/proc/{name}/statm") as file:
-                    pages += int(file.read().split()[1])
-            except (OSError, IndexError):  # ended meanwhile
+                with open(f"/proc/{name}/status") as file:
+                    kibibytes += sum(int(line.split()[1]) for line in file if line.startswith(_COUNTED))
+            except OSError:  # ended meanwhile
                 continue
-    return pages * resource.getpagesize()
+    return kibibytes * 1024
 
 
 def _enter(order: Order, program: Callable[[], None]) -> None:
