@@ -64,7 +64,7 @@ def _summary(record: dict[str, Any]) -> Iterator[str]:
         ("of_largest", "a gradient's entry: difference over the largest entry of all"),
         ("loss", "the loss: relative"),
     ):
-        yield f"| {what} | {worst[name][name]:.1e} | {worst[name]['case']} |"
+        yield f"| {what} | {power(worst[name][name])} | {worst[name]['case']} |"
 
 
 def _cases(record: dict[str, Any]) -> Iterator[str]:
@@ -78,8 +78,13 @@ def _cases(record: dict[str, Any]) -> Iterator[str]:
         )
         objective, *others = levels
         cells = [str(number), str(row["ranks"]), objective or DEFAULTS["objective"], *others]
-        cells += [f"`{short(row['tensor'])}`", f"{row['error']:.1e}", f"{row['of_largest']:.1e}"]
+        cells += [f"`{short(row['tensor'])}`", power(row["error"]), power(row["of_largest"])]
         yield f"| {' | '.join(cells)} |"
+
+
+def power(value: float) -> str:
+    """Two digits, as in 1.2e-6."""
+    return f"{value:.1e}".replace("e-0", "e-")
 
 
 def short(tensor: str) -> str:

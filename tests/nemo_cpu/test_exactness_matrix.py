@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +20,49 @@ from exactness_factors import (
     world_size,
 )
 from exactness_faults import FAULTS
+from exactness_page import BEGIN, END, PAGE, record_of, table, with_table
 from gradients import BOUND
 from kept import some_of
 from ranks import RankGroup
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import exactness_matrix  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
 KEPT = 11  # the first cases bring three quarters of all pairs
+
+
+def test_the_page_shows_the_record() -> None:
+    """Every case as it is now, every number of it, within the bound; the sums are those of the rows."""
+    record = json.loads((RESULTS / "exactness.json").read_text())
+    assert [row["case"] for row in record["cases"]] == committed_cases()
+    assert record["exact"]
+    assert record | record_of(record["cases"]) == record
+    assert (RESULTS / "exactness.md").read_text() == table(record) + "\n"
+    assert with_table(PAGE.read_text(), record) == PAGE.read_text()
+
+
+@pytest.mark.usefixtures("keep_logging_and_warnings")
+def test_the_tool_goes_on_and_writes_when_all_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is measured here: what is left is said, and the table is that of the rows in its file."""
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    monkeypatch.setattr(exactness_matrix, "PAGE", page)
+    lines = [json.dumps(row) for row in json.loads((RESULTS / "exactness.json").read_text())["cases"]]
+    call = ["--work", str(tmp_path), "--out", str(tmp_path / "out"), "--seconds", "-1"]
+    (tmp_path / "cases.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    assert exactness_matrix.main(call) == exactness_matrix.LEFT
+    assert not (tmp_path / "out").exists()
+    with (tmp_path / "cases.jsonl").open("a") as file:
+        file.write(json.dumps({**json.loads(lines[0]), "error": 0.5}) + "\n")
+    assert exactness_matrix.main(call) == 1
+    written = json.loads((tmp_path / "out" / "exactness.json").read_text())
+    assert written["worst"]["error"] == {"case": 0, "error": 0.5}
+    assert page.read_text() == f"before\n{BEGIN}\n{table(written)}\n{END}\nafter\n"
 
 
 @pytest.fixture(scope="module")
