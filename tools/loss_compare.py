@@ -2,7 +2,7 @@
 
     python tools/loss_compare.py A B            two commits
     python tools/loss_compare.py A              a commit, and the files of this working tree as they are
-    python tools/loss_compare.py --golden       writes tests/golden/runs anew from this working tree
+    python tools/loss_compare.py --golden       writes tests/golden/steps anew from this working tree
 
 Every commit trains from a tree of its own with this Python's packages: the model that ships, a few rows, each objective on one rank and at
 TP2 x PP2. The table goes to the screen, and with `--out` to `<name>.json` and `<name>.md`. Exit code 0 where every metric is the same to the bit, or
@@ -33,7 +33,7 @@ from bench import loss_runs
 from bench.compared import Difference, difference
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT / "tests" / "golden" / "runs"
+GOLDEN = ROOT / "tests" / "golden" / "steps"
 KEPT = ("step", "loss", "nll", "kl", "kl_reverse", "token_weight", "grad_norm")  # of a golden run
 BEYOND, REFUSED = 1, 2  # exit codes
 POLL_SECONDS = 0.5

@@ -50,16 +50,15 @@ NOT_COMPARED = frozenset(
 
 
 def write_rows(file: Path) -> Path:
-    """Two skills that the shipped model half knows, letters in descending order and ends swapped; the same rows on every machine."""
+    """Questions with answers of one to nine words, which the shipped model has never seen; the same on every machine."""
     drawn = random.Random(0)
     lines = []
-    for number in range(ROWS):
-        letters = "".join(drawn.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=drawn.randint(3, 8)))
-        if number % 2:
-            row = {"prompt": f"swap {letters}:", "response": letters[-1] + letters[1:-1] + letters[0]}
-        else:
-            row = {"prompt": f"down {letters}:", "response": "".join(sorted(letters, reverse=True))}
-        lines.append(json.dumps(row))
+    for _ in range(ROWS):
+        words = [
+            "".join(drawn.choices("abcdefgh", k=drawn.randint(1, 3))) for _ in range(drawn.randint(1, 9))
+        ]
+        asked = f"swap {' '.join(reversed(words))}"
+        lines.append(json.dumps({"prompt": asked, "response": " ".join(words)}))
     file.write_text("\n".join(lines) + "\n")
     return file
 
@@ -72,7 +71,7 @@ def words_of(objective: str, layout: str, *, steps: int, rows: Path, run_dir: Pa
         *LAYOUTS[layout],
         f"data.train=[{rows}]",
         "data.template=raw",
-        "data.sequence_length=32",
+        "data.sequence_length=96",
         f"trainer.max_steps={steps}",
         "run.seed=11",
         f"run.dir={run_dir}",
