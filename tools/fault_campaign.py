@@ -144,6 +144,8 @@ def _notes(*, mounts: bool) -> list[str]:
 def _called(given: argparse.Namespace) -> str:
     """The command that gives these rows, without the places of this machine."""
     only = () if given.only is None else ("--only", given.only)
+    if given.join:
+        only = ("(in parts by --only, put together by --join)",)
     form = "--short" if given.short else "--long"
     return " ".join(["python tools/fault_campaign.py", form, "--seed", str(given.seed), *only])
 
