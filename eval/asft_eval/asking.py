@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from asft_eval.backends import Backend
+from asft_eval.backends.tokens import require_numbers
 from asft_eval.requests import Journal, Part, Request
 from asft_eval.types import Completion
 
@@ -55,6 +56,7 @@ class _Answers:
 
     def chosen(self, place: int, logprobs: list[float]) -> None:
         """Log probabilities of the choices; the first of the most probable ones is the answer."""
+        require_numbers(logprobs, "the model")
         best = max(range(len(logprobs)), key=logprobs.__getitem__)
         self._add(place, Completion(self._part.suite.choices[best], 0, True), logprobs)
 

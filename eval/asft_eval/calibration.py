@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from asft_eval.errors import EvaluationError
+
 _BINS = 10
 
 
@@ -53,4 +55,8 @@ def _share_of_the_best(logprobs: Sequence[float]) -> float:
     """`1 / sum_c exp(l_c - max l)`; where no choice has any probability, none is likelier than another."""
     values = np.asarray(logprobs, dtype=np.float64)
     best = values.max()
+    if np.isnan(best):
+        raise EvaluationError(
+            "a log probability of multiple choice is not a number (NaN): give a sound checkpoint"
+        )
     return float(1 / np.exp(values - best).sum()) if np.isfinite(best) else 1 / len(values)

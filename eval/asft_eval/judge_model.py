@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_eval.backends import Options, open_backend
+from asft_eval.backends.tokens import require_numbers
 from asft_eval.errors import EvaluationError
 from asft_eval.judge import Duel, Judgement, Verdict
 from asft_eval.requests import Journal
@@ -104,6 +105,7 @@ class ModelJudge:
             return
 
         def weighed(place: int, logprobs: list[float]) -> None:
+            require_numbers(logprobs, self.name)
             keep(place, choices[int(logprobs[1] > logprobs[0])].strip())
 
         self._engine.choice_logprobs(prompts, choices, done=weighed)

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from asft_eval.backends.hf import load_model, right_padded
 from asft_eval.backends.placement import stored_dtype
+from asft_eval.backends.tokens import not_numbers
 from asft_eval.divergence import entropies, token_kls
 from asft_eval.errors import EvaluationError
 from asft_eval.resampling import Floats
@@ -118,7 +119,8 @@ def read_texts(
         dtype: of both models' weights and layers.
 
     Raises:
-        EvaluationError: a directory that cannot be loaded, vocabularies of different size, or a family whose logits are more than its head's product.
+        EvaluationError: a directory that cannot be loaded, vocabularies of different size, a family whose logits are more than its head's product, or
+            logits that are not numbers.
     """
     order = sorted(range(len(encoded)), key=lambda place: len(encoded[place][0]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -151,9 +153,11 @@ def read_texts(
         blocks += _blocks(hidden_TH, ref_hidden_TH, labels_T, head, ref_head)
     text = [place for batch in batches for place in batch for _ in range(_scored(encoded[place]))]
     figures: Floats = np.asarray(torch.cat(blocks), dtype=np.float64)
-    return Tokens(
-        np.array(text, dtype=np.int64), {name: figures[:, i] for i, name in enumerate(_names(ref_head))}
-    )
+    by_name = {name: figures[:, i] for i, name in enumerate(_names(ref_head))}
+    for prefix, model_dir in (("", policy_dir), ("base_", ref_dir)):
+        if model_dir is not None and np.isnan(by_name[f"{prefix}nll"]).any():
+            raise not_numbers(model_dir)
+    return Tokens(np.array(text, dtype=np.int64), by_name)
 
 
 def free_gpus() -> None:
@@ -175,6 +179,8 @@ def _require_plain_head(model: Any, ids: Sequence[int], model_dir: Path | str) -
     """Some families scale or cap what the head gives; there the head alone would be wrong."""
     tokens = torch.tensor([ids], device=model.device)
     whole = model(input_ids=tokens, use_cache=False).logits
+    if not whole.amax(-1).isfinite().all():
+        raise not_numbers(model_dir)
     parts = model.get_output_embeddings()(
         model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_eval.graders import JUDGED
+from asft_eval.result import constant
 from asft_eval.types import Completion, Example, Protocol, Suite
 
 log = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ def whole_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row: Any = json.loads(line)
+        row: Any = json.loads(line, parse_constant=constant)
         return row if isinstance(row["completion"], str) and isinstance(row["request"], str) else None
     except (ValueError, LookupError, TypeError, RecursionError):
         return None

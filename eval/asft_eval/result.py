@@ -135,7 +135,7 @@ def read_result(result_dir: Path | str) -> Result:
             f"{result_dir} holds no {RESULTS}: evaluate a model with this directory as --out first"
         )
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
         found = content["schema_version"]
         if found not in _READABLE:
             raise EvaluationError(
@@ -176,9 +176,20 @@ def each_sample(result_dir: Path | str) -> Iterator[dict[str, Any]]:
         raise EvaluationError(f"{result_dir} holds no {SAMPLES}: evaluate again") from None
 
 
+def constant(name: str) -> float:
+    """For `json.loads`: a log probability may be minus infinity, and nothing that was measured is NaN.
+
+    Raises:
+        ValueError: it is.
+    """
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)
+
+
 def _sample(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row: Any = json.loads(line)
+        row: Any = json.loads(line, parse_constant=constant)
         lacks = [f"no {name}" for name in _ALWAYS if name not in row]
     except (ValueError, TypeError, RecursionError) as error:
         row, lacks = None, [one_line(error)]

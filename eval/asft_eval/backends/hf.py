@@ -20,8 +20,10 @@ from asft_eval.backends.tokens import (
     completion,
     encode_pair,
     load_tokenizer,
+    not_numbers,
     prompt_tokens,
     require_model,
+    require_numbers,
     require_seeds,
 )
 from asft_eval.errors import EvaluationError, one_line
@@ -99,6 +101,25 @@ def right_padded(
     return tokens.to(device), attention.to(device), labels.to(device), loss_mask.to(device)
 
 
+class _Numbers:
+    """A logits processor that changes nothing and notes, without waiting for the device, whether every row had a most probable token."""
+
+    def __init__(self) -> None:
+        self._sound: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores `[b, v]` as they are."""
+        del input_ids
+        sound = scores.amax(-1).isfinite().all()  # NaN is the largest number to amax
+        self._sound = sound if self._sound is None else self._sound & sound
+        return scores
+
+    def require(self, model: Path | str) -> None:
+        """Raises where something drawn or chosen so far was of NaN or infinite logits."""
+        if self._sound is not None and not bool(self._sound):
+            raise not_numbers(model)
+
+
 def _drawing(protocol: Protocol, seeds: Sequence[int]) -> list[SeededDraw]:
     return (
         [SeededDraw(seeds, temperature=protocol.temperature, top_p=protocol.top_p)]
@@ -115,6 +136,9 @@ class HfBackend:
         batch_size: prompts run together.
         dtype: see `load_model`.
         device: see `load_model`.
+
+    Raises:
+        EvaluationError: the model cannot be loaded, or computes no numbers.
     """
 
     name = "hf"
@@ -137,8 +161,12 @@ class HfBackend:
         }
         self.tokenizer = load_tokenizer(model_dir)
         self.model = load_model(model_dir, dtype=dtype, device=device)
+        self._name = model_dir
         self.batch_size = batch_size
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.loglikelihood(
+            [("one", " two three")]
+        )  # before hours are spent on a model that computes no numbers
 
     @torch.inference_mode()
     def generate(
@@ -164,6 +192,7 @@ class HfBackend:
                 padding_side="left",
                 return_token_type_ids=False,
             ).to(self.model.device)
+            numbers = _Numbers()
             out = self.model.generate(
                 **batch,
                 max_new_tokens=protocol.max_tokens,
@@ -173,8 +202,12 @@ class HfBackend:
                 top_k=None,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=self.tokenizer.pad_token_id,
-                logits_processor=_drawing(protocol, [seeds[i] for i in places] if seeds else []),
+                logits_processor=[
+                    numbers,
+                    *_drawing(protocol, [seeds[i] for i in places] if seeds else []),
+                ],
             )
+            numbers.require(self._name)
             for place, row in zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 completions[place] = completion(self.tokenizer, row)
                 done(place, completions[place])
@@ -200,6 +233,7 @@ class HfBackend:
             logprobs_BV = self._after([starts[i] for i in batch])
             for row, i in enumerate(batch):
                 found[i] = [float(logprobs_BV[row, tail[0]]) for tail in tails[i]]
+                require_numbers(found[i], self._name)
                 done(i, found[i])
         longer = [i for i in range(len(prompts)) if i not in found]
         flat = self._scores([(starts[i] + tail, len(starts[i])) for i in longer for tail in tails[i]])
@@ -240,6 +274,7 @@ class HfBackend:
             sums_B, counts_B = (logprob_BS * mask_BS).sum(-1), mask_BS.sum(-1)
             for row, place in enumerate(places):
                 answers[place] = LogLikelihood(float(sums_B[row]), int(counts_B[row]))
+                require_numbers([answers[place].logprob], self._name)
         return [answers[i] for i in range(len(encoded))]
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,24 @@ def require_seeds(prompts: Sequence[str], protocol: Protocol, seeds: Sequence[in
         raise EvaluationError(
             f"{len(prompts)} completions are to be drawn with {len(seeds)} seeds: give one a prompt"
         )
+
+
+def not_numbers(model: Path | str) -> EvaluationError:
+    """What is said of a model that computes nothing: NaN compares with nothing, so its first token or choice would be taken for an answer."""
+    return EvaluationError(
+        f"{model} gives no answers, its logits are not numbers (NaN or infinite): its weights are damaged or too large for their dtype, give another "
+        "checkpoint"
+    )
+
+
+def require_numbers(logprobs: Iterable[float], model: Path | str) -> None:
+    """Log probabilities are numbers; minus infinity is one, of what can never come.
+
+    Raises:
+        EvaluationError: one is NaN or infinite.
+    """
+    if any(math.isnan(x) or x == math.inf for x in logprobs):
+        raise not_numbers(model)
 
 
 def load_tokenizer(model_dir: Path | str) -> Any:

@@ -21,6 +21,7 @@ from asft_eval.backends.tokens import (
     load_tokenizer,
     prompt_tokens,
     require_model,
+    require_numbers,
     require_seeds,
 )
 from asft_eval.errors import EvaluationError, one_line
@@ -46,7 +47,7 @@ class VllmBackend:
         dtype: of weights and arithmetic by vLLM's names; None = float32 on a CPU and the checkpoint's own on a GPU.
 
     Raises:
-        EvaluationError: vLLM is not installed, or cannot load the model.
+        EvaluationError: vLLM is not installed, or cannot load the model, or that computes no numbers.
     """
 
     name = "vllm"
@@ -81,6 +82,10 @@ class VllmBackend:
             model_dir, tensor_parallel_size=size, dtype=dtype or ("auto" if visible else "float32"), **own
         )
         self._asked = 0
+        self._name = model_dir
+        self.loglikelihood(
+            [("one", " two three")]
+        )  # before hours are spent on a model that computes no numbers
 
     def _load(self, model_dir: Path, **own: Any) -> Any:
         try:
@@ -156,6 +161,7 @@ class VllmBackend:
         def read(place: int, output: Any) -> None:
             i, j, length = places[place]
             found[i][j] = _of_text(output, length) if length else _of_next(output)
+            require_numbers([found[i][j]], self._name)
             if len(found[i]) == len(choices):
                 done(i, [found[i][j] for j in range(len(choices))])
 
@@ -170,6 +176,7 @@ class VllmBackend:
         def read(place: int, output: Any) -> None:
             length = len(encoded[place][0]) - encoded[place][1]
             found[place] = LogLikelihood(_of_text(output, length), length)
+            require_numbers([found[place].logprob], self._name)
 
         self._run([(ids, self._sampling(prompt_logprobs=0, max_tokens=1)) for ids, _ in encoded], read)
         return [found[i] for i in range(len(pairs))]
