@@ -123,11 +123,12 @@ def _numbers(gold: str, answer: str) -> Verdict | None:
     return False, "another number"
 
 
-def _close(a: Fraction, b: Fraction) -> bool:
-    """Equal, or nearly where one of them is no whole number and may have been rounded."""
-    if a.denominator == b.denominator == 1:
-        return a == b
-    return a == b or abs(a - b) <= _CLOSE_ENOUGH * max(abs(a), abs(b))
+def _close(gold: Fraction, given: Fraction) -> bool:
+    """Equal, or nearly where one of them is no whole number and may have been rounded; a whole gold was not, whatever its size."""
+    if gold.denominator == given.denominator == 1:
+        return gold == given
+    scale = 1 if gold.denominator == 1 else max(abs(gold), abs(given))
+    return abs(gold - given) <= _CLOSE_ENOUGH * scale
 
 
 def _letter(gold: str, answer: str) -> Verdict | None:
