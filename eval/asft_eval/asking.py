@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_UNWRITTEN = 2.0
+"""How often what has come is written down, whether or not the backend says a word: a batch's answers come together, and the next ones perhaps minutes later."""
 
 
 def ask(engine: Backend, part: Part, requests: Sequence[Request], journal: Journal) -> None:
@@ -31,6 +33,9 @@ def ask(engine: Backend, part: Part, requests: Sequence[Request], journal: Journ
         return
     prompts = [request.prompt for request in requests]
     answers = _Answers(part, requests, journal)
+    ended = threading.Event()
+    writer = threading.Thread(target=answers.write_until, args=(ended,), name="answers", daemon=True)
+    writer.start()
     try:
         if part.suite.choices:
             engine.choice_logprobs(prompts, part.suite.choices, done=answers.chosen)
@@ -38,17 +43,21 @@ def ask(engine: Backend, part: Part, requests: Sequence[Request], journal: Journ
             seeds = [request.seed for request in requests] if part.protocol.temperature > 0 else []
             engine.generate(prompts, protocol=part.protocol, seeds=seeds, done=answers.written)
     finally:
+        ended.set()
+        writer.join()
         answers.write()
 
 
 class _Answers:
-    """What has come and is not yet in the journal."""
+    """What has come and is not yet in the journal. One thread adds, another one writes."""
 
     def __init__(self, part: Part, requests: Sequence[Request], journal: Journal):
         self._part, self._requests, self._journal = part, requests, journal
         self._started = self._wrote = self._said = time.perf_counter()
         self._done = 0
         self._waiting: list[tuple[Request, Completion, list[float]]] = []
+        self._guard = threading.Lock()
+        self._failed: OSError | None = None
 
     def written(self, place: int, completion: Completion) -> None:
         """A completion."""
@@ -61,27 +70,41 @@ class _Answers:
         self._add(place, Completion(self._part.suite.choices[best], 0, True), logprobs)
 
     def _add(self, place: int, completion: Completion, logprobs: list[float]) -> None:
-        self._waiting.append((self._requests[place], completion, logprobs))
+        with self._guard:
+            self._waiting.append((self._requests[place], completion, logprobs))
+            self._done += 1
+        if self._failed is not None:  # rather than ask on for hours
+            raise self._failed
         now = time.perf_counter()
-        if now - self._wrote >= _SECONDS_UNWRITTEN:
-            self.write()
         if now - self._said >= _SECONDS_BETWEEN_LINES:
             self._said = now
             self._say(now)
 
+    def write_until(self, ended: threading.Event) -> None:
+        """Writes down what waits, again and again; the first failure is kept for the thread that asks."""
+        while not ended.wait(_SECONDS_UNWRITTEN):
+            try:
+                self.write()
+            except OSError as error:
+                self._failed = error
+                return
+
     def write(self) -> None:
         """Writes down what waits; the seconds since the last time are shared among it."""
-        now = time.perf_counter()
-        seconds = (now - self._wrote) / max(len(self._waiting), 1)
-        rows: list[dict[str, Any]] = [request.row(text, seconds, row) for request, text, row in self._waiting]
-        if rows:
+        with self._guard:
+            if not self._waiting:
+                return
+            now = time.perf_counter()
+            seconds = (now - self._wrote) / len(self._waiting)
+            rows: list[dict[str, Any]] = [
+                request.row(text, seconds, row) for request, text, row in self._waiting
+            ]
             self._journal.add(rows)
-        self._wrote = now
-        self._done += len(rows)
-        self._waiting.clear()
+            self._wrote = now
+            self._waiting.clear()
 
     def _say(self, now: float) -> None:
-        done, everything = self._done + len(self._waiting), len(self._requests)
+        done, everything = self._done, len(self._requests)
         if done < everything:
             left = (now - self._started) / done * (everything - done)
             log.info("%s: %d of %d requests, about %.0f s to go", self._part.name, done, everything, left)

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 
 import asft_eval
-from asft_eval.again import other_model
+from asft_eval.again import drop_former, owner_of, require_same_model
 from asft_eval.backends.hf import load_tokenizer
 from asft_eval.backends.tokens import require_model
 from asft_eval.calibration import calibration
 from asft_eval.errors import EvaluationError
+from asft_eval.folder import held
 from asft_eval.held_out import HeldOut, read_held_out
 from asft_eval.reading import Tokens, free_gpus, read_texts, reading_dtype
 from asft_eval.resampling import RESAMPLES, bootstrap_together
@@ -35,7 +36,6 @@ from asft_eval.result import (
     Result,
     fingerprint,
     read_result,
-    require_folder,
     write_result,
     write_whole,
 )
@@ -110,40 +110,43 @@ def measure_alone(model_dir: Path, request: DriftRequest, out_dir: Path) -> Resu
     import transformers
 
     require_model(model_dir)
-    require_folder(out_dir)
-    model = {"path": str(model_dir), "fingerprint": fingerprint(model_dir)}
-    former = _former_result(out_dir, model["fingerprint"])
-    found = measure(model_dir, request, out_dir)
-    versions = {
-        "python": platform.python_version(),
-        "asft_eval": asft_eval.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    if former is not None and (former.suites or former.for_judge):
-        versions = {**versions, **former.versions}  # what suites were measured with
-        result = replace(former, versions=versions, drift=found)
-        write_whole(out_dir / RESULTS, json.dumps(result.to_json(), indent=2) + "\n")
+    with held(out_dir, model_dir, request.base):
+        model = {"path": str(model_dir), "fingerprint": fingerprint(model_dir)}
+        former = _former_result(model_dir, out_dir)
+        found = measure(model_dir, request, out_dir)
+        versions = {
+            "python": platform.python_version(),
+            "asft_eval": asft_eval.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        if former is not None and former.model["fingerprint"] != model["fingerprint"]:
+            drop_former(former.model, former, model_dir, out_dir, drift_too=False)
+            former = None
+        if former is not None and (former.suites or former.for_judge):
+            versions = {**versions, **former.versions}  # what suites were measured with
+            result = replace(former, versions=versions, drift=found)
+            write_whole(out_dir / RESULTS, json.dumps(result.to_json(), indent=2) + "\n")
+            return result
+        result = Result(
+            model=model, backend="hf", protocol="none", seed=None, versions=versions, suites={}, drift=found
+        )
+        write_result(out_dir, result, [])
         return result
-    result = Result(
-        model=model, backend="hf", protocol="none", seed=None, versions=versions, suites={}, drift=found
-    )
-    write_result(out_dir, result, [])
-    return result
 
 
-def _former_result(out_dir: Path, model: str) -> Result | None:
-    """The result of this model that the folder holds; None where it holds nothing."""
+def _former_result(model_dir: Path, out_dir: Path) -> Result | None:
+    """The result of this model's directory that the folder holds; None where it holds nothing."""
     if not (out_dir / RESULTS).is_file():
         samples = out_dir / SAMPLES
         if samples.is_file() and samples.stat().st_size:
             raise EvaluationError(
                 f"{out_dir} holds answers of an evaluation that is not finished: finish it with its --suite and --drift together, or give another --out"
             )
+        require_same_model(owner_of(None, out_dir), model_dir, out_dir)
         return None
     former = read_result(out_dir)
-    if former.model["fingerprint"] != model:
-        raise other_model(former, out_dir)
+    require_same_model(former.model, model_dir, out_dir)
     return former
 
 

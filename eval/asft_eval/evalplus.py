@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_eval.requests import Part
+from asft_eval.result import write_whole
 
 _TASK: Mapping[str, str] = {"humaneval": "{}", "humaneval_plus": "{}", "mbpp_plus": "Mbpp/{}"}
 """Suite -> what evalplus calls a task. It has no other tasks of MBPP than those of MBPP+."""
@@ -37,4 +38,4 @@ def write_evalplus(folder: Path, part: Part, rows: Sequence[Mapping[str, Any]]) 
         json.dumps({"task_id": task.format(row["id"]), "solution": row["parsed"]}, ensure_ascii=False)
         for row in rows
     ]
-    samples_file(folder, part.name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_whole(samples_file(folder, part.name), "".join(f"{line}\n" for line in lines))

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from asft_eval.errors import EvaluationError
+from asft_eval.folder import held, require_free
 from asft_eval.requests import Part
-from asft_eval.result import Result, SuiteResult, read_result, read_samples, write_result
+from asft_eval.result import Result, SuiteResult, read_result, read_samples, write_result, write_whole
 from asft_eval.statistics import standard_error, wilson_interval
 from asft_eval.types import Protocol as EvaluationProtocol
 
@@ -116,7 +117,23 @@ def write_outputs(folder: Path, part: Part, rows: Sequence[Mapping[str, Any]], *
         }
         for example, row in zip(part.suite.examples, rows, strict=True)
     ]
-    outputs_file(folder, part.name).write_text(json.dumps(outputs, indent=2, ensure_ascii=False) + "\n")
+    write_whole(outputs_file(folder, part.name), json.dumps(outputs, indent=2, ensure_ascii=False) + "\n")
+
+
+def forget_verdicts(folder: Path, but: Container[str]) -> None:
+    """Takes out of `judge.json` all suites but these, and the file where none is left."""
+    file = folder / VERDICTS
+    try:
+        told: Any = json.loads(file.read_text(encoding="utf-8"))
+        left = {name: one for name, one in told.items() if name in but}
+    except FileNotFoundError:
+        return
+    except (ValueError, AttributeError):
+        told, left = None, {}
+    if not left:
+        file.unlink()
+    elif left != told:
+        write_whole(file, json.dumps(left, indent=2) + "\n")
 
 
 def judge_result(folder: Path | str, judge: Judge) -> Result:
@@ -128,7 +145,13 @@ def judge_result(folder: Path | str, judge: Judge) -> Result:
         EvaluationError: there is no such result, it has no such suite, its files do not belong together, or the judge fails.
     """
     folder = Path(folder)
-    result, samples = result_for_judge(folder), read_samples(folder)
+    result_for_judge(folder)
+    with held(folder):
+        return _judged(folder, judge)
+
+
+def _judged(folder: Path, judge: Judge) -> Result:
+    result, samples = read_result(folder), read_samples(folder)
     suites, told = dict(result.suites), dict[str, Any]()
     for name, asked in result.for_judge.items():
         rows = [row for row in samples if row["suite"] == name]
@@ -141,22 +164,23 @@ def judge_result(folder: Path | str, judge: Judge) -> Result:
             key: value for key, value in asdict(judgement).items() if key != "verdicts"
         }
     result = replace(result, suites=suites)
-    (folder / VERDICTS).write_text(json.dumps(told, indent=2) + "\n")
+    write_whole(folder / VERDICTS, json.dumps(told, indent=2) + "\n")
     write_result(folder, result, samples)
     return result
 
 
 def result_for_judge(folder: Path | str) -> Result:
-    """A result that has something for a judge.
+    """A result that has something for a judge, in a folder that can be written.
 
     Raises:
-        EvaluationError: there is none there, or it has not.
+        EvaluationError: there is none there, it has not, or another process writes it.
     """
     result = read_result(folder)
     if not result.for_judge:
         raise EvaluationError(
             f"{folder} has no suite for a judge: evaluate a model with --suite alpaca_eval first"
         )
+    require_free(Path(folder))
     return result
 
 

@@ -2,7 +2,7 @@
 
 The journal is `samples.jsonl` itself: while an evaluation runs, answers are appended to it chunk by chunk. A request is
 known by a hash of everything its answer depends on, so an evaluation that is started again asks only what is new,
-whatever cut the file off and wherever.
+whatever cut the file off and wherever. What is in it and not asked for goes into `other_answers.jsonl`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from asft_eval.graders import JUDGED
-from asft_eval.result import constant
+from asft_eval.result import SAMPLES, constant, write_whole
 from asft_eval.types import Completion, Example, Protocol, Suite
 
 log = logging.getLogger(__name__)
 
 CHOICES = Protocol(name="choices", max_tokens=1)
 """How suites of multiple choice are asked whatever the protocol: log probabilities are not drawn."""
+
+OTHERS = "other_answers.jsonl"
+"""Beside `samples.jsonl`: answers of the same model that no result counts now, e.g. of examples that `--limit` leaves out. They are not asked for again."""
+
+_OF_A_VERDICT = ("parsed", "correct", "reason")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,11 @@ class Request:
             "request": self.key,
         }
 
+    def again(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A line of a former start as this request's: what the answer does not depend on, e.g. the right answer, is as it is now."""
+        now = {"suite": self.part.name, "id": self.example.id, "sample": self.sample, "prompt": self.prompt}
+        return {**row, **now, "answer": self.example.answer}
+
 
 def parts_of(suites: Sequence[Suite], protocols: Sequence[Protocol]) -> list[Part]:
     """Every suite under every protocol; suites of multiple choice once, and those that a judge decides with one completion an example."""
@@ -121,17 +131,36 @@ class Journal:
     """The answers so far.
 
     Args:
-        path: `samples.jsonl`; lines of it that are damaged or answer something else are dropped.
+        path: `samples.jsonl`; lines of it that are damaged are dropped.
         wanted: keys of the requests of this evaluation.
         beside: lines of other suites that stay in the file.
+        aside: file of the answers that no result counts now; lines of `path` that nobody wants are put there, wanted ones come from there. None = they are dropped.
     """
 
-    def __init__(self, path: Path, wanted: Iterable[str], beside: Sequence[Mapping[str, Any]] = ()):
+    def __init__(
+        self,
+        path: Path,
+        wanted: Iterable[str],
+        *,
+        beside: Sequence[Mapping[str, Any]] = (),
+        aside: Path | None = None,
+    ):
         self._path = path
-        self.rows: dict[str, dict[str, Any]] = former_rows(path, set(wanted))
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(_lines([*beside, *self.rows.values()]), encoding="utf-8")
-        os.replace(unfinished, path)
+        keys, stay = set(wanted), {row["request"] for row in beside}
+        self.rows: dict[str, dict[str, Any]] = {}
+        spare: dict[str, dict[str, Any]] = {}
+        for file in ([aside] if aside else []) + [path]:
+            for row in whole_rows(file):
+                key = row["request"]
+                if key in keys:
+                    self.rows[key] = row
+                elif key not in stay:
+                    spare[key] = {name: x for name, x in row.items() if name not in _OF_A_VERDICT}
+        if aside is not None and spare:  # first, so that an answer is never in neither file
+            write_whole(aside, _lines(spare.values()))
+        write_whole(path, _lines([*beside, *self.rows.values()]))
+        if aside is not None and not spare:
+            aside.unlink(missing_ok=True)
         if self.rows:
             log.info("%d answers of a former start are kept", len(self.rows))
 
@@ -144,9 +173,10 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def former_rows(path: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Request -> its line, of the wanted ones that the file answers; see `Journal`."""
-    return {row["request"]: row for row in whole_rows(path) if row.get("request") in wanted}
+def former_keys(folder: Path, wanted: set[str]) -> set[str]:
+    """The wanted requests that have an answer in a result's folder."""
+    files = (folder / OTHERS, folder / SAMPLES)
+    return {row["request"] for file in files for row in whole_rows(file) if row["request"] in wanted}
 
 
 def whole_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -97,18 +97,6 @@ def fingerprint(model_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def require_folder(out_dir: Path) -> None:
-    """Whether files can be written into a folder, which need not be there yet.
-
-    Raises:
-        EvaluationError: they cannot.
-    """
-    there = next(x for x in (out_dir, *out_dir.resolve().parents) if x.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "is no folder" if not there.is_dir() else "may not be written"
-        raise EvaluationError(f"{there} {what}: give --out a folder of yours")
-
-
 def write_result(out_dir: Path, result: Result, samples: Iterable[Mapping[str, Any]]) -> None:
     """Write `samples.jsonl`, then `results.json`, each complete or not at all."""
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -139,7 +127,7 @@ def read_result(result_dir: Path | str) -> Result:
         found = content["schema_version"]
         if found not in _READABLE:
             raise EvaluationError(
-                f"{path} has schema version {found}, this is {SCHEMA_VERSION}: evaluate again"
+                f"{path} has schema version {found}, this is {SCHEMA_VERSION}: use the asft that wrote it, or move that file away and evaluate again"
             )
         rows: dict[str, dict[str, Any]] = content["suites"]
         for row in [*rows.values(), *content.get("for_judge", {}).values()]:
@@ -152,7 +140,9 @@ def read_result(result_dir: Path | str) -> Result:
         content["schema_version"] = SCHEMA_VERSION
         return Result(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvaluationError(f"{path} is damaged ({error}): evaluate again") from error
+        raise EvaluationError(
+            f"{path} is damaged ({error}): move that file away and evaluate again"
+        ) from error
 
 
 def read_samples(result_dir: Path | str) -> list[dict[str, Any]]:

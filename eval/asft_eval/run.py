@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asft_eval
 from asft_eval.again import (
+    UNFINISHED,
     Answered,
     Kept,
     all_answered,
+    drop_former,
+    drop_sides,
     former_result,
     judged_before,
     kept_of,
     leave_only,
     local_prompts,
+    owner_of,
+    require_known,
     require_same_model,
 )
 from asft_eval.asking import ask
 from asft_eval.backends import OWN, Backend, Options, check_options, open_backend, require_installed
 from asft_eval.errors import EvaluationError
 from asft_eval.evalplus import write_evalplus
+from asft_eval.folder import held
 from asft_eval.graders import JUDGED, grade, require_library, require_permission
 from asft_eval.judge import NO_JUDGE, without_score, write_outputs
 from asft_eval.protocols import protocols
-from asft_eval.requests import Journal, Part, Request, parts_of, requests_of
-from asft_eval.result import SAMPLES, Result, SuiteResult, fingerprint, require_folder, write_result
+from asft_eval.requests import OTHERS, Journal, Part, Request, parts_of, requests_of
+from asft_eval.result import SAMPLES, Result, SuiteResult, fingerprint, write_result
 from asft_eval.scoring import figures
 from asft_eval.suites import load_suites
 from asft_eval.types import Suite
@@ -58,7 +64,8 @@ def evaluate(
     """Completions of every suite, graded; writes `results.json` and `samples.jsonl` into `out_dir`.
 
     Started again with the same `out_dir`, it asks only what has no answer there yet, and loads no model where nothing is left to ask. A judge's
-    verdicts on answers that stay are kept. So are, of the same model, suites and drift that `out_dir` has and that are not asked for.
+    verdicts on answers that stay are kept. So are, of the same model, suites and drift that `out_dir` has and that are not asked for, and answers that
+    no result counts now (`other_answers.jsonl`). While it runs no other process may write into `out_dir`.
 
     Args:
         model_dir: a Hugging Face model directory; for the backend `openai` also a name that the server knows.
@@ -75,7 +82,7 @@ def evaluate(
         drift: held-out text that the model reads, too, and the base that its drift is measured from.
 
     Raises:
-        EvaluationError: an unusable model, suite, protocol, backend, option, number or `out_dir`.
+        EvaluationError: an unusable model, suite, protocol, backend, option, number or `out_dir`; or `out_dir` has what would be lost.
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
     for name, value in (("max_tokens", max_tokens), ("limit", limit)):
@@ -86,32 +93,42 @@ def evaluate(
     for part in parts:
         require_permission(part.suite.name, part.suite.grader, allowed=allow_code_execution)
         require_library(part.suite.name, part.suite.grader)
-    require_folder(out_dir)
-    former = former_result(out_dir)
-    opened = _opener(backend, former, parts, model_dir, out_dir, options)
-    require_same_model(former, model_dir, out_dir)
-    # Before the backend holds the model, so that the two never share memory.
-    found_drift = _drift(model_dir, drift, out_dir)
-    engine = opened()
-    if any(part.suite.choices for part in parts):
-        getattr(engine, "require_logprobs", bool)()
-    model = getattr(engine, "fingerprint", None) or fingerprint(model_dir)
-    if former is not None and former.model["fingerprint"] != model:
-        former = None  # its directory holds another model now
-    kept = kept_of(former, parts, out_dir)
-    found = _measured(engine, parts, former, kept, model_dir, out_dir, model)
-    versions = {"python": platform.python_version(), "asft_eval": asft_eval.__version__}
-    result = Result(
-        model={"path": str(model_dir), "fingerprint": model},
-        backend=engine.name,
-        protocol=protocol,
-        seed=next((how.seed for how in hows if how.seed is not None), None),
-        versions={**kept.versions, **engine.versions, **versions},
-        suites={**kept.suites, **found.suites},
-        drift=found_drift or kept.drift,
-        for_judge={**kept.for_judge, **found.for_judge},
-    )
-    write_result(out_dir, result, [*kept.samples, *found.samples])
+    with held(out_dir, model_dir, drift.base if drift else None):
+        former = former_result(out_dir)
+        opened = _opener(backend, former, parts, model_dir, out_dir, options)
+        owner = owner_of(former, out_dir)
+        require_same_model(owner, model_dir, out_dir)
+        # Before the backend holds the model, so that the two never share memory.
+        found_drift = _drift(model_dir, drift, out_dir)
+        engine = opened()
+        if any(part.suite.choices for part in parts):
+            getattr(engine, "require_logprobs", bool)()
+        model = {
+            "path": str(model_dir),
+            "fingerprint": getattr(engine, "fingerprint", None) or fingerprint(model_dir),
+        }
+        if owner is not None and owner["fingerprint"] != model["fingerprint"]:
+            drop_former(owner, former, model_dir, out_dir, drift_too=found_drift is None)
+            former = None
+        asked = _asked(engine, parts, model)
+        require_known(owner, {request.key for requests in asked for request in requests}, out_dir)
+        kept = kept_of(former, parts, out_dir)
+        found = _measured(engine, parts, asked, former, kept, out_dir, model)
+        versions = {"python": platform.python_version(), "asft_eval": asft_eval.__version__}
+        result = Result(
+            model=model,
+            backend=engine.name,
+            protocol=protocol,
+            seed=next((how.seed for how in hows if how.seed is not None), None),
+            versions={**kept.versions, **engine.versions, **versions},
+            suites={**kept.suites, **found.suites},
+            drift=found_drift or kept.drift,
+            for_judge={**kept.for_judge, **found.for_judge},
+        )
+        gone = set(former.suites) - set(result.suites) if former is not None else set[str]()
+        drop_sides(out_dir, gone - set(result.for_judge), verdicts_of=result.suites)
+        write_result(out_dir, result, [*kept.samples, *found.samples])
+        (out_dir / UNFINISHED).unlink(missing_ok=True)
     return result
 
 
@@ -122,41 +139,49 @@ class _Found:
     samples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
-def _measured(
-    engine: Backend,
-    parts: Sequence[Part],
-    former: Result | None,
-    kept: Kept,
-    model_dir: Path,
-    out_dir: Path,
-    model: str,
-) -> _Found:
-    """Asks what is open and grades everything that was asked for; files of the folder are touched from here on."""
+def _asked(engine: Backend, parts: Sequence[Part], model: Mapping[str, str]) -> list[list[Request]]:
+    """The requests of each part."""
     of_server = getattr(engine, "applies_chat_template", False)
-    asked = [
+    return [
         requests_of(
-            part, local_prompts(part, model_dir, of_server=of_server), model=model, backend=engine.name
+            part,
+            local_prompts(part, Path(model["path"]), of_server=of_server),
+            model=model["fingerprint"],
+            backend=engine.name,
         )
         for part in parts
     ]
-    out_dir.mkdir(parents=True, exist_ok=True)
-    leave_only(kept, former, out_dir)
+
+
+def _measured(
+    engine: Backend,
+    parts: Sequence[Part],
+    asked: Sequence[Sequence[Request]],
+    former: Result | None,
+    kept: Kept,
+    out_dir: Path,
+    model: Mapping[str, str],
+) -> _Found:
+    """Asks what is open and grades everything that was asked for; files of the folder are touched from here on."""
+    leave_only(kept, former, out_dir, model)
+    judged_suites = set(former.suites) & set(former.for_judge) if former is not None else set[str]()
+    drop_sides(out_dir, [part.name for part in parts], verdicts_of=judged_suites)
     wanted = (request.key for requests in asked for request in requests)
-    journal = Journal(out_dir / SAMPLES, wanted, beside=kept.samples)
+    journal = Journal(out_dir / SAMPLES, wanted, beside=kept.samples, aside=out_dir / OTHERS)
     found = _Found()
     for part, requests in zip(parts, asked, strict=True):
         ask(engine, part, [x for x in requests if x.key not in journal.rows], journal)
-        rows = [journal.rows[request.key] for request in requests]
+        rows = [request.again(journal.rows[request.key]) for request in requests]
         judged = judged_before(former, part, rows) if part.suite.grader == JUDGED else None
         if judged is None:
-            rows = _graded(part, requests, journal)
+            rows = _graded(part, requests, rows)
         else:
             found.suites[part.name] = judged
         found.samples += rows
         one = figures(part, rows, backend=engine.name)
         if part.suite.grader == JUDGED:
             found.for_judge[part.name] = without_score(one)
-            write_outputs(out_dir, part, rows, generator=str(model_dir))
+            write_outputs(out_dir, part, rows, generator=model["path"])
             continue
         write_evalplus(out_dir, part, rows)
         found.suites[part.name] = one
@@ -206,8 +231,9 @@ def _opener(
     return lambda: open_backend(backend, model_dir, options)
 
 
-def _graded(part: Part, requests: Sequence[Request], journal: Journal) -> list[dict[str, Any]]:
-    rows = [journal.rows[request.key] for request in requests]
+def _graded(
+    part: Part, requests: Sequence[Request], rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     if part.suite.grader == JUDGED:
         return [{**row, "parsed": "", "correct": None, "reason": NO_JUDGE} for row in rows]
     pairs = [(request.example, str(row["completion"])) for request, row in zip(requests, rows, strict=True)]

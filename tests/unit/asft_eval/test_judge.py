@@ -132,6 +132,27 @@ def test_verdicts_stay_while_the_answers_do(here: Path, model_dir: Path) -> None
     assert read_result(answered(here, "out", limit=2)).suites == {}, "other examples await the judge"
 
 
+def test_a_reference_that_changed_is_the_one_that_answers_are_judged_against(
+    here: Path, data_dir: Path, referee: Referee, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    referee.says = lambda prompt: seen.append(prompt) or "1"
+    folder = answered(here, "out", limit=3)
+    first = judge_result(folder, of_server(referee)).suites["alpaca_eval"]
+    (here / "data" / "instruct").mkdir(parents=True)
+    published = json.loads((data_dir / "instruct" / "alpaca_eval.json").read_text())
+    for row in published:
+        row["output"] = "A reference of today."
+    (here / "data" / "instruct" / "alpaca_eval.json").write_text(json.dumps(published))
+    monkeypatch.setenv("ASFT_DATA_DIR", str(here / "data"))
+    assert read_result(answered(here, "out", limit=3)).suites == {}
+    assert not (folder / "judge.json").exists(), "it was of verdicts on another reference"
+    assert {row["answer"] for row in read_samples(folder)} == {"A reference of today."}
+    second = judge_result(folder, of_server(referee)).suites["alpaca_eval"]
+    assert second.sha256 != first.sha256
+    assert ["A reference of today." in prompt for prompt in seen] == [False] * 3 + [True] * 3
+
+
 class Referee(ThreadingHTTPServer):
     """A server of one chat model, whose answer to a prompt is a function's."""
 

@@ -162,11 +162,13 @@ def test_no_model_is_loaded_where_every_answer_is_there(
     assert (opened, read_samples(tmp_path / "out")) == (["hf"], samples)
     again(limit=2)
     assert len(opened) == 1, "a part of what is there"
-    for changes in ({}, {"backend": "vllm"}, {"backend": "vllm", "max_tokens": 2}):
+    again()
+    assert len(opened) == 1, "what the limit left out was not forgotten"
+    for changes in ({"backend": "vllm"}, {"backend": "vllm", "max_tokens": 2}):
         again(**changes)
-    assert opened == ["hf", "hf", "vllm", "vllm"]
+    assert opened == ["hf", "vllm", "vllm"]
     (model / "config.json").write_text('{"other": 1}')
     again(backend="vllm", max_tokens=2)
-    assert len(opened) == 5, "another model"
+    assert len(opened) == 4, "another model"
     with pytest.raises(EvaluationError, match="says nothing to the backend vllm"):
         again(backend="vllm", max_tokens=2, options=Options(base_url="http://nowhere"))
