@@ -69,7 +69,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            (out / name).write_text(content, encoding="utf-8")
+            (out / f"{name}.unfinished").write_text(content, encoding="utf-8")
+        for name in contents:  # all are written: the three always tell of one comparison
+            (out / f"{name}.unfinished").replace(out / name)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): give --out a folder of yours") from None
     warnings = [f"warning: {text}" for text in comparison.warnings]

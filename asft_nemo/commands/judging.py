@@ -76,7 +76,7 @@ def judged(folder: Path, judge: Callable[[], Judge]) -> tuple[dict[str, Any], li
 
     result_for_judge(folder)
     result = judge_result(folder, judge())
-    told: dict[str, Any] = json.loads((folder / VERDICTS).read_text())
+    told: dict[str, Any] = json.loads((folder / VERDICTS).read_text(encoding="utf-8"))
     return {**result.to_json(), "judge": told}, [_line(suite, one) for suite, one in told.items()]
 
 
