@@ -53,18 +53,20 @@ def main(words: Sequence[str]) -> int:
 
 
 def _campaign(given: argparse.Namespace, scratch: Path) -> int:
-    _import_what_commands_need()
     yard = Yard(scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     mounts = can_mount(scratch)
     tries = _tries(given, yard, mounts=mounts)
     chains = _chains(given, mounts=mounts)
     book = Book(seed=given.seed, planned=len(tries) + sum(len(chain) + 1 for chain in chains.values()))
-    if not (given.keep and yard.pristine.is_dir()):
+    if tries or chains:
+        _import_what_commands_need()
+    if (tries or chains) and not (given.keep and yard.pristine.is_dir()):
         print("making the artefacts", file=sys.stderr, flush=True)
         yard.make()
     for part in given.join:
         book.join(part, _names(mounts=mounts))
+    book.write(given.out, called=_called(given), notes=_notes(mounts=mounts))
     for row in _rows(given, yard, tries, chains):
         book.add(row)
         book.write(given.out, called=_called(given), notes=_notes(mounts=mounts))  # a campaign may be ended
