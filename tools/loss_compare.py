@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -265,6 +266,9 @@ def write_golden(objectives: Sequence[str], folder: Path) -> None:
 def main(words: list[str]) -> int:
     """Compares, or writes golden files. Returns the exit code."""
     options = _parser().parse_args(words)
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # worktrees are taken away also then
     try:
         if options.golden:
             write_golden(options.objectives, GOLDEN)
