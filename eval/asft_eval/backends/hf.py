@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from asft_eval.backends.tokens import (
     prompt_tokens,
     require_model,
     require_numbers,
+    require_room,
     require_seeds,
 )
 from asft_eval.errors import EvaluationError, one_line
@@ -80,6 +83,33 @@ def load_model(model_dir: Path | str, *, dtype: torch.dtype | None = None, devic
 def _room(model_dir: Path, dtype: torch.dtype | None) -> dict[int, int] | None:
     free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
     return spread(model_dir, weight_bytes(model_dir, dtype and dtype.itemsize), free)
+
+
+def context(config: Any) -> float:
+    """Tokens that a model takes at once, by its configuration, as vLLM reads it; infinite where that does not say."""
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions:
+        return math.inf
+    rope: dict[str, Any] = getattr(config, "rope_scaling", None) or {}
+    # Other forms of scaling are already in max_position_embeddings.
+    stretched = (
+        rope.get("rope_type", rope.get("type")) in ("linear", "dynamic") and "gemma3" not in config.model_type
+    )
+    return int(positions * (rope.get("factor") or 1)) if stretched else int(positions)
+
+
+def left_padded(
+    encoded: Sequence[list[int]], *, pad_id: int, device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """One batch to go on from: `input_ids` and `attention_mask`, `[b, s]`."""
+    width = max(map(len, encoded))
+    tokens = [[pad_id] * (width - len(ids)) + ids for ids in encoded]
+    attention = [[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded]
+    return {
+        "input_ids": torch.tensor(tokens, device=device),
+        "attention_mask": torch.tensor(attention, device=device),
+    }
 
 
 def right_padded(
@@ -162,6 +192,7 @@ class HfBackend:
         self.tokenizer = load_tokenizer(model_dir)
         self.model = load_model(model_dir, dtype=dtype, device=device)
         self._name = model_dir
+        self.room = context(self.model.config)
         self.batch_size = batch_size
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.loglikelihood(
@@ -177,25 +208,24 @@ class HfBackend:
         seeds: Sequence[int] = (),
         done: Done[Completion] = ignore,
     ) -> list[Completion]:
-        """Completions, greedy or drawn. Prompts of similar length share a batch, so that little is padding.
+        """Completions, greedy or drawn, which end with the model's context. Prompts of similar length share a batch, so that little is padding.
 
         Raises:
-            EvaluationError: the temperature is above 0 and there is not one seed a prompt.
+            EvaluationError: a prompt is as long as the model's context, or there is not one seed a prompt.
         """
         require_seeds(prompts, protocol, seeds)
+        starts = [prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
+        require_room(map(len, starts), self.room)
+        limits = [int(min(protocol.max_tokens, self.room - len(ids))) for ids in starts]
         completions: dict[int, Completion] = {}
-        for places in self._batches([len(prompt) for prompt in prompts]):
-            batch = self.tokenizer(
-                [prompts[i] for i in places],
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                return_token_type_ids=False,
-            ).to(self.model.device)
+        for places in self._batches([len(ids) for ids in starts], limits):
+            batch = left_padded(
+                [starts[i] for i in places], pad_id=self.tokenizer.pad_token_id, device=self.model.device
+            )
             numbers = _Numbers()
             out = self.model.generate(
                 **batch,
-                max_new_tokens=protocol.max_tokens,
+                max_new_tokens=limits[places[0]],
                 do_sample=False,
                 temperature=None,
                 top_p=None,
@@ -226,6 +256,13 @@ class HfBackend:
             [choice_tokens(self.tokenizer, start, prompt, choice) for choice in choices]
             for start, prompt in zip(starts, prompts, strict=True)
         ]
+        require_room(
+            (
+                len(start) + max(len(tail) - (len(tail) == 1) for tail in row)
+                for start, row in zip(starts, tails, strict=True)
+            ),
+            self.room,
+        )
         found: dict[int, list[float]] = {}
         short = [i for i, row in enumerate(tails) if all(len(tail) == 1 for tail in row)]
         for places in self._batches([len(starts[i]) for i in short]):
@@ -260,7 +297,9 @@ class HfBackend:
     @torch.inference_mode()
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
         """Log probability of each continuation after its prompt, from logits in fp32; the end token is not scored."""
-        return self._scores([encode_pair(self.tokenizer, prompt, text, end=False) for prompt, text in pairs])
+        encoded = [encode_pair(self.tokenizer, prompt, text, end=False) for prompt, text in pairs]
+        require_room((len(ids) for ids, _ in encoded), self.room)
+        return self._scores(encoded)
 
     def _scores(self, encoded: Sequence[tuple[list[int], int]]) -> list[LogLikelihood]:
         answers: dict[int, LogLikelihood] = {}
@@ -277,8 +316,11 @@ class HfBackend:
                 require_numbers([answers[place].logprob], self._name)
         return [answers[i] for i in range(len(encoded))]
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    def _batches(self, lengths: Sequence[int], limits: Sequence[int] = ()) -> Iterator[list[int]]:
         # The longest first: what does not fit the memory shows at once, and the time left is not understated.
         places = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        for start in range(0, len(places), self.batch_size):
-            yield places[start : start + self.batch_size]
+        # Of one limit on what is written each: then no row runs past the context, nor is cut off by its neighbours.
+        for _, alike in groupby(places, key=limits.__getitem__ if limits else lambda _: 0):
+            own = list(alike)
+            for start in range(0, len(own), self.batch_size):
+                yield own[start : start + self.batch_size]

@@ -81,11 +81,28 @@ def require_numbers(logprobs: Iterable[float], model: Path | str) -> None:
         raise not_numbers(model)
 
 
+def require_room(lengths: Iterable[int], room: float) -> None:
+    """Texts leave room for at least one token more: what is computed past a model's context is no measure of it.
+
+    Args:
+        lengths: tokens of each.
+        room: tokens of the model's context.
+
+    Raises:
+        EvaluationError: one does not.
+    """
+    longest = max(lengths, default=0)
+    if longest >= room:
+        raise EvaluationError(
+            f"a prompt has {longest} tokens and the model's context {room}, which leaves no room for an answer: leave the suite out"
+        )
+
+
 def load_tokenizer(model_dir: Path | str) -> Any:
     """The tokenizer of a model directory, with a padding token (the end token where it has none).
 
     Raises:
-        EvaluationError: the directory holds no tokenizer.
+        EvaluationError: the directory holds no tokenizer, or one that names no end token, without which no completion ends.
     """
     from transformers import AutoTokenizer
 
@@ -98,6 +115,10 @@ def load_tokenizer(model_dir: Path | str) -> Any:
         raise EvaluationError(
             f"transformers cannot load the tokenizer in {model_dir} ({one_line(error)}): copy the base model's tokenizer files into it"
         ) from error
+    if tokenizer.eos_token_id is None:
+        raise EvaluationError(
+            f"the tokenizer in {model_dir} names no end token: write the base model's eos_token into its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -22,6 +22,7 @@ from asft_eval.backends.tokens import (
     prompt_tokens,
     require_model,
     require_numbers,
+    require_room,
     require_seeds,
 )
 from asft_eval.errors import EvaluationError, one_line
@@ -195,11 +196,7 @@ class VllmBackend:
 
     def _run(self, asked: Sequence[tuple[Sequence[int], Any]], read: Callable[[int, Any], None]) -> None:
         """Hands everything to vLLM's scheduler and each answer to `read` as it comes."""
-        longest = max((len(ids) for ids, _ in asked), default=0)
-        if longest >= self._room:
-            raise EvaluationError(
-                f"a prompt has {longest} tokens and the model's context {self._room}, which leaves no room for an answer: leave the suite out"
-            )
+        require_room((len(ids) for ids, _ in asked), self._room)
         first, self._asked = self._asked, self._asked + len(asked)
         try:
             for number, (ids, params) in enumerate(asked, start=first):
