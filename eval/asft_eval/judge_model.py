@@ -15,11 +15,10 @@ from typing import Any
 
 from asft_eval.backends import Options, open_backend
 from asft_eval.backends.tokens import require_numbers
-from asft_eval.errors import EvaluationError
 from asft_eval.judge import Duel, Judgement, Verdict
 from asft_eval.requests import Journal
 from asft_eval.result import fingerprint
-from asft_eval.suites.prompts import as_chat
+from asft_eval.suites.prompts import NoChatTemplate, as_chat
 from asft_eval.types import Completion, Protocol
 
 _VERSION = "1"  # changes with the words below
@@ -92,7 +91,7 @@ class ModelJudge:
             return prompts, ("1", "2")
         try:
             return as_chat(self.name, prompts), ("1", "2")
-        except EvaluationError:  # a base model
+        except NoChatTemplate:  # a base model
             return [f"{prompt}\n\nBetter answer:" for prompt in prompts], (" 1", " 2")
 
     def _ask(self, prompts: list[str], choices: tuple[str, str], keep: Any) -> None:

@@ -11,7 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from asft_eval.errors import EvaluationError, did_you_mean
+from asft_eval.errors import EvaluationError, did_you_mean, one_line
+
+
+class NoChatTemplate(EvaluationError):
+    """A tokenizer has none, as those of base models do."""
+
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -61,29 +66,38 @@ def as_chat(model_dir: Path | str, questions: list[str]) -> list[str]:
     A begin token that the tokenizer adds to every text by itself is left out, so that the model sees it once.
 
     Raises:
-        EvaluationError: the directory's tokenizer cannot be loaded or has no chat template.
+        EvaluationError: the directory's tokenizer cannot be loaded, or its chat template does not take a user's question.
+        NoChatTemplate: there is none.
     """
     from transformers import AutoTokenizer
 
     try:
         opener: Any = AutoTokenizer
         tokenizer: Any = opener.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"transformers cannot load the tokenizer in {model_dir}: {error}") from error
-    if not tokenizer.chat_template:
+    except Exception as error:  # tokenizers has no error of its own for a damaged file
         raise EvaluationError(
+            f"transformers cannot load the tokenizer in {model_dir} ({one_line(error)}): copy the base model's tokenizer files into it"
+        ) from error
+    if not tokenizer.chat_template:
+        raise NoChatTemplate(
             f"the tokenizer in {model_dir} has no chat template: choose another prompt variant, e.g. alpaca"
         )
     adds_begin = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [
         tokenizer.bos_token_id
     ]
     begin: str = tokenizer.bos_token if adds_begin else ""
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        ).removeprefix(begin)
-        for question in questions
-    ]
+    try:
+        return [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            ).removeprefix(begin)
+            for question in questions
+        ]
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise EvaluationError(
+            f"the chat template in {model_dir} does not take a user's question ({type(error).__name__}: {one_line(error)}): correct it, or choose another "
+            "prompt variant, e.g. alpaca"
+        ) from error
 
 
-__all__ = ["CHAT", "PROMPTS", "as_chat", "render"]
+__all__ = ["CHAT", "PROMPTS", "NoChatTemplate", "as_chat", "render"]
