@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_eval.errors import EvaluationError
-from asft_eval.result import read_samples
+from asft_eval.result import RESULTS, read_samples
 
 _SHOWN = 1500
 """Characters of a prompt's and a completion's end that are shown: the answer stands there."""
@@ -22,20 +22,33 @@ def explain(result_dir: Path | str, example: str) -> str:
         example: an example's id, or SUITE:ID where several suites have it and one is meant.
 
     Raises:
-        EvaluationError: there is no such result or example.
+        EvaluationError: there is no such result or example, or it is not graded yet.
     """
     samples = read_samples(result_dir)
-    found = [x for x in samples if example in (str(x["id"]), f"{x['suite']}:{x['id']}")]
+    open_ = not (Path(result_dir) / RESULTS).is_file() or any("correct" not in x for x in samples)
+    unfinished = f"{result_dir} is not finished: evaluate with this directory as --out again"
+    named = [x for x in samples if example in (str(x["id"]), f"{x['suite']}:{x['id']}")]
     if not samples:
-        raise EvaluationError(f"{result_dir} has no example: it was evaluated without suites")
+        why = unfinished if open_ else f"{result_dir} has no example: it was evaluated without suites"
+        raise EvaluationError(why)
+    if not named:
+        missing = f"has no example {example}: {_others(example, samples)}"
+        raise EvaluationError(
+            f"{result_dir} {missing}" if not open_ else f"{unfinished}; so far it {missing}"
+        )
+    found = [x for x in named if "correct" in x]
     if not found:
-        raise EvaluationError(f"{result_dir} has no example {example}: {_others(example, samples)}")
-    if "correct" not in found[0]:
-        raise EvaluationError(f"{result_dir} is not finished: evaluate with this directory as --out again")
-    return "\n".join(
+        raise EvaluationError(unfinished)
+    words = [
         _words(found[i], first=i == 0 or found[i - 1]["suite"] != found[i]["suite"])
         for i in range(len(found))
-    )
+    ]
+    later = dict.fromkeys(str(x["suite"]) for x in named if "correct" not in x)
+    words += [
+        f"# {suite}, example {example.removeprefix(suite + ':')}\n\nnot graded yet: evaluate with this directory as --out again"
+        for suite in later
+    ]
+    return "\n".join(words)
 
 
 def _others(example: str, samples: Sequence[Mapping[str, Any]]) -> str:

@@ -202,6 +202,39 @@ def test_of_an_unknown_id_the_nearest_are_named(explained: Callable[..., Explain
         explain(tmp_path / "nowhere", "1")
 
 
+def test_of_two_suites_one_is_graded(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What is graded is told; what is not says so, in whichever order they stand."""
+    (tmp_path / "model").mkdir()
+    suites = [Suite(name, "1", "exact_match", (Example("1", "a", "A"),)) for name in ("one", "two")]
+    evaluate(
+        tmp_path / "model", suites, backend=FakeBackend(str.upper), out_dir=tmp_path / "out", max_tokens=9
+    )
+    file = tmp_path / "out" / "samples.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[1:]:
+        del row["correct"], row["parsed"], row["reason"]
+    for order in (rows, rows[::-1]):
+        file.write_text("".join(json.dumps(row) + "\n" for row in order))
+        said = command(tmp_path / "out", capsys, "1")
+        assert said.startswith("# one, example 1\n")
+        assert "completion 1: right" in said
+        assert said.endswith(
+            "# two, example 1\n\nnot graded yet: evaluate with this directory as --out again\n"
+        )
+        assert "not graded yet" not in command(tmp_path / "out", capsys, "one:1")
+        assert "is not finished: evaluate with this directory as --out again\n" in command(
+            tmp_path / "out", capsys, "two:1"
+        )
+        said = command(tmp_path / "out", capsys, "7")
+        assert (
+            "is not finished: evaluate with this directory as --out again; so far it has no example 7: its ids"
+            in said
+        )
+    (tmp_path / "out" / "results.json").unlink()
+    file.write_text("")
+    assert "is not finished" in command(tmp_path / "out", capsys, "1")
+
+
 def test_json_for_programs(
     explained: Callable[..., Explain], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
