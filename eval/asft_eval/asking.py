@@ -57,7 +57,7 @@ class _Answers:
         self._done = 0
         self._waiting: list[tuple[Request, Completion, list[float]]] = []
         self._guard = threading.Lock()
-        self._failed: OSError | None = None
+        self._failed: OSError | ValueError | None = None
 
     def written(self, place: int, completion: Completion) -> None:
         """A completion."""
@@ -85,7 +85,7 @@ class _Answers:
         while not ended.wait(_SECONDS_UNWRITTEN):
             try:
                 self.write()
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a text that no file can hold
                 self._failed = error
                 return
 

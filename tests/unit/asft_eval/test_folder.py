@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import subprocess
 import sys
@@ -119,6 +120,19 @@ def test_one_process_holds_a_folder_once(tmp_path: Path) -> None:
             pass
         assert (tmp_path / "new" / "out" / LOCK).exists()
     assert not (tmp_path / "new").exists(), "nothing came into it"
+
+
+def test_a_file_system_without_locks_is_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_here(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", none_here)
+    with caplog.at_level(logging.WARNING):
+        run(model, tmp_path / "out", WORDS)
+    assert "has no locks: start no second evaluation" in caplog.text
+    assert sorted(contents(tmp_path / "out")) == ["results.json", "samples.jsonl"]
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "/proc/1/fd"])
