@@ -20,7 +20,7 @@ def is_path(key: str, entry: str) -> bool:
         return True
     path = Path(entry)
     if key == "eval.suites":
-        return path.is_file() or bool(path.suffix) or len(path.parts) > 1
+        return path.is_file() or bool(path.suffix) or (len(path.parts) > 1 and hub_id(entry) is None)
     return key in FOLDERS or path.exists() or hub_id(entry) is None
 
 

@@ -15,7 +15,7 @@ from asft_eval.protocols import protocols
 from asft_eval.suites import SUITES
 from asft_eval.suites.load import find_file
 from asft_eval.suites.prompts import PROMPTS
-from asft_eval.suites.published import groups, spread
+from asft_eval.suites.published import groups, hub_ids, spread
 
 from asft_nemo.config.cluster_rules import on_slurm
 from asft_nemo.config.named_paths import is_path
@@ -85,7 +85,7 @@ def _backend(run: RunConfig) -> Iterator[str]:
 
 
 def _suites(run: RunConfig) -> Iterator[str]:
-    known = (*groups(), *SUITES)
+    known = (*groups(), *SUITES, *hub_ids())
     for name in run.eval.suites:
         if name not in known and not is_path("eval.suites", name):
             yield f"eval.suites has '{name}', which is no suite and no JSON Lines file: {suggest(name, known)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from asft_eval.backends.hf import encode_pair
 from asft_eval.errors import EvaluationError
+from asft_eval.text_files import bare_name, decoded, numbered, parsed
 
 WINDOW = 2048
 """Tokens of one text at most, fewer where the model knows fewer positions."""
@@ -46,7 +46,7 @@ def read_held_out(path: Path | str, tokenizer: Any, *, positions: int) -> HeldOu
     are scored whole, in windows that each start anew.
 
     Args:
-        path: a JSON Lines file, or any text in UTF-8.
+        path: a JSON Lines file, or any text in UTF-8; gzipped or not.
         tokenizer: of the model.
         positions: that the model knows.
 
@@ -56,12 +56,12 @@ def read_held_out(path: Path | str, tokenizer: Any, *, positions: int) -> HeldOu
     path, window = Path(path), min(WINDOW, positions)
     try:
         raw = path.read_bytes()
-        content = raw.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = decoded(raw)
+    except (OSError, ValueError) as error:
         raise EvaluationError(
             f"{path} cannot be read as text ({error}): give a text or JSON Lines file"
         ) from None
-    rows = _rows(path, content) if path.suffix in _JSON else [(None, content)]
+    rows = _rows(path, content) if bare_name(path).suffix in _JSON else [(None, content)]
     encoded: list[tuple[list[int], int]] = []
     cut = left_out = 0
     for prompt, text in rows:
@@ -86,16 +86,12 @@ def _windows(tokenizer: Any, text: str, window: int) -> list[tuple[list[int], in
 
 
 def _rows(path: Path, content: str) -> list[tuple[str | None, str]]:
-    found: list[tuple[str | None, str]] = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            found.append(_row(line, f"line {number} of {path}"))
-    return found
+    return [_row(line, f"line {number} of {path}") for number, line in numbered(content)]
 
 
 def _row(line: str, where: str) -> tuple[str | None, str]:
     try:
-        row: Any = json.loads(line)
+        row: Any = parsed(line)
     except ValueError as error:
         raise EvaluationError(
             f"{where} is no JSON ({error}): give JSON Lines, or a file that ends in .txt"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from asft_eval.errors import EvaluationError
 from asft_eval.suites.jsonl import checked, load_jsonl
 from asft_eval.suites.prompts import PROMPTS, render
-from asft_eval.suites.published import SUITES, Definition, spread, unknown
+from asft_eval.suites.published import SUITES, Definition, is_hub_id, spread, unknown
+from asft_eval.text_files import numbered, parsed, read_text
 from asft_eval.types import Example, Suite
 
 DATA_DIR_VARIABLE = "ASFT_DATA_DIR"
@@ -23,7 +22,7 @@ def load_suites(names: Sequence[str], *, prompt: str | None = None) -> list[Suit
     """Suites by name, by group (`math`, `medical`, ...) or by path, each once and in the order named.
 
     Args:
-        names: published suites, groups of them, JSON Lines files with `prompt` and `answer`.
+        names: published suites or their ids on the hub, groups of them, JSON Lines files with `prompt` and `answer`.
         prompt: the prompt variant of all suites whose prompt may be chosen; None = each suite's own.
 
     Raises:
@@ -36,11 +35,22 @@ def load_suites(names: Sequence[str], *, prompt: str | None = None) -> list[Suit
         raise EvaluationError(
             f"{', '.join(suites)} have one form of prompt alone: leave the prompt variant {prompt} out"
         )
-    return [load_suite(name, prompt=prompt) for name in suites]
+    loaded: dict[str, str] = {}
+    chosen: list[Suite] = []
+    for name in suites:
+        suite = load_suite(name, prompt=prompt)
+        if suite.name in loaded:
+            raise EvaluationError(
+                f"{loaded[suite.name]} and {name} are both the suite {suite.name}, and results are told apart by that name: rename a file"
+            )
+        loaded[suite.name] = name
+        chosen.append(suite)
+    return chosen
 
 
 def load_suite(name: str, *, prompt: str | None = None) -> Suite:
     """One suite; see `load_suites`."""
+    (name,) = spread([name])
     if name not in SUITES:
         return _own_file(name, prompt or "raw")
     definition = SUITES[name]
@@ -91,14 +101,25 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         EvaluationError: it cannot be read as such.
     """
     try:
-        raw = file.read_bytes()
-        text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8")
-        if file.name.endswith(".json"):
-            return json.loads(text)
-        # Not splitlines: it would also cut at U+2028 and its like, which JSON allows within a text.
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
+        text = read_text(file)
+        return _array(text) if file.name.endswith(".json") else list(map(_row, numbered(text)))
+    except (OSError, ValueError) as error:
         raise EvaluationError(f"{file} cannot be read ({error}): get it again") from error
+
+
+def _row(line: tuple[int, str]) -> dict[str, Any]:
+    number, text = line
+    try:
+        return parsed(text)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+
+
+def _array(text: str) -> list[dict[str, Any]]:
+    rows = parsed(text)
+    if not isinstance(rows, list):
+        raise ValueError("not a JSON array")
+    return cast(list[dict[str, Any]], rows)
 
 
 def _cure(name: str, definition: Definition) -> str:
@@ -119,7 +140,7 @@ def _in_hub_cache(definition: Definition) -> Path | None:
 
 def _own_file(name: str, variant: str) -> Suite:
     path = Path(name)
-    if not path.is_file() and not path.suffix and len(path.parts) <= 1:
+    if not path.is_file() and (is_hub_id(name) or (not path.suffix and len(path.parts) <= 1)):
         raise unknown(name)
     suite = load_jsonl(name)
     examples = tuple(

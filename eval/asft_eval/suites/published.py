@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -39,6 +40,7 @@ class Definition:
         choices: the continuations whose log probabilities decide; empty = the model writes.
         download: the set of `asft data download` that has it; empty = none.
         hub: where its file lies on the hub, for the cache.
+        repos: further dataset repositories of the hub with the same questions, by which the suite may be named.
     """
 
     file: str
@@ -53,8 +55,10 @@ class Definition:
     choices: tuple[str, ...] = ()
     download: str = ""
     hub: Hub | None = None
+    repos: tuple[str, ...] = ()
 
 
+_FILES = (".jsonl", ".json", ".gz", ".txt")
 _LETTERS = tuple(f" {letter}" for letter in records.LETTERS)
 
 
@@ -82,16 +86,25 @@ _MEDQA = Hub("GBaker/MedQA-USMLE-4-options", "phrases_no_exclude_test.jsonl")
 SUITES: Mapping[str, Definition] = MappingProxyType(
     {
         **_math("math500", records.math500, 500, download="math500", hub=_MATH500),
-        **_math("gsm8k", records.gsm8k, 1319, field="question", download="gsm8k"),
+        **_math("gsm8k", records.gsm8k, 1319, field="question", download="gsm8k", repos=("openai/gsm8k",)),
         **_math("aime24", records.aime24, 30, download="aime24"),
         **_math("aime25", records.aime25, 30, hub=Hub("math-ai/aime25", "test.jsonl")),
         **_math("amc23", records.amc23, 40, field="question", hub=Hub("math-ai/amc23", "test.jsonl")),
         **_math("minerva", records.minerva, 272),
         **_math("olympiadbench", records.olympiad, 675, field="question"),
         **_medical("medqa", records.medqa, 1273, download="medqa", hub=_MEDQA),
-        **_medical("medmcqa", records.medmcqa, 4183, download="medmcqa"),
+        **_medical(
+            "medmcqa", records.medmcqa, 4183, download="medmcqa", repos=("openlifescienceai/medmcqa",)
+        ),
         **_medical("mmlu_medical", records.mmlu, 2739, download="mmlu"),
-        **_code("humaneval", code.humaneval, 164, file="code/HumanEval.jsonl.gz", download="humaneval"),
+        **_code(
+            "humaneval",
+            code.humaneval,
+            164,
+            file="code/HumanEval.jsonl.gz",
+            download="humaneval",
+            repos=("openai/openai_humaneval",),
+        ),
         **_code("humaneval_plus", code.humaneval, 164),
         **_code("mbpp", code.mbpp, 500, field="text"),
         **_code("mbpp_plus", code.mbpp, 378),
@@ -118,8 +131,27 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
+def hub_ids() -> dict[str, str]:
+    """Id of a dataset on the hub -> the suite that asks its questions."""
+    return {
+        repo: name
+        for name, definition in SUITES.items()
+        for repo in (*((definition.hub.repo,) if definition.hub else ()), *definition.repos)
+    }
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a dataset's id on the hub, and not that of a file."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not name.endswith(_FILES)
+
+
 def unknown(name: str) -> EvaluationError:
     """What is said of a name that is neither suite, group nor file."""
+    if is_hub_id(name):
+        return EvaluationError(
+            f"there is no file {name}, and no suite by that id of the hub: of the hub's datasets {', '.join(hub_ids())} can be given, which are looked "
+            "up as the suites of their names are, or a JSON Lines file"
+        )
     known = did_you_mean(name, [*SUITES, *groups()])
     return EvaluationError(
         f"there is no suite or file {name or '(a name is empty)'}: {known} (the last {len(groups())} are groups), or give a JSON Lines file"
@@ -127,6 +159,6 @@ def unknown(name: str) -> EvaluationError:
 
 
 def spread(names: Sequence[str]) -> list[str]:
-    """The names with each group as its suites, each once and in the order named."""
-    members = groups()
-    return list(dict.fromkeys(one for name in names for one in members.get(name, [name])))
+    """The names without spaces around them, each group as its suites and each id of the hub as its suite, each once and in the order named."""
+    members = {**groups(), **{repo: [name] for repo, name in hub_ids().items()}}
+    return list(dict.fromkeys(one for name in map(str.strip, names) for one in members.get(name, [name])))

@@ -14,7 +14,7 @@ def asked_by(names: Sequence[str]) -> dict[str, list[str]]:
     """Suite -> its questions, in its order.
 
     Args:
-        names: published suites, groups of them, JSON Lines files with a `prompt` field.
+        names: published suites or their ids on the hub, groups of them, JSON Lines files with a `prompt` field.
 
     Raises:
         EvaluationError: there is no such suite or file, or it holds something else.
@@ -24,6 +24,7 @@ def asked_by(names: Sequence[str]) -> dict[str, list[str]]:
 
 def questions(suite: str) -> list[str]:
     """The questions of one suite or file; see `asked_by`."""
+    (suite,) = spread([suite])
     if suite in SUITES:
         file, field = find_file(suite), SUITES[suite].field
     else:

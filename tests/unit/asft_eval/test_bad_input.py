@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import re
 import time
@@ -77,6 +78,12 @@ REFUSED: Mapping[str, tuple[list[str], str]] = {
     "a group misspelt": ([TINY, "--suite", "medicl"], "did you mean 'medical'"),
     "a comma too many": ([TINY, "--suite", "{suite},"], r"no suite or file \(a name is empty\): choose one of math500"),
     "no such file": ([TINY, "--suite", "none.jsonl"], r"there is no suite file none\.jsonl: check the path"),
+    "an id of the hub that is no suite": (
+        [TINY, "--suite", "someone/some-set"],
+        r"no file someone/some-set, and no suite by that id of the hub: .* HuggingFaceH4/MATH-500, .*openai/gsm8k.* can be given",
+    ),
+    "an id of the hub whose file is not here": ([TINY, "--suite", "openlifescienceai/medmcqa"], "suite medmcqa is not here: run `asft data download medmcqa"),
+    "one name twice": ([TINY, "--suite", "{suite}, {suite}.gz"], r"copy\.jsonl and .*copy\.jsonl\.gz are both the suite copy, .*: rename a file"),
     "ids twice": ([TINY, "--suite", "{twice}"], r"twice\.jsonl uses the id a in lines 1 and 4: make ids unique"),
     "a protocol misspelt": ([TINY, *SUITE, "--protocol", "gredy"], "no protocol 'gredy': did you mean 'greedy'. choose one of"),
     "a prompt misspelt": ([TINY, *SUITE, "--prompt", "alpca"], "no prompt variant 'alpca': did you mean 'alpaca'. choose one of"),
@@ -99,6 +106,7 @@ def places(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delenv(variable, raising=False)
     suite, twice, out = tmp_path / "copy.jsonl", tmp_path / "twice.jsonl", tmp_path / "out"
     suite.write_text('{"prompt": "copy AB:", "answer": "AB"}\n')
+    (tmp_path / "copy.jsonl.gz").write_bytes(gzip.compress(suite.read_bytes()))
     rows = [json.dumps({"id": x, "prompt": "copy AB:", "answer": "AB"}) for x in "aba"]
     twice.write_text("\n".join([rows[0], "", *rows[1:]]) + "\n")
     out.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import shutil
@@ -200,6 +201,9 @@ def test_windows_cover_a_text_and_pairs_are_cut(model_dir: Path, tmp_path: Path)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_held_out(tmp_path / "rows.jsonl", tokenizer, positions=16)
     assert (len(found.encoded), found.cut, found.left_out) == (2, 1, 1)
+    marked = tmp_path / "rows.jsonl.gz"
+    marked.write_bytes(gzip.compress(b"\xef\xbb\xbf" + (tmp_path / "rows.jsonl").read_bytes()))
+    assert read_held_out(marked, tokenizer, positions=16).encoded == found.encoded
 
 
 @pytest.mark.parametrize(
@@ -209,11 +213,14 @@ def test_windows_cover_a_text_and_pairs_are_cut(model_dir: Path, tmp_path: Path)
         ('{"prompt": "a"}\n', "line 1 of .* has no prompt and response, nor a text"),
         ('{"text": "a"}\n[1\n', "line 2 of .* is no JSON"),
         ('"a"\n', "line 1 of .* has no prompt and response"),
+        ("[" * 100_000, "line 1 of .* is no JSON .nested too deeply"),
+        ('\n{"text": "a\\ud800"}', "line 2 of .* is no JSON .*surrogate"),
+        ("ä".encode("latin-1"), "cannot be read as text .line 1 is not UTF-8"),
     ],
 )
-def test_texts_that_cannot_be_read(model_dir: Path, tmp_path: Path, content: str, says: str):
+def test_texts_that_cannot_be_read(model_dir: Path, tmp_path: Path, content: str | bytes, says: str):
     file = tmp_path / "rows.jsonl"
-    file.write_text(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(EvaluationError, match=says):
         read_held_out(file, load_tokenizer(model_dir), positions=64)
     with pytest.raises(EvaluationError, match="cannot be read as text"):

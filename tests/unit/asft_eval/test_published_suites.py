@@ -14,6 +14,8 @@ from asft_eval.graders import grade
 from asft_eval.run import evaluate
 from asft_eval.suites import SUITES, load_suite, load_suites
 from asft_eval.suites.prompts import PROMPTS, as_chat, render
+from asft_eval.suites.published import hub_ids
+from asft_eval.suites.questions import asked_by
 from transformers import AutoTokenizer
 
 HERE = ["math500", "gsm8k", "aime24", "medqa", "medmcqa", "mmlu_medical", "humaneval", "alpaca_eval"]
@@ -108,6 +110,14 @@ def test_groups_and_repeats(real: Path):
     ]
 
 
+def test_a_suite_may_be_named_by_its_id_on_the_hub(real: Path):
+    names = ["HuggingFaceH4/MATH-500", "math500", " openai/gsm8k"]
+    assert [suite.name for suite in load_suites(names)] == ["math500", "gsm8k"]
+    assert load_suite("tatsu-lab/alpaca_eval").name == "alpaca_eval"
+    assert list(asked_by(["openai/openai_humaneval"])) == ["humaneval"]
+    assert set(hub_ids().values()) <= set(SUITES)
+
+
 def test_a_suite_that_is_not_here_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ASFT_DATA_DIR", str(tmp_path))
     for name, says in (
@@ -171,6 +181,7 @@ def test_the_page_has_every_suite_of_the_table():
         )
         for cells in rows
     }
+    assert all(f"`{name}`" in PAGE.read_text(encoding="utf-8") for name in hub_ids())
     absent = "none: put it there"
     assert found == {
         name: (suite.group, str(suite.rows), suite.file, suite.download or absent, suite.grader)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
 from asft_eval import EvaluationError, Suite
 from asft_eval.graders import grader
-from asft_eval.suites import load_jsonl, suite_from_pairs, write_jsonl
+from asft_eval.suites import load_jsonl, load_suites, suite_from_pairs, write_jsonl
+from asft_eval.suites.questions import asked_by
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,13 +51,50 @@ def test_a_limited_suite_has_another_hash():
         ('{"prompt": "a", "answer": " "}\n', "'answer' is missing or empty"),
         ("\n", "no example"),
         ('{"id": 7, "prompt": "a", "answer": "b"}\n' * 2, "id 7 in lines 1 and 2: make ids unique"),
+        ('{"id": [7], "prompt": "a", "answer": "b"}\n', "line 1: the id is neither a text nor a number"),
+        ("[" * 100_000, "line 1: nested too deeply: correct the file"),
+        ('{"prompt": "\\ud800", "answer": "b"}', r"line 1: \\ud800 is half of a surrogate pair"),
+        ('{"prompt": "a", "answer": "b\\uDFFF"}', r"line 1: \\udfff is half of a surrogate pair"),
+        (b'{"prompt": "a", "answer": "b"}\n{"prompt": "\xe4"', "as text .line 2 is not UTF-8: byte 0xe4.: give JSON"),
+        ('{"prompt": "a", "answer": "b"}'.encode("utf-16"), "as text .line 1 is not UTF-8"),
+        (gzip.compress(b"x" * 99)[:-9], "as text .damaged gzip"),
+        ('{"prompt": "a", "answer": "b", "grader": "code"}', "the grader is 'code', .* may be exact_match or math"),
+        ('{"prompt": "a", "answer": "b", "grader": "math"}\n{"prompt": "a", "answer": "b"}', "grader math in line 1 and .none. in line 2"),
     ],
-)
-def test_unusable_files(tmp_path: Path, content: str, says: str):
+)  # fmt: skip
+def test_unusable_files(tmp_path: Path, content: str | bytes, says: str):
     file = tmp_path / "bad.jsonl"
-    file.write_text(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(EvaluationError, match=says):
         load_jsonl(file)
+
+
+ROW = '{"prompt": "a", "answer": "b", "id": null}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [("\ufeff" + ROW).encode(), gzip.compress(ROW.encode()), ROW.replace("\n", "\r\n").encode()],
+    ids=["byte order mark", "gzip", "other line ends"],
+)
+def test_forms_of_one_file(tmp_path: Path, content: bytes):
+    (tmp_path / "plain.jsonl").write_text(ROW)
+    file = tmp_path / "plain.jsonl.gz"
+    file.write_bytes(content)
+    assert load_jsonl(file) == load_jsonl(tmp_path / "plain.jsonl")
+    assert [(e.id, e.prompt, e.answer) for e in load_jsonl(file).examples] == [("1", "a", "b")]
+    assert asked_by([str(file)]) == {str(file): ["a"]}
+
+
+def test_a_file_names_its_grader(tmp_path: Path):
+    file = tmp_path / "sums.jsonl"
+    file.write_text('{"prompt": "1/2 of 1?", "answer": "0.5", "grader": "math"}\n')
+    (suite,) = load_suites([f" {file} "])
+    assert suite.grader == "math"
+    (tmp_path / "again").mkdir()
+    write_jsonl(tmp_path / "again" / "sums.jsonl", suite)
+    assert load_jsonl(tmp_path / "again" / "sums.jsonl") == suite
+    assert load_jsonl(file, grader="exact_match").grader == "exact_match"
 
 
 def test_a_missing_file(tmp_path: Path):

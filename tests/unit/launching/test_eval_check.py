@@ -46,6 +46,8 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
         (["eval.suites=[medqa]", "eval.protocol=pass@0"], "pass@K with K from 1"),
         (["eval.suites=[medqa]", "eval.prompt=alpca"], "eval.prompt=alpca is unknown: did you mean 'alpaca'"),
         (["eval.suites=[medqqa]"], "eval.suites has 'medqqa', which is no suite and no JSON Lines file: did you mean 'medqa'"),
+        (["eval.suites=[openai/gsm9k]"], "eval.suites has 'openai/gsm9k', which is no suite and no JSON Lines file: did you mean 'openai/gsm8k'"),
+        (["eval.suites=[openai/openai_humaneval]"], "eval.suites has humaneval, and the model's programs are run"),
         (["eval.drift=held_out.jsonl", "model.path=nemo"], "eval.drift measures how far the model goes from a Hugging Face base"),
         (["eval.suites=[code]"], "the model's programs are run to grade them: set eval.allow_code_execution=true"),
     ],

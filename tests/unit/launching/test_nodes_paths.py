@@ -25,7 +25,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_relative_names_become_absolute_and_names_stay(start: Path) -> None:
     words = [
         *("experiment=tiny_gsm8k", "model.path=base", "data.train=[a.jsonl,owner/set:train,/b.jsonl,x/*.parquet]"),
-        *("eval.suites=[medqa,math,mine.jsonl,../suites/theirs]", "data.validation=[./v.jsonl]", "trainer.validate_every=2"),
+        *("eval.suites=[medqa,math,mine.jsonl,../suites/theirs,openai/gsm8k]", "data.validation=[./v.jsonl]", "trainer.validate_every=2"),
     ]  # fmt: skip
     run = for_nodes(compose(words, check_inputs=False, launched=True))
     assert run.model.path == str(start / "base")
@@ -36,7 +36,7 @@ def test_relative_names_become_absolute_and_names_stay(start: Path) -> None:
         str(start / "x/*.parquet"),
     )
     assert run.data.validation == (str(start / "v.jsonl"),)
-    suites = ("medqa", "math", str(start / "mine.jsonl"), str(start.parent / "suites/theirs"))
+    suites = ("medqa", "math", str(start / "mine.jsonl"), str(start.parent / "suites/theirs"), "openai/gsm8k")
     assert run.eval.suites == suites
 
 
