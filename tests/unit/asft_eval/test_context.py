@@ -11,7 +11,7 @@ import pytest
 from asft_eval import EvaluationError, Protocol
 from asft_eval.backends.hf import HfBackend, context
 from asft_eval.result import read_samples
-from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 from asft_nemo import cli
 
