@@ -14,7 +14,7 @@ from ranks import RankGroup
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
 import gpu_check
-from bench import gpu_steps
+from bench import gpu_cluster, gpu_steps
 from bench.gpu_parts import Check
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
@@ -69,3 +69,36 @@ def test_steps_with_lora_at_small_sizes(ranks1: RankGroup, tmp_path: Path) -> No
     assert row["ratio"] > 0
     assert found["bars"]["ratio_lora_adapter_disabled"]["limit"] == row["law"] + 0.03
     assert not (tmp_path / "steps_lora_sft").exists(), "nothing of the real sizes' tens of GB stays"
+
+
+@pytest.mark.long
+def test_steps_with_every_reference_at_small_sizes(ranks1: RankGroup, tmp_path: Path) -> None:
+    found = gpu_steps.check_steps(gpu_steps.FULL, forked_check(tmp_path, ranks1))
+    assert [row["form"] for row in found["rows"]] == ["cached", "offloaded", "resident"]
+    laws = {row["form"]: row["law"] for row in found["rows"]}
+    assert 1.0 < laws["cached"] < laws["resident"] == laws["offloaded"] == pytest.approx(4 / 3, abs=0.01)
+
+
+def test_gradients_of_two_ranks(ranks2: RankGroup, tmp_path: Path) -> None:
+    """The part of --nproc 2 at one of its layouts, the jobs and the oracle included; a layout that breaks does not stop the others."""
+    layouts = {"tp2_sp": gpu_cluster.LAYOUTS["tp2_sp"], "odd": (2, {"parallel.tp_size": 3}), "four": (4, {})}
+    found = gpu_cluster.check_gradients(layouts, forked_check(tmp_path, ranks2, nproc=2))
+    assert set(found["rows"]) == {"tp2_sp", "odd"}
+    assert 0 < found["bars"]["error"]["measured"] <= 1e-5
+    assert found["bars"]["failed"] == {"measured": 1, "limit": 0}
+    assert "must be a multiple of tensor_model_parallel_size (3)" in found["rows"]["odd"]["failed"]
+
+
+@pytest.mark.long
+def test_the_other_parts_of_two_ranks(ranks2: RankGroup, tmp_path: Path) -> None:
+    check = forked_check(tmp_path, ranks2, nproc=2)
+    for work in (gpu_cluster.check_checkpoint, gpu_cluster.check_overlap):
+        found = work(check)
+        assert found["bars"]["failed"]["measured"] == 0, found
+        key = next(key for key in found["bars"] if key != "failed")
+        assert found["bars"][key]["measured"] <= found["bars"][key]["limit"]
+    tp2 = {"tp2": gpu_cluster.LAYOUTS["tp2"]}
+    assert gpu_cluster.check_bf16(tp2, check)["bars"]["of_plain"]["measured"] < 1.5
+    assert (
+        gpu_cluster.check_gradients(gpu_cluster.CONTEXT_LAYOUTS, check)["bars"]["error"]["measured"] <= 1e-5
+    )
