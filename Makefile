@@ -28,7 +28,7 @@ test-slurm: $(STAMP)  ## the tests on a real Slurm, at most 8 minutes; installs 
 simulate: $(STAMP)  ## every recipe at full size without data against the planner; written into benchmarks/results
 	OMP_NUM_THREADS=1 $(BIN)/python tools/simulate_recipes.py --out benchmarks/results $(ARGS)
 
-test-vllm: $(STAMP)  ## real vLLM (its build for CPUs, in .venv-vllm) against transformers, four minutes once that is installed
+test-vllm: $(STAMP)  ## real vLLM (its build for CPUs, in .venv-vllm) against transformers, three minutes once that is installed
 	tools/test_vllm $(BIN)/python $(ARGS)
 
 test-rl: $(STAMP)  ## a few steps of TRL's GRPO on an exported model, in a venv of its own (1 minute, and 2 to 4 to install)
