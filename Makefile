@@ -13,13 +13,13 @@ help:  ## what can be made
 demo: $(STAMP)  ## the whole story on this machine; ends with a report
 	$(BIN)/asft demo $(ARGS)
 
-test: $(STAMP)  ## the suite: every feature and refusal (about 25 minutes on two cores)
+test: $(STAMP)  ## the suite: every feature and refusal (an estimated half hour on two cores)
 	$(BIN)/lint-imports --config pyproject.toml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest $(ARGS)
 
-test-long: $(STAMP)  ## what make test leaves out: further layouts, seeds, recipes and suites (about 20 minutes on two cores)
+test-long: $(STAMP)  ## what make test leaves out: further layouts, seeds, recipes, suites and blocks of the documentation (an estimated hour on two cores)
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 test-slurm: $(STAMP)  ## the tests on a real Slurm, at most 8 minutes; installs Debian's packages of it where it may
