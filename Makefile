@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 
-.PHONY: help demo test test-long simulate test-slurm test-vllm test-rl test-compat test-container check types audit lock release-check docs format venv clean
+.PHONY: help demo test test-long faults simulate test-slurm test-vllm test-rl test-compat test-container check types audit lock release-check docs format venv clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -21,6 +21,9 @@ test: $(STAMP)  ## the suite: every feature and refusal (an estimated half hour 
 
 test-long: $(STAMP)  ## what make test leaves out: further layouts, seeds, recipes, suites and blocks of the documentation (an estimated hour on two cores)
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+faults: $(STAMP)  ## the short form of the fault campaign: kills, full disks, damaged files (six minutes); docs/faults.md has the long one
+	$(BIN)/python tools/fault_campaign.py --short --out runs/faults $(ARGS)
 
 test-slurm: $(STAMP)  ## the tests on a real Slurm, at most 8 minutes; installs Debian's packages of it where it may
 	tools/test_slurm $(BIN)/python $(ARGS)

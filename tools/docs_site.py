@@ -35,7 +35,10 @@ OUTSIDE = {
     "benchmarks/results/cpu_sweep.png": "results/cpu_sweep.png",
     **{
         f"benchmarks/results/{name}.md": f"results/{name}.md"
-        for name in ("compat", "cpu_convert", "cpu_step", "cpu_step_pp1", "simulation")
+        for name in (
+            *("compat", "coverage", "cpu_convert", "cpu_step", "cpu_step_pp1"),
+            *("exactness", "fault_campaign", "mutation", "simulation"),
+        )
     },
 }
 
