@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from asft_eval import EvaluationError
+from asft_eval.graders.code import judge_program
+from asft_eval.sandbox import Sandbox, open_sandbox
+from contained import PROBLEM, RIGHT
 from safetensors.torch import load_file, save_file
 
 BASE = Path(__file__).resolve().parents[3] / "assets" / "tiny-base"
@@ -45,3 +50,15 @@ def moved_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def one_thread() -> None:
     """The machine is shared."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    """One that all tests of a file try to break; it must still judge when they are done."""
+    try:
+        opened = open_sandbox()
+    except EvaluationError as error:
+        pytest.skip(str(error))
+    with opened:
+        yield opened
+        assert judge_program(opened, PROBLEM, RIGHT) == (True, "all tests passed (2 calls)")

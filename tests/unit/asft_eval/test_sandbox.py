@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,20 +20,6 @@ from asft_eval.types import Example
 from contained import PROBLEM, QUICK, RIGHT, WRONG, finds, gone, seen
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    try:
-        opened = open_sandbox()
-    except EvaluationError as error:
-        pytest.skip(str(error))
-    with opened:
-        yield opened
-        assert judge_program(opened, PROBLEM, RIGHT) == (
-            True,
-            "all tests passed (2 calls)",
-        )  # after everything
 
 
 def judged(sandbox: Sandbox, code: str, *, go_on: bool = True) -> tuple[bool, str]:

@@ -8,28 +8,16 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from asft_eval import EvaluationError
 from asft_eval.graders.code import LIMITS, judge_program
 from asft_eval.sandbox import Outcome, Sandbox, calls, open_sandbox
 from contained import PROBLEM, QUICK, RIGHT, finds, gone, numbers, seen
 
 pytestmark = pytest.mark.timeout(120)
 PASSED = (True, "all tests passed (2 calls)")
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    try:
-        opened = open_sandbox()
-    except EvaluationError as error:
-        pytest.skip(str(error))
-    with opened:
-        yield opened
 
 
 @pytest.fixture
