@@ -39,14 +39,14 @@ COPIED = (
 )
 # jaxtyping's checks wrap mutmut's switches instead of the functions; Triton compiles the text of its kernels.
 LEFT_OUT = ("tests/unit/losses/test_shapes.py", "tests/unit/losses/test_triton.py")
-# A second's worth of tests: every survivor runs all that call it, which numeric derivatives and drawn examples would make minutes.
+# A few seconds' worth of tests: every survivor runs all that call it, which numeric derivatives and drawn examples would make minutes.
 SELECTED = (
     "tests/unit/objectives",
     *(
         f"tests/unit/losses/test_{name}.py"
         for name in (
             *("per_token", "gradients_wanted", "head_gradient", "vocab_shard", "head_bytes", "head_gemm"),
-            *("chunks", "metrics", "dense", "vocab_parallel"),
+            *("chunks", "metrics", "dense", "vocab_parallel", "fused_linear"),
         )
     ),
 )

@@ -59,11 +59,12 @@ class Journal:
         for line in lines[1:]:
             try:
                 entry = json.loads(line)
-            except ValueError:
+                name, nbytes, _ = entry["name"], entry["bytes"], entry["facts"]
+                file = self._directory / name
+            except (ValueError, KeyError, TypeError):  # cut by a kill, or not written by us
                 break
-            file = self._directory / entry["name"]
-            if file.is_file() and file.stat().st_size == entry["bytes"]:
-                found[entry["name"]] = entry
+            if file.is_file() and file.stat().st_size == nbytes:
+                found[name] = entry
         return found
 
     @property

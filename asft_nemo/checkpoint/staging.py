@@ -42,8 +42,8 @@ def resumable_directory(
 ) -> Generator[tuple[Path, Journal], None, None]:
     """Like `staged_directory`, for work that takes long: what an interrupted process finished is kept and used by the next one.
 
-    Yields the temporary directory and its journal. Files the journal names are complete, everything else was cleared. A kill, Ctrl-C or
-    an error of the operating system (a full disk) leaves the directory for the next start of the same job; any other error removes it.
+    Yields the temporary directory and its journal. Files the journal names are complete, everything else was cleared. A kill, Ctrl-C,
+    an error of the operating system (a full disk) and a disk without room for the rest leave the directory for the next start of the same job; any other error removes it.
 
     Args:
         target, needed_bytes: see `staged_directory`.
@@ -68,6 +68,7 @@ def _staged(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(staging)
+        journal: Journal | None = None
         try:
             journal = None if job is None else Journal(staging, job)
             _clear(staging, journal)
@@ -81,7 +82,10 @@ def _staged(
             os.rename(staging, target)
             _sync_directory(target.parent)
         except BaseException as error:
-            if job is not None and isinstance(error, OSError | KeyboardInterrupt | SystemExit):
+            may_go_on = isinstance(error, OSError | KeyboardInterrupt | SystemExit)
+            if isinstance(error, _NoRoom) and journal is not None and journal.names:
+                may_go_on = True  # there may be room later, and what is complete may have taken hours
+            if job is not None and may_go_on:
                 kept = f"; what is complete stays in {staging}, and the same command goes on from there"
                 logger.info("interrupted%s", kept)
             else:
@@ -96,10 +100,14 @@ def _staged(
         ) from error
 
 
+class _NoRoom(CheckpointError):
+    """The disk has no room for what is still to be written."""
+
+
 def _check_room(target: Path, staging: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(staging).free
     if free < needed_bytes:
-        raise CheckpointError(
+        raise _NoRoom(
             f"{target} needs {_shown(needed_bytes)} where {_shown(free)} are free: make room or choose another disk"
         )
 

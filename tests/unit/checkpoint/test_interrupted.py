@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from hf_cases import write_hf
@@ -124,7 +125,7 @@ def _stop():
 
 @pytest.mark.parametrize(
     "change",
-    ["dtype", "source", "size", "first_line", "torn"],
+    ["dtype", "source", "size", "first_line", "odd_line", "torn"],
 )
 def test_only_files_of_the_same_job_count(source, tmp_path, change, monkeypatch):
     """An error after a few files; then another dtype, another source, a cut file, another journal: nothing wrong gets into the target."""
@@ -155,6 +156,10 @@ def test_only_files_of_the_same_job_count(source, tmp_path, change, monkeypatch)
     elif change == "first_line":
         text = (partial / JOURNAL_NAME).read_text()
         (partial / JOURNAL_NAME).write_text(text.replace('"job": "', '"job": "0', 1))
+    elif change == "odd_line":
+        lines = (partial / JOURNAL_NAME).read_text().splitlines()
+        (partial / JOURNAL_NAME).write_text("\n".join([*lines[:-1], "17", lines[-1], ""]))
+        expected = complete - 1
     else:
         text = (partial / JOURNAL_NAME).read_bytes()
         (partial / JOURNAL_NAME).write_bytes(text[:-20])
@@ -177,8 +182,9 @@ def test_other_errors_leave_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_room_is_only_needed_for_what_is_missing(tmp_path):
-    free = shutil.disk_usage(tmp_path).free
+def test_room_is_only_needed_for_what_is_missing(tmp_path, monkeypatch):
+    free = 10 * 2**20  # a disk of the test's own: on the real one others write, too
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
 
     def interrupted():
         with resumable_directory(tmp_path / "out", needed_bytes=1000, job={"a": 1}) as (staging, kept):
@@ -188,13 +194,28 @@ def test_room_is_only_needed_for_what_is_missing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    with resumable_directory(tmp_path / "out", needed_bytes=free - 2**19, job={"a": 1}) as (_, kept):
+    with (
+        pytest.raises(CheckpointError, match="make room"),
+        resumable_directory(tmp_path / "out", needed_bytes=free + 2**20 + 1, job={"a": 1}),
+    ):
+        pass
+    with resumable_directory(tmp_path / "out", needed_bytes=free + 2**20 - 1, job={"a": 1}) as (_, kept):
         assert kept.names == {"file"}
         assert (
             json.loads((tmp_path / ".out.partial" / JOURNAL_NAME).read_text().splitlines()[1])["bytes"]
             == 2**20
         )
     assert os.listdir(tmp_path / "out") == ["file"]
+
+
+def test_without_room_from_the_start_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with (
+        pytest.raises(CheckpointError, match="make room"),
+        resumable_directory(tmp_path / "out", needed_bytes=11, job={"a": 1}),
+    ):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("direction", ["import", "export"])
