@@ -36,6 +36,7 @@ COPIED = (
     "tests/unit/conftest.py",
     "tests/unit/losses",
     "tests/unit/objectives",
+    "tests/multiproc/losses/tensor_parallel_ranks.py",
 )
 # jaxtyping's checks wrap mutmut's switches instead of the functions; Triton compiles the text of its kernels.
 LEFT_OUT = ("tests/unit/losses/test_shapes.py", "tests/unit/losses/test_triton.py")
@@ -46,7 +47,7 @@ SELECTED = (
         f"tests/unit/losses/test_{name}.py"
         for name in (
             *("per_token", "gradients_wanted", "head_gradient", "vocab_shard", "head_bytes", "head_gemm"),
-            *("chunks", "metrics", "dense", "vocab_parallel", "fused_linear"),
+            *("chunks", "metrics", "dense", "vocab_parallel", "fused_linear", "ranks_in_threads"),
         )
     ),
 )

@@ -1,0 +1,121 @@
+"""The losses over two ranks that are threads of this process: tests/multiproc has the same on processes, four of them, and every variant.
+
+torch's own tests have such a process group; where this torch has none, these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from loss_cases import make_case, variant_objective
+
+from asft_nemo.losses import VocabShard
+
+pytest.importorskip("torch.testing._internal.distributed.multi_threaded_pg")
+from torch.testing._internal.distributed import multi_threaded_pg
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "multiproc" / "losses"))
+import tensor_parallel_ranks  # pyright: ignore[reportMissingImports]
+from tensor_parallel_ranks import (  # pyright: ignore[reportMissingImports]
+    FUSED_LAYOUTS,
+    Ranks,
+    fused_linear,
+    vocab_parallel,
+)
+
+ISOLATION = getattr(getattr(torch._C, "_distributed_c10d", None), "_set_thread_isolation_mode", None)
+pytestmark = [
+    pytest.mark.timeout(60),
+    pytest.mark.skipif(ISOLATION is None, reason="this torch keeps one register of groups for all threads"),
+]
+RANKS = 2
+TOLERANCE = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads share the module whose functions a count would replace."""
+
+    class Uncounted:
+        def __enter__(self) -> Any:
+            return SimpleNamespace(counts=None)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(tensor_parallel_ranks, "CountedCollectives", Uncounted)
+
+
+def on_ranks(does: Callable[[Ranks], Any]) -> list[Any]:
+    """What each rank's thread returns."""
+    multi_threaded_pg._install_threaded_pg()
+    assert ISOLATION is not None
+    ISOLATION(True)
+    store, answers, errors = dist.HashStore(), [None] * RANKS, []  # pyright: ignore[reportPrivateImportUsage]
+
+    def be(rank: int) -> None:
+        try:
+            dist.init_process_group("threaded", rank=rank, world_size=RANKS, store=store)
+            answers[rank] = does(Ranks(RANKS, rank, dist.group.WORLD))
+        except BaseException as error:
+            errors.append(error)
+            multi_threaded_pg.ProcessLocalGroup.exception_handle(error)  # the others wait for it
+
+    threads = [threading.Thread(target=be, args=(rank,), daemon=True) for rank in range(RANKS)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    finally:
+        multi_threaded_pg.ProcessLocalGroup.reset()
+        ISOLATION(False)
+        multi_threaded_pg._uninstall_threaded_pg()
+    if errors:
+        raise errors[0]
+    assert not any(thread.is_alive() for thread in threads), "a rank waits for ever"
+    return answers
+
+
+def shard(ranks: Ranks) -> VocabShard:
+    return VocabShard.of_rank(ranks.tp_rank, RANKS, 12, 11, ranks.group)
+
+
+def test_collectives() -> None:
+    def collect(ranks: Ranks) -> tuple[torch.Tensor, ...]:
+        mine, rank = shard(ranks), ranks.tp_rank
+        return (
+            mine.gather_rows(torch.full((2, 3), float(rank))),
+            mine.reduce_scatter_rows(torch.arange(12.0).view(4, 3).T.contiguous().T * (rank + 1)),
+            mine.all_gather(torch.tensor([[rank], [rank + 10]])),
+            mine.all_reduce_sum_(torch.ones(2, dtype=torch.float64) * (rank + 1)),
+        )
+
+    for rank, (rows, scattered, gathered, summed) in enumerate(on_ranks(collect)):
+        assert rows.tolist() == [[0.0] * 3, [0.0] * 3, [1.0] * 3, [1.0] * 3]
+        assert torch.equal(scattered, 3 * torch.arange(12.0).view(4, 3)[2 * rank : 2 * rank + 2])
+        assert gathered.tolist() == [[[0], [10]], [[1], [11]]]
+        assert torch.equal(summed, torch.full((2,), 3.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("name", "direction"), [("asft", "reverse"), ("eaft", None)])
+def test_vocab_parallel(name: str, direction: Any) -> None:
+    chosen = variant_objective(name, direction)
+    for found in on_ranks(lambda ranks: vocab_parallel(ranks, chosen, make_case())):
+        assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", FUSED_LAYOUTS)
+def test_fused_linear(layout: str) -> None:
+    chosen = variant_objective("asft", "forward")
+    for found in on_ranks(lambda ranks: fused_linear(ranks, chosen, make_case(), **FUSED_LAYOUTS[layout])):
+        del found["collectives_not_as_promised"]
+        assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=TOLERANCE)
