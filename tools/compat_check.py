@@ -114,7 +114,7 @@ def sums() -> list[dict[str, str]]:
 
 def environment(name: str) -> Path:
     """Makes `.venv-compat-NAME` where it is not there, or older than its list. Returns its Python."""
-    listed = ROOT / "requirements" / f"compat_{name}.txt"
+    listed = ROOT / "requirements" / "hashes" / f"compat_{name}.txt"
     folder = ROOT / f".venv-compat-{name}"
     python, stamp = folder / "bin" / "python", folder / ".installed"
     if stamp.is_file() and stamp.stat().st_mtime >= listed.stat().st_mtime:
@@ -125,8 +125,8 @@ def environment(name: str) -> Path:
     subprocess.run([pinned, "-m", "venv", "--without-pip", folder], check=True)
     site = next(folder.glob("lib/python3*/site-packages"))
     shared = next((ROOT / ".venv").glob("lib/python3*/site-packages"))
-    quiet = ("--quiet", "--disable-pip-version-check", "--no-deps")
-    subprocess.run([pinned, "-m", "pip", "--python", python, "install", *quiet, "-r", listed], check=True)
+    options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes")
+    subprocess.run([pinned, "-m", "pip", "--python", python, "install", *options, "-r", listed], check=True)
     (site / "pinned.pth").write_text(f"import site; site.addsitedir({str(shared)!r})\n", encoding="utf-8")
     stamp.touch()
     return python
