@@ -47,6 +47,8 @@ TITLES = {
     "modelopt": "ModelOpt's KL, Megatron's CE",
 }
 
+OURS = tuple(name for name in TITLES if name == "gemms" or name.startswith("fused"))
+
 
 def _products(t: Tensors) -> Work:
     """Logits of both models, dHidden and dHead, in the inputs' dtype, and nothing else."""
@@ -123,16 +125,30 @@ def _work(name: str, case: Case, t: Tensors, main_grad_VH: Tensor) -> Work:
     return _contender("fused" if name == "fused_returned" else name, case, t)
 
 
-def _attempt(work: Work, device: str) -> str | None:
-    """Calls it once; why it cannot run, where it cannot."""
+def _tried(name: str, case: Case, t: Tensors, main_grad_VH: Tensor) -> Work | str:
+    """What a row of `TITLES` names, built and visited once; why it cannot run, where it cannot.
+
+    Raises:
+        Exception: ours broke, which is the part's failure.
+    """
+    reason: str | None = None
+    work: Work | None = None
     try:
+        work = _work(name, case, t, main_grad_VH)
         work()
-    except Exception as error:  # of another library: the other rows still tell something
-        reason = sentence(error)
-        del error
-        tidy(device)
-        return reason
-    return None
+    except Unavailable as why:
+        reason = str(why)
+    except Exception as error:
+        if name in OURS:
+            raise
+        reason = sentence(error)  # of another library: the other rows still tell something
+    t.hidden_TH.grad = t.head_VH.grad = None
+    if reason is None:
+        assert work is not None
+        return work
+    del work
+    tidy(case.device)  # only here is nothing left that holds what the error's frames held
+    return reason
 
 
 def times(case: Mapping[str, Any], rounds: int, names: Sequence[str] = tuple(TITLES)) -> dict[str, Any]:
@@ -148,17 +164,11 @@ def times(case: Mapping[str, Any], rounds: int, names: Sequence[str] = tuple(TIT
     skipped: dict[str, str] = {}
     for name in names:
         at(f"the first visit of {name}")
-        try:
-            work = _work(name, size, tensors, main_grad_VH)
-        except Unavailable as why:
-            skipped[name] = str(why)
-            continue
-        reason = _attempt(work, size.device)
-        if reason is None:
-            works[name] = work
+        tried = _tried(name, size, tensors, main_grad_VH)
+        if isinstance(tried, str):
+            skipped[name] = tried
         else:
-            skipped[name] = reason
-        tensors.hidden_TH.grad = tensors.head_VH.grad = None
+            works[name] = tried
     seconds: dict[str, list[float]] = {name: [] for name in works}
     order = list(works)
     for number in range(rounds):
@@ -181,15 +191,9 @@ def memory(case: Mapping[str, Any], names: Sequence[str] = tuple(TITLES)) -> dic
     found: dict[str, Any] = {}
     for name in names:
         at(f"memory of {name}")
-        try:
-            work = _work(name, size, tensors, main_grad_VH)
-        except Unavailable as why:
-            found[name] = {"skipped": str(why)}
-            continue
-        reason = _attempt(work, size.device)
-        tensors.hidden_TH.grad = tensors.head_VH.grad = None
-        if reason is not None:
-            found[name] = {"skipped": reason}
+        work = _tried(name, size, tensors, main_grad_VH)
+        if isinstance(work, str):
+            found[name] = {"skipped": work}
             continue
         with peak_above(size.device) as peak:
             work()

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
-from bench import gpu_clock, gpu_loss, truth
+from bench import contenders, gpu_clock, gpu_loss, truth
 from bench.contenders import Case
 from bench.gpu_parts import Check
 
@@ -68,6 +68,35 @@ def test_the_loss_part_on_a_cpu() -> None:
         assert 0 < bars[what]["measured"] < bars[what]["limit"] / 2, what
     table = gpu_loss.loss_table(found)
     assert f"| {gpu_loss.TITLES['fused_pytorch']} | on a CPU there is nothing but PyTorch |  |  |" in table
+
+
+@pytest.mark.parametrize("broken", ["build", "visit"])
+def test_another_library_that_breaks_costs_its_own_row_and_ours_the_part(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(case: Case) -> Any:
+        if broken == "build":
+            raise TypeError("an argument that a later version has no more\nmore")
+        return lambda tensors: {}["no such kernel"]
+
+    rows = {**gpu_loss.CONTENDERS, "liger": contenders.Contender(build)}
+    monkeypatch.setattr(gpu_loss, "CONTENDERS", rows)
+    names = ["gemms", "liger", "authors"]
+    found, held = gpu_loss.times(CASE, 1, names), gpu_loss.memory(CASE, names)
+    said = {
+        "build": "TypeError: an argument that a later version has no more",
+        "visit": "KeyError: 'no such kernel'",
+    }
+    assert found["skipped"] == {"liger": said[broken]}
+    assert set(found["seconds"]) == {"gemms", "authors"}
+    assert held["liger"] == {"skipped": said[broken]}
+    monkeypatch.setattr(gpu_loss, "CONTENDERS", {**rows, "fused": rows["liger"]})
+    for work in (
+        lambda: gpu_loss.times(CASE, 1, ["fused_returned"]),
+        lambda: gpu_loss.memory(CASE, ["fused_returned"]),
+    ):
+        with pytest.raises((TypeError, KeyError)):
+            work()
 
 
 def test_errors_in_pieces_are_those_in_one() -> None:
