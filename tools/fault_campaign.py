@@ -10,6 +10,7 @@ docs/faults.md says what each fault must lead to. Exit code 1 where one did not.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import random
 import signal
@@ -25,14 +26,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from faults.artefacts import Undisturbed, drawn, try_fault
+from faults.cache_chain import CACHE, CacheChain
 from faults.chain import LONG, SHORT, Chain, Disturbance
-from faults.kills import kills, try_kill
+from faults.kills import clocks, kills, try_kill
 from faults.places import bad_places, can_mount, try_place
 from faults.rows import Book, Row
 from faults.yard import Yard
 
-SHORT_ARTEFACTS, SHORT_PLACES, SHORT_KILLS = 40, 6, 4
+SHORT_ARTEFACTS, SHORT_PLACES, SHORT_KILLS, SHORT_CLOCKS = 45, 6, 4, 2
 LONG_KILLS = 3  # of each command and signal
+CHAINS = (*LONG, CACHE)  # the last of another command
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,23 @@ def _rows(
     tries: Sequence[Try],
     chains: Mapping[int, tuple[Disturbance, ...]],
 ) -> Iterator[Row]:
+    for number, disturbances in chains.items():  # first: they take longest
+        yard.restore()
+        kind = Chain if given.short or CHAINS[number] is not CACHE else CacheChain
+        yield from kind(yard, seed=given.seed, number=number).disturb(disturbances)
     for one in tries:
         yield one.go()
-    for number, disturbances in chains.items():
-        yard.restore()
-        yield from Chain(yard, seed=given.seed, number=number).disturb(disturbances)
 
 
 def _names(*, mounts: bool) -> set[str]:
     """Of all faults of the long form."""
     alone = {
-        x.name for some in (drawn(None, seed=0), bad_places(mounts=mounts), kills(LONG_KILLS)) for x in some
+        x.name
+        for some in (drawn(None, seed=0), bad_places(mounts=mounts), kills(LONG_KILLS), clocks())
+        for x in some
     }
-    chained = {one.name(n, place) for n, chain in enumerate(LONG) for place, one in enumerate(chain)}
-    return alone | chained | {f"chain{number}:end:clock" for number in range(len(LONG))}
+    chained = {one.name(n, place) for n, chain in enumerate(CHAINS) for place, one in enumerate(chain)}
+    return alone | chained | {f"chain{number}:end:clock" for number in range(len(CHAINS))}
 
 
 def _tries(given: argparse.Namespace, yard: Yard, *, mounts: bool) -> list[Try]:
@@ -116,12 +122,13 @@ def _tries(given: argparse.Namespace, yard: Yard, *, mounts: bool) -> list[Try]:
     take((Try(x.name, lazily(try_fault, x, undisturbed)) for x in artefacts), len(artefacts))
     take((Try(x.name, lazily(try_place, x)) for x in bad_places(mounts=mounts)), SHORT_PLACES)
     take((Try(x.name, lazily(try_kill, x, undisturbed)) for x in kills(LONG_KILLS)), SHORT_KILLS)
+    take((Try(x.name, lazily(try_kill, x, undisturbed)) for x in clocks()), SHORT_CLOCKS)
     return found
 
 
 def _chains(given: argparse.Namespace, *, mounts: bool) -> dict[int, tuple[Disturbance, ...]]:
     """Runs on ranks that are disturbed, by number; with `--only` those that have such a disturbance, whole."""
-    every = [SHORT] if given.short else LONG
+    every = [SHORT] if given.short else CHAINS
     numbered = {n: tuple(x for x in chain if mounts or x.how != "full") for n, chain in enumerate(every)}
 
     def named(number: int, chain: tuple[Disturbance, ...]) -> bool:
@@ -154,21 +161,18 @@ def _called(given: argparse.Namespace) -> str:
 
 def _import_what_commands_need() -> None:
     """Here once, so that the process of each command, a fork of this one, starts at once."""
-    import asft_eval.run
-    import matplotlib.figure
-    import torch
-    import transformers
-
-    import asft_nemo.checkpoint.dist_write
-    import asft_nemo.data
-    import asft_nemo.reference.cache_reader
-    import asft_nemo.reporting.run_page
-    from asft_nemo import cli
-
-    torch.set_num_threads(1)
-    cli.parser()
-    needed = (asft_eval, matplotlib, transformers, asft_nemo)
-    assert all(module.__name__ in sys.modules for module in needed)
+    needed = (
+        *("asft_eval.run", "asft_eval.drift", "asft_eval.backends", "matplotlib.figure", "torch"),
+        *("transformers.generation.utils", "transformers.models.auto.modeling_auto"),
+        *("transformers.models.auto.tokenization_auto", "transformers.models.qwen2.modeling_qwen2"),
+        *("asft_nemo.checkpoint.dist_write", "asft_nemo.checkpoint.lora_import", "asft_nemo.data"),
+        *("asft_nemo.reference.cache_reader", "asft_nemo.reporting.run_page", "asft_nemo.cli"),
+    )
+    modules = {name: importlib.import_module(name) for name in needed}
+    modules["torch"].set_num_threads(1)
+    modules["asft_nemo.cli"].parser()
+    load = importlib.import_module("asft_nemo.config.load")
+    load.compose(["recipe=tiny_cpu", "objective=asft", "model.path=m", "data.train=[d]"], check_inputs=False)
 
 
 def _parser() -> argparse.ArgumentParser:

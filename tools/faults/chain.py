@@ -14,14 +14,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from faults.cached import rows_of
 from faults.places import ROOMY, Disk
+from faults.processes import NotReached, chosen, end_all, end_with, family, send, wait_for_end
 from faults.rows import REFUSED, RESUMED, VIOLATION, Row
 from faults.shell import LIMIT, Said, run
 from faults.yard import PROJECT, RANKS_LIMIT, STEPS, Yard, digests, release
@@ -64,6 +64,7 @@ LONG: tuple[tuple[Disturbance, ...], ...] = (
     ),
     (
         Disturbance("start", "all", "SIGKILL"),
+        Disturbance("cache", "rank 0", "SIGKILL"),
         Disturbance("checkpoint", "launcher", "SIGKILL"),
         Disturbance("training", "launcher", "twice"),
     ),
@@ -74,6 +75,7 @@ LONG: tuple[tuple[Disturbance, ...], ...] = (
     ),
     (
         Disturbance("start", "launcher", "SIGTERM"),
+        Disturbance("cache", "all", "SIGTERM"),
         Disturbance("checkpoint", "all", "SIGKILL"),
         Disturbance("training", "rank 0", "SIGTERM"),
     ),
@@ -84,6 +86,7 @@ LONG: tuple[tuple[Disturbance, ...], ...] = (
     ),
 )
 SHORT: tuple[Disturbance, ...] = (
+    Disturbance("cache", "rank 0", "SIGKILL"),
     Disturbance("checkpoint", "rank 1", "SIGKILL"),
     Disturbance("training", "rank 1", "SIGSTOP"),
     Disturbance("training", "launcher", "twice"),
@@ -99,12 +102,15 @@ class Chain:
         number: tells chains of a campaign apart.
     """
 
+    artefact, command = "training run", "asft train"
+
     def __init__(self, yard: Yard, *, seed: int, number: int):
         self._yard, self._number = yard, number
         self._name = f"chain{number}"
         self._chance = random.Random(f"{seed} {self._name}")
-        self._dir = yard.here / self._name
+        self._dir, self._cache = yard.here / self._name, yard.here / f"{self._name}_cache"
         self._undisturbed = _lines(yard.here / "run" / "metrics.jsonl")
+        self._starts = 0
 
     def disturb(self, disturbances: tuple[Disturbance, ...]) -> Iterator[Row]:
         """A row a disturbance, and one for the end."""
@@ -112,38 +118,39 @@ class Chain:
             yield self._row(disturbance.name(self._number, place), disturbance)
         yield self._last_row()
         release(self._dir)
+        release(self._cache)
 
     def _row(self, name: str, disturbance: Disturbance) -> Row:
         started = time.monotonic()
-        disk = Disk(self._dir, nbytes=SMALL_DISK).__enter__() if disturbance.how == "full" else None
+        disk = self._disk() if disturbance.how == "full" else None
         process = self._start()
         where, sentence, problem = "", "", ""
         try:
-            where = (
-                f"{SMALL_DISK} bytes of room" if disk else self._await(MOMENTS[disturbance.moment], process)
-            )
+            where = self._await(MOMENTS[disturbance.moment], process)
             act: Callable[[Disturbance, subprocess.Popen[bytes]], tuple[str, str]] = {
                 "twice": self._twice,
                 "SIGSTOP": self._stop,
-                "full": self._fill,
+                "full": self._await_full,
             }.get(disturbance.how, self._kill)
+            if disk is not None:
+                where = self._fill(disk)
             sentence, problem = act(disturbance, process)
         except _HadEnded:
-            where = "had ended before"
-        except _NotReached as error:
+            problem = "it had ended before it could be disturbed"  # nothing was tried: that must not pass for a fault
+        except NotReached as error:
             problem = str(error)
         finally:
-            _end_all(process)
+            end_all(process)
         if disk is not None:
             disk.become(f"size={ROOMY}")
-        problem = problem or self._saved_is_whole()
+        problem = problem or self.saved_is_whole()
         refused = disturbance.how in ("twice", "SIGSTOP", "full")
         return Row(
             name=name,
             kind=_KINDS.get(disturbance.how, disturbance.how),
-            artefact="training run",
+            artefact=self.artefact,
             place=f"{disturbance.whom} {where}",
-            moment="asft train, resumed",
+            moment=f"{self.command}, resumed",
             expected=HANGING if disturbance.how == "SIGSTOP" else EXPECTED,
             outcome=VIOLATION if problem else REFUSED if refused else RESUMED,
             sentence=sentence.replace(f"{self._yard.here}/", "")[:400],
@@ -162,14 +169,14 @@ class Chain:
         except subprocess.TimeoutExpired:
             problem = f"resumed it does not end in {RANKS_LIMIT:.0f} s"
         finally:
-            _end_all(process)
-        problem = problem or self._saved_is_whole() or self._as_undisturbed()
+            end_all(process)
+        problem = problem or self.saved_is_whole() or self.as_undisturbed()
         return Row(
             name=f"chain{self._number}:end:clock",
             kind="clock jumps by hours, then the comparison with the undisturbed run",
-            artefact="training run",
+            artefact=self.artefact,
             place="all ranks and the launcher",
-            moment="asft train, resumed",
+            moment=f"{self.command}, resumed",
             expected=EXPECTED,
             outcome=VIOLATION if problem else RESUMED,
             sentence="",
@@ -186,13 +193,16 @@ class Chain:
         environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
         if jumping_clock:
             environment["PYTHONPATH"] = f"{Path(__file__).parent / 'jumping_clock'}:{PROJECT}"
+        campaign = os.getpid()
+        self._starts += 1
         return subprocess.Popen(
             [sys.executable, "-m", "asft_nemo", *self.words()],
             cwd=self._yard.here,
             env=environment,
             stdout=subprocess.DEVNULL,
-            stderr=(self._yard.root / f"{self._name}.log").open("w"),
+            stderr=self._log_file().open("w"),
             start_new_session=True,
+            preexec_fn=lambda: end_with(campaign),
         )
 
     def _await(self, moment: Moment, process: subprocess.Popen[bytes]) -> str:
@@ -203,51 +213,56 @@ class Chain:
             if process.poll() == 0:
                 raise _HadEnded
             if process.poll() is not None:
-                raise _NotReached(f"it ended with {process.returncode} before {moment.words}: {self._log()}")
+                raise NotReached(f"it ended with {process.returncode} before {moment.words}: {self._log()}")
             if time.monotonic() > deadline:
-                raise _NotReached(f"{moment.words} never came")
+                raise NotReached(f"{moment.words} never came")
             time.sleep(0.002)
         more = self._chance.uniform(0.0, moment.seconds)
         time.sleep(more)
         return f"{more:.3f} s behind {moment.words}"
 
     def _kill(self, disturbance: Disturbance, process: subprocess.Popen[bytes]) -> tuple[str, str]:
-        everyone = _family(process)
+        everyone = family(process)
         number = signal.Signals[disturbance.how]
-        for one in _chosen(disturbance.whom, everyone):
-            _send(one, number)
-        left = _wait_for_end(everyone, ENDS_WITHIN)
-        _end_all(process, left)
+        for one in chosen(disturbance.whom, everyone):
+            send(one, number)
+        left = wait_for_end(everyone, ENDS_WITHIN)
+        end_all(process, left)
         return "", f"{len(left)} processes go on for {ENDS_WITHIN:.0f} s" if left else ""
 
     def _stop(self, disturbance: Disturbance, process: subprocess.Popen[bytes]) -> tuple[str, str]:
         """Stops a rank for good: the others must find out."""
-        everyone = _family(process)
-        chosen = _chosen(disturbance.whom, everyone)
-        for one in chosen:
-            _send(one, signal.SIGSTOP)
-        left = _wait_for_end(everyone, ENDS_WITHIN)
+        everyone = family(process)
+        stopped = chosen(disturbance.whom, everyone)
+        for one in stopped:
+            send(one, signal.SIGSTOP)
+        left = wait_for_end(everyone, ENDS_WITHIN)
         if left:
-            _end_all(process, left)
+            end_all(process, left)
             return "", f"{len(left)} processes wait for the stopped rank for {ENDS_WITHIN:.0f} s"
         said = self._log(whole=True)
         sentences = [line.removeprefix("asft: ") for line in said.splitlines() if " hangs " in line]
         code = process.wait(ENDS_WITHIN)  # its other threads may take a moment longer
-        if code != 2 or not any(f"process {one.pid} on" in x for one in chosen for x in sentences):
+        if code != 2 or not any(f"process {one.pid} on" in x for one in stopped for x in sentences):
             return self._log(), f"exit code {code}, and no sentence names {disturbance.whom}"
         return sentences[-1], ""
 
-    def _fill(self, disturbance: Disturbance, process: subprocess.Popen[bytes]) -> tuple[str, str]:
-        """Lets the disk fill up in the second checkpoint: the ranks end with a sentence."""
+    def _disk(self) -> Disk:
+        """A place of its own for what is written, which `_fill` then makes too small."""
+        return Disk(self._dir, nbytes=SMALL_DISK).__enter__()
+
+    def _fill(self, disk: Disk) -> str:
+        """Words for how much room there is. Here it is small from the start: the second checkpoint does not fit."""
+        return f"{SMALL_DISK} bytes of room"
+
+    def _await_full(self, disturbance: Disturbance, process: subprocess.Popen[bytes]) -> tuple[str, str]:
+        """The ranks end with a sentence, because the disk fills up."""
         try:
             code = process.wait(RANKS_LIMIT)
         except subprocess.TimeoutExpired:
             return "", f"it does not end in {RANKS_LIMIT:.0f} s on a full disk"
-        sentences = [
-            line.removeprefix("asft: ")
-            for line in self._log(whole=True).splitlines()
-            if "disk is full" in line
-        ]
+        lines = self._log(whole=True).splitlines()
+        sentences = [line.removeprefix("asft: ") for line in lines if any(x in line for x in _FULL)]
         if code != 2 or not sentences:
             return self._log(), f"exit code {code} on a full disk"
         return sentences[-1], ""
@@ -269,11 +284,15 @@ class Chain:
             0,
         ) else f"the first start ends with {process.returncode}"
 
+    def _log_file(self) -> Path:
+        """Of the latest start."""
+        return self._yard.root / f"{self._name}.{self._starts}.log"
+
     def _log(self, *, whole: bool = False) -> str:
-        text = (self._yard.root / f"{self._name}.log").read_text(errors="replace")
+        text = self._log_file().read_text(errors="replace")
         return text if whole else text[-300:]
 
-    def _saved_is_whole(self) -> str:
+    def saved_is_whole(self) -> str:
         """Why something that was reported as saved is lost or other than undisturbed; empty where nothing is."""
         for line, usual in zip(_lines(self._dir / "metrics.jsonl"), self._undisturbed, strict=False):
             if line != usual:
@@ -289,12 +308,14 @@ class Chain:
             return f"the weights of {step} are not as undisturbed"
         return ""
 
-    def _as_undisturbed(self) -> str:
+    def as_undisturbed(self) -> str:
         lines = _lines(self._dir / "metrics.jsonl")
         if lines != self._undisturbed:
             return f"metrics.jsonl has steps {[line['step'] for line in lines]} and is not as undisturbed"
         if (self._dir / "checkpoints" / "latest").resolve().name != f"step_{STEPS}":
             return "the run did not come to its end"
+        if rows_of(self._cache) != rows_of(self._yard.here / "cache"):
+            return "its reference cache has other rows than undisturbed"
         return ""
 
     def _usual(self, step: str) -> dict[str, str]:
@@ -314,13 +335,9 @@ class _HadEnded(Exception):
     """The run was done before it could be disturbed."""
 
 
-class _NotReached(Exception):
-    """The run did not come to the moment at which it was to be disturbed."""
-
-
 @dataclass(frozen=True)
 class Moment:
-    """When a run is disturbed: some time behind something that its folder shows.
+    """When a run is disturbed: some time behind something that its folder, or that of its cache, shows.
 
     Attributes:
         words: for the table.
@@ -335,8 +352,20 @@ class Moment:
 
 def _partial(folder: Path, steps: int, since: int) -> bool:
     """A checkpoint is being written; what an earlier start has left does not count."""
-    found = list((folder / "checkpoints").glob("partial_step_*"))
-    return any(place.exists() and place.stat().st_ctime_ns > since for place in found)
+    return _newer((folder / "checkpoints").glob("partial_step_*"), since)
+
+
+def _rows_partial(folder: Path, steps: int, since: int) -> bool:
+    """Rows of a cache are being written."""
+    return _newer(folder.with_name(f"{folder.name}_cache").glob("rows-*.partial"), since)
+
+
+def _newer(places: Iterable[Path], since: int) -> bool:
+    for place in places:
+        with contextlib.suppress(FileNotFoundError):
+            if place.stat().st_ctime_ns > since:
+                return True
+    return False
 
 
 MOMENTS: dict[str, Moment] = {
@@ -345,7 +374,9 @@ MOMENTS: dict[str, Moment] = {
         "a step", 0.3, lambda folder, steps, since: len(_lines(folder / "metrics.jsonl")) > steps
     ),
     "checkpoint": Moment("the first byte of a checkpoint", 0.4, _partial),
+    "cache": Moment("the first byte of a reference cache", 0.3, _rows_partial),
 }
+_FULL = ("disk is full", "No space left")
 _KINDS = {"full": "full disk", "SIGSTOP": "hanging rank (SIGSTOP)", "twice": "two at once"}
 
 
@@ -358,68 +389,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         line = json.loads(text)
         found.append({key: value for key, value in line.items() if not any(x in key for x in _OF_TIME)})
     return found
-
-
-def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        launcher = psutil.Process(process.pid)
-        return [launcher, *launcher.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _chosen(whom: str, family: list[psutil.Process]) -> list[psutil.Process]:
-    """Those of a run's processes that are meant."""
-
-    def says(one: psutil.Process, word: str) -> bool:
-        try:
-            return word in " ".join(one.cmdline())
-        except psutil.NoSuchProcess:
-            return False
-
-    if whom == "all":
-        return family
-    if whom == "launcher":
-        return family[:1]
-    torchruns = [one for one in family if says(one, "torch.distributed.run")]
-    if whom == "torchrun":
-        return torchruns
-    ranks = [
-        one for one in family if one.is_running() and one.environ().get("RANK") == whom.removeprefix("rank ")
-    ]
-    ranks = [
-        one for one in ranks if says(one, "asft_nemo.ranks") and one.ppid() in {x.pid for x in torchruns}
-    ]
-    if not ranks:
-        raise _NotReached(f"there is no {whom}")
-    return ranks
-
-
-def _send(one: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        one.send_signal(number)
-
-
-def _wait_for_end(family: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those that still run after so long; zombies have ended."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        left = [one for one in family if _runs(one)]
-        if not left:
-            return []
-        time.sleep(0.1)
-    return left
-
-
-def _runs(one: psutil.Process) -> bool:
-    try:
-        return one.is_running() and one.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _end_all(process: subprocess.Popen[bytes], others: Sequence[psutil.Process] = ()) -> None:
-    """Leaves nothing of a start behind, whatever became of it."""
-    for one in reversed([*_family(process), *others]):
-        _send(one, signal.SIGKILL)
-    process.wait()

@@ -14,7 +14,7 @@ from typing import Any
 from asft_nemo.checkpoint.dist_metadata import TensorStorageMetadata, read_metadata
 from asft_nemo.checkpoint.seal import SEAL
 from faults.shell import LIMIT, Job, Said, run
-from faults.yard import STEPS, Yard, eval_words, prepare_words
+from faults.yard import LAUNCHED, STEPS, Yard, eval_words, prepare_words, read_started, start_from_adapters
 
 # Of when and where something was made, not of what; the commit may change while a campaign runs.
 _PASSING = re.compile(r'"(seconds|digested_ns|modified_ns|inode|checksum|git_commit)": ("[^"]*"|[0-9.e+-]+)')
@@ -65,6 +65,10 @@ def _finished(said: Said) -> Any:
     return f"is finished: step {STEPS} of {STEPS}" in said.err
 
 
+def _lora_finished(said: Said) -> Any:
+    return "is finished: step 1 of 1" in said.err
+
+
 CHECKS: dict[str, Check] = {
     "import": Check("asft import", _words("import", "hf", "out"), ("out",)),
     "import_shards": Check("asft import", _words("import", "exported", "out"), ("out",)),
@@ -113,6 +117,30 @@ CHECKS: dict[str, Check] = {
         _finished,
     ),
     "report": Check("asft report", _words("report", "run", "--out", "r.html"), ("r.html",)),
+    "status": Check("asft status", _words("status", "--json", LAUNCHED), (), _json),
+    "logs": Check("asft logs", _words("logs", LAUNCHED, "prepare"), (), _whole_out),
+    "settings": Check(
+        "asft train --settings",
+        _words("train", "--settings", f"{LAUNCHED}/launch/settings.json"),
+        tuple(f"{LAUNCHED}/{name}" for name in ("run.json", ".run.owner", ".run.lock")),
+        _lora_finished,
+    ),
+    "export_adapters": Check(
+        "asft export --adapters peft",
+        _words("export", f"{LAUNCHED}/checkpoints/latest", "out", "--adapters", "peft"),
+        ("out",),
+    ),
+    "start_adapters": Check(
+        "a run starts from adapters",
+        lambda yard: lambda: _user_errors(lambda: str(start_from_adapters(yard, "fresh"))),
+        ("fresh",),
+    ),
+    "read_adapters": Check(
+        "a rank reads its adapters",
+        lambda yard: lambda: _user_errors(lambda: str(read_started(yard))),
+        ("more/.adapter.lock",),
+        _whole_out,
+    ),
 }
 
 

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 
 from faults.artefacts import Undisturbed
 from faults.checks import CHECKS, Check, answer_of, perform
-from faults.rows import REFUSED, RESUMED, VIOLATION, Row
-from faults.shell import LIMIT, Running, Said
+from faults.jumping_clock.jumps import jump
+from faults.rows import REFUSED, RESUMED, SAME, VIOLATION, Row
+from faults.shell import LIMIT, Running, Said, run
+from faults.shell import perform as done
 from faults.yard import Yard, prepare_words
 
 KILLED = "the same command, started again, makes what it makes undisturbed, bit for bit; nothing else changes"
 DOUBLED = (
     "the second is refused at once with a sentence, exit code 2; the first makes what it makes undisturbed"
 )
+JUMPED = "what it makes undisturbed, bit for bit, but for words that say when or how long"
 
 _ATTEMPTS = 10
 _PREPARE = Check("asft data prepare", lambda yard: prepare_words("train.jsonl", "new"), ("new",))
@@ -41,7 +44,7 @@ class Kill:
     Attributes:
         name: of the row.
         work: a key of `WORK`.
-        how: ``SIGKILL``, ``SIGTERM`` or ``twice``.
+        how: ``SIGKILL``, ``SIGTERM``, ``twice`` or ``clock``.
     """
 
     name: str
@@ -59,8 +62,16 @@ def kills(times: int) -> Iterator[Kill]:
         yield Kill(f"kill:{work}:twice", work, "twice")
 
 
+def clocks() -> Iterator[Kill]:
+    """Every command under a clock that jumps."""
+    for work in WORK:
+        yield Kill(f"clock:{work}", work, "clock")
+
+
 def try_kill(kill: Kill, yard: Yard, undisturbed: Undisturbed, *, seed: int) -> Row:
     """Disturbs, does it again, and judges."""
+    if kill.how == "clock":
+        return _jumped(kill, yard, undisturbed)
     check = WORK[kill.work]
     answer, usual = undisturbed.of(check), undisturbed.seconds(check)
     yard.restore()
@@ -84,6 +95,34 @@ def try_kill(kill: Kill, yard: Yard, undisturbed: Undisturbed, *, seed: int) -> 
         outcome=VIOLATION if problem else good,
         sentence=sentence.replace(f"{yard.here}/", "")[:400],
         seconds=round(time.monotonic() - started, 2),
+        problem=problem,
+    )
+
+
+def _jumped(kill: Kill, yard: Yard, undisturbed: Undisturbed) -> Row:
+    """The whole command under a clock that jumps."""
+    check = WORK[kill.work]
+    answer = undisturbed.of(check)
+    yard.restore()
+
+    def under_it() -> int:
+        jump()
+        return done(check.job(yard))
+
+    said = run(under_it, cwd=yard.here, seconds=LIMIT)
+    problem = f"ends with {said.code}: {said.err[-200:]}" if said.code != 0 else ""
+    if not problem and answer_of(check, yard, said).files != answer.files:
+        problem = "another result than undisturbed"
+    return Row(
+        name=kill.name,
+        kind="clock jumps by hours",
+        artefact=check.title,
+        place="at every look",
+        moment=check.title,
+        expected=JUMPED,
+        outcome=VIOLATION if problem else SAME,
+        sentence="",
+        seconds=round(said.seconds, 2),
         problem=problem,
     )
 

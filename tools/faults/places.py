@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -128,6 +129,11 @@ class Disk:
     def become(self, options: str) -> None:
         """Changes it, for example ``size=4096`` or ``ro``."""
         _mount("-o", f"remount,{options}", str(self._folder))
+
+    def held(self) -> int:
+        """Bytes that are taken."""
+        told = os.statvfs(self._folder)
+        return (told.f_blocks - told.f_bfree) * told.f_frsize
 
     def __exit__(self, *_: object) -> None:
         release(self._folder)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from faults.processes import end_with
+
 LIMIT = 120.0  # seconds for one command without ranks
 Job = Sequence[str] | Callable[[], int]
 
@@ -73,8 +75,10 @@ class Running:
         self._status: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
+        campaign = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
+            end_with(campaign)
             _be_command(job, (self._out.fileno(), self._err.fileno()), cwd, bound, largest_file)
 
     def alive(self) -> bool:
@@ -130,7 +134,7 @@ def _be_command(job: Job, streams: tuple[int, int], cwd: Path, bound: bool, larg
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         if bound:
             _obey_modes()
-        code = job() if callable(job) else _asft(job)
+        code = perform(job)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -160,10 +164,13 @@ def _obey_modes() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def _asft(words: Sequence[str]) -> int:
+def perform(job: Job) -> int:
+    """Does a job in this process; returns its exit code."""
+    if callable(job):
+        return job()
     from asft_nemo import cli
 
-    return cli.main(list(words))
+    return cli.main(list(job))
 
 
 def _scratch() -> IO[bytes]:

@@ -21,6 +21,8 @@ RANKS_LIMIT = 400.0  # seconds for one with ranks, on a busy machine
 
 STEPS = 8
 PLACE = "place"  # in the yard: where commands write to that find a bad place
+STARTED, _GIVEN = "more", "given"  # in the yard: a run that begins with adapters, and where these were
+LAUNCHED = "launched"  # in the yard: a small run with adapters, by `asft launch` on this machine
 SETTINGS = (
     "recipe=tiny_cpu",
     "objective=asft",
@@ -68,6 +70,15 @@ class Yard:
             *more,
         ]
 
+    def lora_words(self, name: str, *more: str) -> list[str]:
+        """The settings of a run of one step and one rank that trains adapters."""
+        return [
+            *("recipe=tiny_cpu", "objective=asft", "peft=lora", "reference=adapter_disabled"),
+            *("data.template=raw", "data.sequence_length=64", "trainer.max_steps=1", "run.world_size=1"),
+            *(f"model.path={self.here / 'hf'}", f"data.train=[{self.here / 'train.jsonl'}]"),
+            *(f"run.dir={self.here / name}", *more),
+        ]
+
     def asft(self, *words: str) -> Said:
         """Runs a command that must succeed."""
         said = run(words, cwd=self.here, seconds=LIMIT)
@@ -88,7 +99,7 @@ class Yard:
             raise RuntimeError(f"asft {' '.join(words)}: {done.returncode}\n{done.stderr[-3000:]}")
 
     def make(self) -> None:
-        """Makes all artefacts: one training run with its cache, and everything before and behind it."""
+        """Makes all artefacts: one training run with its cache, everything before and behind it, and a launched run with adapters."""
         here = self.here
         shutil.rmtree(self.root, ignore_errors=True)
         here.mkdir(parents=True)
@@ -108,7 +119,18 @@ class Yard:
         for name, model in (("results", "hf"), ("results_other", "exported")):
             self.asft(*eval_words(model, name))
         self.asft("compare", "before=results", "after=results_other", "--out", "comparison")
+        self.asft_with_ranks("launch", *self.lora_words(LAUNCHED), "--stages", "prepare,train")
+        self.asft("export", f"{LAUNCHED}/checkpoints/latest", "adapter", "--adapters", "peft")
+        self.start_with_adapters()
         shutil.copytree(here, self.pristine, symlinks=True, copy_function=shutil.copy2)
+
+    def start_with_adapters(self) -> None:
+        """Adapters of a run that began with a directory which is gone by now: put back, a directory is another one to that run."""
+        (self.here / "adapter").rename(self.here / _GIVEN)
+        started = run(lambda: start_from_adapters(self, STARTED, given=_GIVEN), cwd=self.here, seconds=LIMIT)
+        if started.code != 0:
+            raise RuntimeError(f"adapters are not imported: {started.err}")
+        (self.here / _GIVEN).rename(self.here / "adapter")
 
     def restore(self) -> None:
         """Puts everything back. What is large is linked: `alone` parts a file that is about to be damaged."""
@@ -124,6 +146,30 @@ class Yard:
             path.unlink()
             shutil.copy2(self.pristine / name, path)
         return path
+
+
+def start_from_adapters(yard: Yard, name: str, *, given: str = "adapter") -> int:
+    """What the launcher of a run with `peft.adapter` does before it starts ranks."""
+    from asft_nemo.config.load import compose
+    from asft_nemo.run_dir import check_initial_adapters, initial_adapters
+
+    run = compose(yard.lora_words(name, f"peft.adapter={yard.here / given}"))
+    check_initial_adapters(run)
+    initial_adapters(run, yard.here / "nemo")
+    return 0
+
+
+def read_started(yard: Yard) -> int:
+    """What every rank does with them, ahead of Megatron's loader."""
+    from asft_nemo.checkpoint.dist_read import check_before_load
+    from asft_nemo.config.load import compose
+    from asft_nemo.run_dir import initial_adapters
+
+    words = yard.lora_words(STARTED, f"peft.adapter={yard.here / _GIVEN}")
+    made = initial_adapters(compose(words, check_inputs=False), yard.here / "nemo")
+    assert made is not None
+    check_before_load(made / "weights", rank=0, ranks=1)
+    return 0
 
 
 def release(place: Path) -> None:

@@ -16,14 +16,15 @@ from asft_nemo.config.paths import project_dir
 sys.path.insert(0, str(project_dir() / "tools"))
 
 import fault_campaign
-from faults import artefacts, checks
-from faults.artefacts import Fault, Target, Undisturbed, drawn, faults, judge, try_fault
+from faults import checks, targets
+from faults.artefacts import Fault, Undisturbed, drawn, faults, judge, try_fault
 from faults.checks import Check
 from faults.damage import BY_NAME
 from faults.kills import Kill, kills, try_kill
 from faults.places import KINDS, WRITERS, bad_places
 from faults.rows import REFUSED, RESUMED, SAME, VIOLATION, Book, Row
 from faults.shell import Said, run
+from faults.targets import Target
 from faults.yard import Yard
 
 pytestmark = pytest.mark.timeout(60)
@@ -204,10 +205,10 @@ def test_names_are_different_and_stay(yard: Yard) -> None:
     assert len(set(names)) == len(names)
     assert len(names) >= 180
     assert names == [fault.name for fault in faults()]
-    short = drawn(40, seed=0)
+    short = drawn(45, seed=0)
     assert {fault.name for fault in short} <= set(names)
-    assert [x.name for x in short] == [x.name for x in drawn(40, seed=0)]
-    assert {x.target.artefact for x in short} == {target.artefact for target in artefacts.TARGETS}
+    assert [x.name for x in short] == [x.name for x in drawn(45, seed=0)]
+    assert {x.target.artefact for x in short} == {target.artefact for target in targets.TARGETS}
     others = [x.name for x in bad_places(mounts=True)] + [x.name for x in kills(2)]
     assert len(set(others)) == len(others)
     assert {x.kind for x in bad_places(mounts=False)} == {k for k, v in KINDS.items() if not v.of_disk}
