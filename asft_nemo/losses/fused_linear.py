@@ -239,6 +239,7 @@ def _spec(
         shard=shard,
         dtype=dtype,
         device=hidden_TH.device,
+        visits_head=True,
     )
     return _Spec(ref_hidden_TH, ref_head_VH, tokens, objective, shard, chunk, dtype, head_gradient)
 

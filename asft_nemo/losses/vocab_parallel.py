@@ -145,6 +145,7 @@ def vocab_parallel_loss(
         shard=shard,
         dtype=accumulation_dtype(logits_TV.dtype),
         device=logits_TV.device,
+        visits_head=False,
     )
     chunks = list(token_chunks(tokens.count, chunk_tokens))
     loss_sum, metrics_MN = cast(

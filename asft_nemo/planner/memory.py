@@ -23,6 +23,7 @@ from asft_nemo.planner.tokens import Tokens
 
 #: What "auto" allows the loss's [chunk, vocabulary] buffers on a GPU (`asft_nemo.losses.chunks`, which imports torch; a test compares).
 CHUNK_BYTES = 512 * 2**20
+LEAST_CHUNK_TOKENS = 512
 _ANGLE = 4  # bytes: fp32, `RotaryEmbedding` (megatron-core 0.15.3)
 _HOST_GRADIENT = 4  # bytes: an fp32 copy for the CPUs' Adam (`HybridDeviceOptimizer`, megatron-core 0.15.3)
 
@@ -208,8 +209,7 @@ def loss_bytes(run: RunConfig, spec: ModelSpec, widths: ByteWidths) -> int:
     a_token = rows * (4 * (3 if anchored(run) else 1) + 2)
     if run.loss.implementation == "fused":
         chunk = run.loss.chunk_tokens
-        most = CHUNK_BYTES // a_token if chunk == "auto" else int(chunk)
-        chunks = -(-tokens.whole // max(most, 1))
+        chunks = -(-tokens.whole // (_auto_chunk(a_token) if chunk == "auto" else int(chunk)))
         buffers = -(-tokens.whole // chunks) * a_token
         gathered = models * widths.compute if run.parallel.sequence_parallel else 0
         # the hidden states' gradient in fp32, and hidden states of all tokens where ranks hold a part of them
@@ -220,3 +220,8 @@ def loss_bytes(run: RunConfig, spec: ModelSpec, widths: ByteWidths) -> int:
         tokens.whole * rows * factor * (widths.compute * (models + 1) + (12 if factor > 1 else 0))
         + CHUNK_BYTES
     )
+
+
+def _auto_chunk(a_token: int) -> int:
+    """Tokens that `loss.chunk_tokens=auto` takes at most, by the bytes of one: asft_nemo/losses/chunks.py, which needs torch."""
+    return max(CHUNK_BYTES // a_token, min(LEAST_CHUNK_TOKENS, 2 * CHUNK_BYTES // a_token), 1)

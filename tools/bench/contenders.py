@@ -106,6 +106,7 @@ def fused_chunk_tokens(case: Case) -> int:
         shard=VocabShard.full(case.vocab),
         dtype=torch.float64 if case.dtype == "fp64" else torch.float32,
         device=torch.device(case.device),
+        visits_head=True,
     )
 
 

@@ -31,7 +31,7 @@ SIZE = {"tokens": 8192, "vocab": 152064, "hidden": 5120}  # the head of Qwen2.5-
 SMALL = {"tokens": 96, "vocab": 640, "hidden": 32}
 KERNEL_SIZE = {"tokens": 2048, "vocab": 32768, "hidden": 1024}
 ROUNDS, ORACLE_ROWS = 10, 512
-CHUNKS = (512, 1024, 2048)  # tokens; what `auto` takes is set by bytes that no GPU has been asked about
+CHUNKS = (256, 1024, 2048)  # tokens; what `auto` takes is set by bytes that no GPU has been asked about
 OUR_TIME, OUR_MEMORY = 1.6, 1 / 8
 
 Work = Callable[[], Any]

@@ -116,6 +116,7 @@ def _chunk_tokens(run: RunConfig, config: AnchoredGPTConfig) -> int:
         shard=config.vocab_shard(),
         dtype=torch.float32,
         device=torch.device("cuda"),
+        visits_head=True,
     )
 
 

@@ -14,7 +14,9 @@ MIB = 2**20
 BUDGETS = [("cpu", 128 * MIB), ("cuda", 512 * MIB)]
 
 
-def resolve(chunk_tokens, shard, *, tokens=100_000, name="asft", dtype=torch.float32, device="cpu") -> int:
+def resolve(
+    chunk_tokens, shard, *, tokens=100_000, name="asft", dtype=torch.float32, device="cpu", visits_head=True
+) -> int:
     return resolve_chunk_tokens(
         chunk_tokens,
         num_tokens=tokens,
@@ -22,11 +24,12 @@ def resolve(chunk_tokens, shard, *, tokens=100_000, name="asft", dtype=torch.flo
         shard=shard,
         dtype=dtype,
         device=torch.device(device),
+        visits_head=visits_head,
     )
 
 
 @pytest.mark.parametrize(("device", "budget"), BUDGETS)
-@pytest.mark.parametrize("vocab", [1000, 32768, 152064])
+@pytest.mark.parametrize("vocab", [1000, 19008, 32768])
 @pytest.mark.parametrize(("name", "buffers"), [("sft", 1), ("eaft", 1), ("asft", 3), ("sft_kl", 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_auto_fills_the_budget_and_keeps_within_it(device, budget, vocab, name, buffers, dtype):
@@ -36,6 +39,15 @@ def test_auto_fills_the_budget_and_keeps_within_it(device, budget, vocab, name, 
     assert chunk * bytes_per_token <= budget
     whole_chunks = -(-100_000 // (budget // bytes_per_token))
     assert -(-100_000 // chunk) == whole_chunks, "no more chunks than the budget asks for"
+
+
+@pytest.mark.parametrize(("vocab", "tokens"), [(76_032, 512), (152_064, 504), (10**9, 1)])
+def test_a_gpu_takes_twice_the_budget_for_the_sake_of_512_tokens(vocab, tokens):
+    chunk = resolve("auto", VocabShard.full(vocab), tokens=tokens * 1000, device="cuda")
+    assert chunk == tokens
+    assert chunk == 1 or chunk * vocab * 14 <= 1024 * MIB
+    within = 512 * MIB // (vocab * 14)
+    assert resolve("auto", VocabShard.full(vocab), device="cuda", visits_head=False) <= max(within, 1)
 
 
 def test_a_vocabulary_beyond_the_budget_leaves_one_token():

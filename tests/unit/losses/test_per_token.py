@@ -138,6 +138,7 @@ def test_chunks_of_nothing_are_refused(asked):
         "objective": objective("sft"),
         "shard": VocabShard.full(7),
         "dtype": torch.float32,
+        "visits_head": True,
     }
     said = refusal(ConfigError, resolve_chunk_tokens, asked, **named, device=torch.device("cpu"))
     assert said == (

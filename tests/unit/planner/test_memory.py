@@ -8,7 +8,7 @@ import pytest
 
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.planner.activations import most_in_flight
-from asft_nemo.planner.memory import CHUNK_BYTES, StageMemory, loss_bytes, memory_of
+from asft_nemo.planner.memory import CHUNK_BYTES, StageMemory, _auto_chunk, loss_bytes, memory_of
 from asft_nemo.planner.precision import WIDTHS, widths_of
 from asft_nemo.planner.published import published_spec
 
@@ -127,9 +127,26 @@ def test_context_parallel_ranks_share_the_optimizer(settle) -> None:
 
 
 def test_loss_chunks_are_those_of_the_losses() -> None:
-    from asft_nemo.losses import chunks
+    import torch
+
+    from asft_nemo.losses import VocabShard, chunks
+    from asft_nemo.objectives import Objective
 
     assert chunks.CUDA_CHUNK_BYTES == CHUNK_BYTES
+    for rows in (100, 19_008, 76_032, 152_064, 10**8):
+        shard = VocabShard.full(rows)
+        chosen, device = Objective("asft"), torch.device("cuda")
+        a_token = chunks.bytes_per_token(chosen, shard, torch.float32)
+        found = chunks.resolve_chunk_tokens(
+            "auto",
+            num_tokens=2**40,
+            objective=chosen,
+            shard=shard,
+            dtype=torch.float32,
+            device=device,
+            visits_head=True,
+        )
+        assert found == _auto_chunk(a_token)
 
 
 @pytest.mark.parametrize("length", [8192, 32768])
