@@ -4,7 +4,15 @@ import pytest
 import torch
 from loss_cases import VARIANT_IDS, VARIANTS, make_case, variant_objective, worst
 
-from asft_nemo.losses import HeadGradient, VocabShard, fused_linear_loss
+from asft_nemo.errors import ConfigError
+from asft_nemo.losses import (
+    HeadGradient,
+    VocabShard,
+    fused_label_logprob,
+    fused_linear_loss,
+    fused_linear_token_losses,
+    row_blocks,
+)
 
 SCALE = 0.25
 
@@ -104,3 +112,91 @@ def test_rows_that_fit_no_labels_are_told_whole():
     with pytest.raises(ValueError) as refused:
         gradients(make_case(), chosen, hidden_trains=True, head_trains=True, gradients_in="later")
     assert str(refused.value) == "gradients_in='later': choose forward or backward"
+
+
+def losses_of_tokens(case, chosen, hidden, head, **options):
+    return fused_linear_token_losses(
+        hidden,
+        head,
+        case.labels_T,
+        case.loss_mask_T,
+        objective=chosen,
+        shard=VocabShard.full(case.vocab_size),
+        ref_hidden_TH=case.ref_hidden_TH,
+        ref_head_VH=case.ref_head_VH,
+        **case.per_token,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("hidden_trains", "head_trains"), [(True, False), (False, True), (True, True), (False, False)]
+)
+def test_losses_of_tokens_where_not_everything_trains(hidden_trains, head_trains):
+    case, chosen = make_case(seed=4), variant_objective("asft", "reverse")
+    expected, _, hidden_TH, head_VH = case.dense(chosen)
+    hidden = case.hidden_TH.clone().requires_grad_(hidden_trains)
+    head = case.head_VH.clone().requires_grad_(head_trains)
+    losses_T = losses_of_tokens(case, chosen, hidden, head)
+    assert worst((losses_T.sum(), expected.loss_sum)) <= 1e-12
+    assert losses_T.requires_grad == (hidden_trains or head_trains)
+    if not losses_T.requires_grad:
+        return
+    (SCALE * losses_T).sum().backward()
+    for gradient, trains, whole in (
+        (hidden.grad, hidden_trains, hidden_TH),
+        (head.grad, head_trains, head_VH),
+    ):
+        assert (gradient is not None) == trains
+        if trains:
+            assert worst((gradient, SCALE * whole)) <= 1e-12
+
+
+def test_losses_of_tokens_without_gradients_are_the_same():
+    case, chosen = make_case(seed=4), variant_objective("asft", "forward")
+    hidden, head = case.hidden_TH.requires_grad_(), case.head_VH.requires_grad_()
+    expected = losses_of_tokens(case, chosen, hidden, head)
+    with torch.no_grad():
+        losses_T = losses_of_tokens(case, chosen, hidden, head)
+    assert not losses_T.requires_grad
+    assert torch.equal(losses_T, expected)
+
+
+def test_losses_of_tokens_add_the_heads_gradient_to_its_buffer():
+    case, chosen = make_case(seed=6), variant_objective("asft", "forward")
+    _, _, hidden_TH, head_VH = case.dense(chosen)
+    hidden, head = case.hidden_TH.clone().requires_grad_(), case.head_VH.clone().requires_grad_()
+    buffer = torch.ones_like(case.head_VH)
+    losses_T = losses_of_tokens(case, chosen, hidden, head, head_gradient=HeadGradient(buffer))
+    (SCALE * losses_T).sum().backward()
+    assert head.grad is None
+    assert worst((hidden.grad, SCALE * hidden_TH), (buffer, 1.0 + SCALE * head_VH)) <= 1e-12
+
+
+def test_log_probabilities_take_chunks_as_the_losses_do():
+    case = make_case()
+
+    def logprob(**options):
+        shard = VocabShard.full(case.vocab_size)
+        return fused_label_logprob(
+            case.hidden_TH, case.head_VH, case.labels_T, case.loss_mask_T, shard=shard, **options
+        )
+
+    assert worst((logprob(chunk_tokens=5), logprob())) <= 1e-12
+    with pytest.raises(ConfigError, match=r"loss\.chunk_tokens=0 "):
+        logprob(chunk_tokens=0)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_factors_of_tokens_follow_them_into_blocks_of_rows(direction, monkeypatch):
+    case, chosen = make_case(seed=7), variant_objective("asft", direction)
+    factors_T = torch.linspace(-1.0, 2.0, 24, dtype=torch.float64)
+
+    def in_blocks_of(rows):
+        monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", rows * case.vocab_size * 8)
+        hidden, head = case.hidden_TH.clone().requires_grad_(), case.head_VH.clone().requires_grad_()
+        losses_T = losses_of_tokens(case, chosen, hidden, head)
+        (factors_T * losses_T).sum().backward()
+        return losses_T, hidden.grad, head.grad
+
+    assert worst(*zip(in_blocks_of(5), in_blocks_of(24), strict=True)) <= 1e-12

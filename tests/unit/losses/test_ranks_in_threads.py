@@ -119,3 +119,23 @@ def test_fused_linear(layout: str) -> None:
     for found in on_ranks(lambda ranks: fused_linear(ranks, chosen, make_case(), **FUSED_LAYOUTS[layout])):
         del found["collectives_not_as_promised"]
         assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=TOLERANCE)
+
+
+#: Over two ranks the second then holds padding alone.
+PADDING_ALONE = 106
+
+
+@pytest.mark.parametrize(("name", "direction"), [("asft", "forward"), ("asft", "reverse"), ("sft", None)])
+def test_a_rank_of_padding_alone(name: str, direction: Any) -> None:
+    chosen = variant_objective(name, direction)
+
+    def both_losses(ranks: Ranks) -> dict[str, float]:
+        fused = fused_linear(ranks, chosen, make_case(), PADDING_ALONE)
+        del fused["collectives_not_as_promised"]
+        return fused | {
+            f"logits, {what}": figure
+            for what, figure in vocab_parallel(ranks, chosen, make_case(), PADDING_ALONE).items()
+        }
+
+    for found in on_ranks(both_losses):
+        assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=TOLERANCE)

@@ -15,7 +15,7 @@ from loss_cases import (
 )
 
 from asft_nemo.errors import DataError, LayoutError
-from asft_nemo.losses import VocabShard, chunks, dense_loss, vocab_parallel_loss
+from asft_nemo.losses import VocabShard, chunks, dense_loss, row_blocks, vocab_parallel_loss
 from asft_nemo.objectives import objective
 
 
@@ -55,6 +55,17 @@ def test_equals_the_definition(name, direction, chunk_bytes, monkeypatch):
         "a softmax has no gradient along constants"
     )
     assert (our_gradient_TV[~case.loss_mask_T] == 0).all(), "masked tokens have no gradient"
+
+
+@pytest.mark.parametrize(("name", "direction"), [("asft", "forward"), ("asft", "reverse"), ("sft", None)])
+def test_a_chunk_of_several_blocks_of_rows(name, direction, monkeypatch):
+    """17 valid tokens, 5 rows at a time."""
+    case, chosen = make_case(), variant_objective(name, direction)
+    monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 5 * case.vocab_size * 8)
+    expected, gradient_TV, _, _ = case.dense(chosen)
+    ours, our_gradient_TV = sharded(case, chosen)
+    assert worst((ours.loss_sum, expected.loss_sum), (our_gradient_TV, gradient_TV)) <= 1e-12
+    assert worst(*metric_pairs(ours, expected)) <= 1e-12
 
 
 @pytest.mark.parametrize(("name", "direction"), VARIANTS, ids=VARIANT_IDS)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asft_nemo.errors import LayoutError
-from asft_nemo.losses import VocabShard
+from asft_nemo.losses import VocabShard, vocab_shard
 
 
 @given(vocab=st.integers(1, 300), world_size=st.integers(1, 8), extra=st.integers(0, 40))
@@ -37,3 +38,8 @@ def test_a_vocabulary_that_does_not_divide_is_refused():
         VocabShard.of_rank(0, 2, 8, 8, None)
     with pytest.raises(LayoutError, match="rank 2 is not in a group of 2"):
         VocabShard.of_rank(2, 2, 8, 8, group=object())
+
+
+def test_collectives_go_by_the_name_that_this_torch_has():
+    assert vocab_shard._collective("all_reduce", "barrier") is dist.all_reduce
+    assert vocab_shard._collective("of_a_later_torch", "all_reduce") is dist.all_reduce
