@@ -117,6 +117,15 @@ def test_arithmetic_is_fp32_for_lower_precisions(dtype):
     assert all(part.dtype == torch.float32 for pair in output.metrics.values() for part in pair)
     output.loss_sum.backward()
     assert logits.grad.dtype == dtype
+    widened = dense_loss(
+        logits.detach().float(),
+        case.labels_T,
+        case.loss_mask_T,
+        objective=variant_objective("asft", "forward"),
+        ref_logits_TV=case.ref_logits_TV.to(dtype).float(),
+    )
+    assert torch.equal(output.loss_sum, widened.loss_sum), "nothing is rounded on the way"
+    assert all(torch.equal(output.metrics[name][0], total) for name, (total, _) in widened.metrics.items())
 
 
 def test_a_label_outside_the_vocabulary_is_named_where_it_counts():

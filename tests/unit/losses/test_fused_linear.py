@@ -248,6 +248,14 @@ def test_dhidden_and_dhead_keep_the_dtypes_of_their_inputs():
     assert ours.output.loss_sum.dtype == torch.float32
 
 
+@pytest.mark.parametrize("gradients_in", ["forward", "backward"])
+def test_a_loss_of_no_token_is_fp32_too(gradients_in):
+    case = make_case(dtype=torch.bfloat16, valid_share=0.0)
+    output = fused(case, variant_objective("asft", "forward"), gradients_in=gradients_in).output
+    assert output.loss_sum.dtype == torch.float32
+    assert {total.dtype for total, _ in output.metrics.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("chunk_tokens", [0, -1, 2.5, True, "many", None])
 def test_a_chunk_without_tokens_is_refused(chunk_tokens):
     with pytest.raises(ConfigError, match=r"loss\.chunk_tokens=.* set it to auto or to a whole number"):

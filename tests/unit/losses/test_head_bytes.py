@@ -80,3 +80,8 @@ def test_bytes_are_those_allocated(
         dummy=dummy,
     )
     assert allocated.total - 2 * widened == expected
+
+
+def test_unless_told_otherwise_the_factor_is_known_and_no_hook_wants_a_dummy() -> None:
+    assert head_gradient_bytes(VOCAB, HIDDEN, weight_bytes=2, uses_main_grad=True) == 0
+    assert head_gradient_bytes(VOCAB, HIDDEN, weight_bytes=2, uses_main_grad=False) == VOCAB * HIDDEN * 6

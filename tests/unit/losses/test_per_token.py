@@ -7,8 +7,10 @@ from loss_cases import make_case, worst
 from asft_nemo.errors import ConfigError, DataError, LayoutError, ObjectiveError
 from asft_nemo.losses import VocabShard, dense_loss, fused_linear_loss, vocab_parallel_loss
 from asft_nemo.losses.chunks import resolve_chunk_tokens
+from asft_nemo.losses.logit_grad import logit_gradient
 from asft_nemo.losses.per_token import accumulation_dtype, require_reference, valid_tokens
 from asft_nemo.losses.reduce import HIGH_WEIGHT, metric_names, metrics_of_tokens
+from asft_nemo.losses.statistics import Exponentials, TokenStatistics
 from asft_nemo.objectives import objective
 
 LABELS = torch.tensor([3, -100, 0, 9, -100])
@@ -188,6 +190,33 @@ def test_metrics_of_each_token_in_the_order_of_their_names():
     assert metric_names(objective("eaft")) == (*common, "topk_entropy")
     assert metric_names(objective("asft", kl_weight=1.0)) == (*common, "kl")
     assert metric_names(objective("asft", kl_weight=1.0, kl_direction="reverse")) == (*common, "kl_reverse")
+
+
+def test_statistics_of_some_tokens_are_a_part_of_each():
+    whole = [torch.arange(5.0) + 10 * number for number in range(5)]
+    part = TokenStatistics(*whole)[slice(1, 3)]
+    found = (part.lse_N, part.label_logprob_N, part.ref_lse_N, part.kl_N, part.topk_entropy_N)
+    assert torch.equal(torch.stack(found), torch.stack(whole)[:, 1:3])
+    plain = TokenStatistics(*whole[:2])[slice(1, 3)]
+    assert (plain.ref_lse_N, plain.kl_N, plain.topk_entropy_N) == (None, None, None)
+
+
+@pytest.mark.parametrize(("asked", "found"), [(None, torch.float64), (torch.bfloat16, torch.bfloat16)])
+def test_a_logit_gradient_in_the_dtype_asked_for(asked, found):
+    share_NV = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], dtype=torch.float64)
+    zeros_N, own_N = torch.zeros(2).double(), torch.tensor([True, False])
+    gradient_NV = logit_gradient(
+        objective("sft"),
+        Exponentials(share_NV.clone(), None),
+        TokenStatistics(zeros_N, zeros_N),
+        zeros_N + 2.0,
+        own_N,
+        torch.tensor([1, 0]),
+        dtype=asked,
+    )
+    expected_NV = 2.0 * torch.tensor([[0.5, -0.7, 0.2], [0.1, 0.1, 0.8]], dtype=torch.float64)
+    assert gradient_NV.dtype == found
+    assert worst((gradient_NV.double(), expected_NV)) <= (2**-9 * 2 if asked else 1e-15)
 
 
 def of_shards(case, chosen, **changes):

@@ -15,7 +15,7 @@ from loss_cases import (
 )
 
 from asft_nemo.errors import DataError, LayoutError
-from asft_nemo.losses import VocabShard, chunks, dense_loss, row_blocks, vocab_parallel_loss
+from asft_nemo.losses import VocabShard, chunks, dense_loss, row_blocks, vocab_parallel, vocab_parallel_loss
 from asft_nemo.objectives import objective
 
 
@@ -66,6 +66,20 @@ def test_a_chunk_of_several_blocks_of_rows(name, direction, monkeypatch):
     ours, our_gradient_TV = sharded(case, chosen)
     assert worst((ours.loss_sum, expected.loss_sum), (our_gradient_TV, gradient_TV)) <= 1e-12
     assert worst(*metric_pairs(ours, expected)) <= 1e-12
+
+
+def test_chunks_of_fp64_logits_keep_within_the_bytes(monkeypatch):
+    case, rows = make_case(valid_share=1.1), []
+    local_statistics = vocab_parallel.local_statistics
+
+    def counted(objective, logits_NV, *rest):
+        rows.append(len(logits_NV))
+        return local_statistics(objective, logits_NV, *rest)
+
+    monkeypatch.setattr(vocab_parallel, "local_statistics", counted)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 4 * case.vocab_size * (8 + 2))
+    sharded(case, objective("sft"))
+    assert rows == [4] * 6
 
 
 @pytest.mark.parametrize(("name", "direction"), VARIANTS, ids=VARIANT_IDS)
