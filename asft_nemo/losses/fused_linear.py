@@ -250,11 +250,11 @@ def _apply(
     return cast(tuple[Tensor, Tensor], function.apply(hidden_TH, head_VH, spec))  # pyright: ignore
 
 
-def _without_gradients(hidden_TH: Tensor, head_VH: Tensor, spec: _Spec) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per valid token, its sum, metrics [M, N]; one GEMM a model and nothing kept."""
+def _without_gradients(hidden_TH: Tensor, head_VH: Tensor, spec: _Spec) -> tuple[Tensor, Tensor]:
+    """Loss sum, metrics [M, N]; one GEMM a model and nothing kept."""
     statistics = spec.visit(hidden_TH, head_VH).statistics()
     loss_N, _, metrics_MN = token_losses(spec.objective, statistics, spec.tokens, slice(None))
-    return loss_N, loss_N.sum(), metrics_MN
+    return loss_N.sum(), metrics_MN
 
 
 def fused_linear_loss(
@@ -335,7 +335,7 @@ def fused_linear_loss(
     if gradients_in not in ("forward", "backward"):
         raise ValueError(f"gradients_in={gradients_in!r}: choose forward or backward")
     if not torch.is_grad_enabled() or not (hidden_TH.requires_grad or head_VH.requires_grad):
-        _, loss_sum, metrics_MN = _without_gradients(hidden_TH, head_VH, spec)
+        loss_sum, metrics_MN = _without_gradients(hidden_TH, head_VH, spec)
     elif gradients_in == "forward":
         loss_sum, metrics_MN = _apply(_GradientsInForward, hidden_TH, head_VH, spec)
     else:
@@ -382,10 +382,7 @@ def fused_linear_token_losses(
             "old_logprob_T": old_logprob_T,
         },
     )
-    if torch.is_grad_enabled() and (hidden_TH.requires_grad or head_VH.requires_grad):
-        loss_N, _ = _apply(_GradientsInBackward, hidden_TH, head_VH, spec)
-    else:
-        loss_N, _, _ = _without_gradients(hidden_TH, head_VH, spec)
+    loss_N, _ = _apply(_GradientsInBackward, hidden_TH, head_VH, spec)
     return spec.tokens.scatter(loss_N)
 
 

@@ -60,11 +60,6 @@ class Gradients:
     hidden_NH: Tensor | None
     head_VH: Tensor | None
 
-    @property
-    def wanted(self) -> bool:
-        """True where any gradient is to be computed."""
-        return self.hidden_NH is not None or self.head_VH is not None
-
 
 @dataclass(frozen=True)
 class _Chunk:
@@ -176,7 +171,7 @@ class HeadVisit:
         self, statistics: TokenStatistics, weight_N: Tensor, upstream_N: Tensor | None, into: Gradients
     ) -> None:
         """Gradients, the statistics and weights known. GEMMs: one a model and one a gradient."""
-        for chunk in self._chunks() if into.wanted else ():
+        for chunk in self._chunks():
             part = statistics[chunk.tokens]
             left = probabilities(self.objective, chunk.logits_NV, chunk.ref_logits_NV, part)
             upstream = upstream_N if upstream_N is None or upstream_N.ndim == 0 else upstream_N[chunk.tokens]
@@ -196,6 +191,5 @@ class HeadVisit:
                 self.objective, part, self.tokens, chunk.tokens
             )
             loss_sum += loss_N.sum()
-            if into.wanted:
-                self._add_gradients(chunk, left, part, weight_N, upstream, into)
+            self._add_gradients(chunk, left, part, weight_N, upstream, into)
         return loss_sum, metrics_MN
