@@ -54,22 +54,22 @@ def not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_parallel_ranks, "CountedCollectives", Uncounted)
 
 
-def on_ranks(does: Callable[[Ranks], Any]) -> list[Any]:
+def on_ranks(does: Callable[[Ranks], Any], count: int = RANKS) -> list[Any]:
     """What each rank's thread returns."""
     multi_threaded_pg._install_threaded_pg()
     assert ISOLATION is not None
     ISOLATION(True)
-    store, answers, errors = dist.HashStore(), [None] * RANKS, []  # pyright: ignore[reportPrivateImportUsage]
+    store, answers, errors = dist.HashStore(), [None] * count, []  # pyright: ignore[reportPrivateImportUsage]
 
     def be(rank: int) -> None:
         try:
-            dist.init_process_group("threaded", rank=rank, world_size=RANKS, store=store)
-            answers[rank] = does(Ranks(RANKS, rank, dist.group.WORLD))
+            dist.init_process_group("threaded", rank=rank, world_size=count, store=store)
+            answers[rank] = does(Ranks(count, rank, dist.group.WORLD))
         except BaseException as error:
             errors.append(error)
             multi_threaded_pg.ProcessLocalGroup.exception_handle(error)  # the others wait for it
 
-    threads = [threading.Thread(target=be, args=(rank,), daemon=True) for rank in range(RANKS)]
+    threads = [threading.Thread(target=be, args=(rank,), daemon=True) for rank in range(count)]
     try:
         for thread in threads:
             thread.start()
@@ -104,6 +104,21 @@ def test_collectives() -> None:
         assert torch.equal(scattered, 3 * torch.arange(12.0).view(4, 3)[2 * rank : 2 * rank + 2])
         assert gathered.tolist() == [[[0], [10]], [[1], [11]]]
         assert torch.equal(summed, torch.full((2,), 3.0, dtype=torch.float64))
+
+
+def test_collectives_stay_in_their_group() -> None:
+    """Of four ranks, as with data parallelism two."""
+
+    def collect(ranks: Ranks) -> list[list[float]]:
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        rank = ranks.tp_rank
+        mine = VocabShard.of_rank(rank % 2, 2, 12, 11, pairs[rank // 2])
+        one = torch.full((1, 1), float(rank))
+        found = mine.gather_rows(one), mine.reduce_scatter_rows(one.repeat(2, 1)), mine.all_reduce_sum_(one)
+        return [tensor.flatten().tolist() for tensor in found]
+
+    answers = on_ranks(collect, count=4)
+    assert answers == [[[0.0, 1.0], [1.0], [1.0]]] * 2 + [[[2.0, 3.0], [5.0], [5.0]]] * 2
 
 
 @pytest.mark.parametrize(("name", "direction"), [("asft", "reverse"), ("eaft", None)])
