@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -66,17 +67,33 @@ def _compare(arguments: argparse.Namespace) -> int:
         PAGE: comparison_page(comparison, examples, pictures, lacking),
     }
     out: Path = arguments.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            (out / f"{name}.unfinished").write_text(content, encoding="utf-8")
-        for name in contents:  # all are written: the three always tell of one comparison
-            (out / f"{name}.unfinished").replace(out / name)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): give --out a folder of yours") from None
+    _write(out, contents)
     warnings = [f"warning: {text}" for text in comparison.warnings]
     answer(arguments, values, "\n".join([*warnings, table, f"page: {out / PAGE}"]))
     return DONE
+
+
+def _write(out: Path, contents: Mapping[str, str]) -> None:
+    """Writes the files so that they always tell of one comparison: none of them under its name before all are written.
+
+    Raises:
+        UserError: the system refuses; what was begun is taken away again.
+    """
+    begun = [out / f"{name}.unfinished" for name in contents]
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path, content in zip(begun, contents.values(), strict=True):
+            path.write_text(content, encoding="utf-8")
+        for path, name in zip(begun, contents, strict=True):
+            path.replace(out / name)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            for path in begun:
+                path.unlink(missing_ok=True)
+            if made:
+                out.rmdir()
+        raise UserError(f"{out} cannot be written ({error.strerror}): give --out a folder of yours") from None
 
 
 def _named(words: Sequence[str], what: str) -> dict[str, str]:

@@ -114,9 +114,8 @@ def judge(
         there: what of that which the command makes was there.
         names: one of which a refusal must name: the damaged file or a folder above it.
     """
-    changed = _changed(check, yard, before)
-    if changed:
-        return f"changed {changed}"
+    if other := changed(check, yard, before):
+        return f"changed {other}"
     if said.code is None:
         return f"hangs: did not end in {said.seconds:.0f} s"
     if "Traceback" in said.err:
@@ -143,7 +142,7 @@ def judge(
     return ""
 
 
-def _changed(check: Check, yard: Yard, before: dict[str, tuple[int, int]]) -> str:
+def changed(check: Check, yard: Yard, before: dict[str, tuple[int, int]]) -> str:
     """The first file that was there and is not as it was, of those that the command does not make; empty where there is none."""
     now = states(yard.here)
     for name, state in before.items():

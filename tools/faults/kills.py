@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from faults.artefacts import Undisturbed
+from faults.artefacts import Undisturbed, changed
 from faults.checks import CHECKS, Check, answer_of, perform
 from faults.jumping_clock.jumps import jump
 from faults.rows import REFUSED, RESUMED, SAME, VIOLATION, Row
 from faults.shell import LIMIT, Running, Said, run
 from faults.shell import perform as done
-from faults.yard import Yard, prepare_words
+from faults.yard import Yard, prepare_words, states
 
 KILLED = "the same command, started again, makes what it makes undisturbed, bit for bit; nothing else changes"
 DOUBLED = (
@@ -75,6 +75,7 @@ def try_kill(kill: Kill, yard: Yard, undisturbed: Undisturbed, *, seed: int) -> 
     check = WORK[kill.work]
     answer, usual = undisturbed.of(check), undisturbed.seconds(check)
     yard.restore()
+    before = states(yard.here)
     started, chance = time.monotonic(), random.Random(f"{seed} {kill.name}")
     does: Callable[..., tuple[str, str, str]] = _twice if kill.how == "twice" else _killed
     place, problem, sentence = does(kill, check, yard, chance, usual)
@@ -84,6 +85,8 @@ def try_kill(kill: Kill, yard: Yard, undisturbed: Undisturbed, *, seed: int) -> 
             problem, sentence = f"started again it ends with {said.code}", " / ".join(said.sentences)
         elif answer_of(check, yard, said or Said(0, "", "", 0.0)).files != answer.files:
             problem = "another result than undisturbed"
+        elif other := changed(check, yard, before):
+            problem = f"changed {other}"
     good = REFUSED if kill.how == "twice" else RESUMED
     return Row(
         name=kill.name,

@@ -17,7 +17,7 @@ from faults.shell import Said
 from faults.yard import PLACE, Yard, eval_words, prepare_words, release
 
 EXPECTED = (
-    "one sentence and exit code 2, nothing under the name that was asked for; with the fault gone, the same command makes what it makes "
+    "one sentence and exit code 2, nothing that passes for an answer under the name that was asked for; with the fault gone, the same command makes what it makes "
     "undisturbed, bit for bit"
 )
 ROOMY = 1 << 30  # bytes
@@ -30,14 +30,18 @@ class Writer:
     Attributes:
         check: the command; it makes `PLACE/out`.
         nbytes: about what it writes.
+        answer: file in what it makes without which nobody takes that for an answer; empty: what it makes appears whole or not at all.
     """
 
     check: Check
     nbytes: int
+    answer: str = ""
 
 
-def _writer(title: str, job: Callable[[Yard], list[str]], nbytes: int, out: str = "out") -> Writer:
-    return Writer(Check(title, job, (f"{PLACE}/{out}",)), nbytes)
+def _writer(
+    title: str, job: Callable[[Yard], list[str]], nbytes: int, out: str = "out", *, answer: str = ""
+) -> Writer:
+    return Writer(Check(title, job, (f"{PLACE}/{out}",)), nbytes, answer)
 
 
 _OUT = f"{PLACE}/out"
@@ -46,8 +50,10 @@ WRITERS: dict[str, Writer] = {
     "export": _writer(
         "asft export", lambda yard: ["export", "nemo", _OUT, "--max-shard-size", "2MB"], 5_300_000
     ),
-    "prepare": _writer("asft data prepare", lambda yard: prepare_words("train.jsonl", _OUT), 9_000),
-    "eval": _writer("asft eval", lambda yard: eval_words("hf", _OUT), 20_000),
+    "prepare": _writer(
+        "asft data prepare", lambda yard: prepare_words("train.jsonl", _OUT), 9_000, answer="manifest.json"
+    ),
+    "eval": _writer("asft eval", lambda yard: eval_words("hf", _OUT), 20_000, answer="results.json"),
     "compare": _writer(
         "asft compare",
         lambda yard: ["compare", "before=results", "after=results_other", "--out", _OUT],
@@ -194,6 +200,9 @@ def _tried(bad: Bad, yard: Yard, chance: random.Random) -> tuple[str, Said, bool
     if said.code == 0:
         other = answer_of(check, yard, said) != answer
         return where, said, True, "exit code 0 and something else than undisturbed" if other else ""
+    left = yard.here / check.makes[0] / writer.answer
+    if bad.kind != "other" and left.exists():
+        return where, said, False, f"refused, and {left.relative_to(yard.here)} is there"
     _mend(bad.kind, place)
     again = perform(check, yard)
     if again.code != 0:

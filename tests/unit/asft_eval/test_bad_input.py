@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gzip
 import json
@@ -205,6 +206,26 @@ def test_results_that_were_not_measured_alike(
     assert json.loads((out / "comparison.json").read_text())["warnings"] == [plain]
     for name in ("comparison.md", "comparison.html"):
         assert f"Not measured alike, compared by force: {plain}." in (out / name).read_text()
+
+
+def test_a_disk_that_fills_up_leaves_the_comparison_that_was_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, out, fresh = with_drift(measured(model, tmp_path / "a"), "float32"), tmp_path / "out", tmp_path / "c"
+    assert cli.main(["compare", f"a={a}", f"b={a}", "--out", str(out)]) == 0
+    written = Path.write_text
+
+    def full(path: Path, content: str, **options: Any) -> int:
+        if path.name == "comparison.html.unfinished":
+            written(path, content[:100], **options)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(path, content, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    words = ["compare", f"a={a}", f"c={a}", "--out"]
+    refused([*words, str(out)], {"out": out}, "out cannot be written", capsys)
+    refused([*words, str(fresh)], {"out": out}, "c cannot be written", capsys)
+    assert not fresh.exists()
 
 
 # --- damaged samples ------------------------------------------------------------------------------------------
