@@ -21,9 +21,11 @@ Exit codes: 0 nothing failed and no bar was missed; 1 something did; 2 this mach
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -31,10 +33,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # also where the project is not installed
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(1, str(ROOT))  # also where the project is not installed
 
 log = logging.getLogger("gpu_check")
+
+RANKS = (1, 2, 4, 8)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=float, help="parts that no longer fit are left out (60; with --nproc 10)"
     )
-    parser.add_argument("--nproc", type=int, default=1, help="2 to 8: the checks of several GPUs")
+    parser.add_argument("--nproc", type=int, default=1, help="2, 4 or 8: the checks of several GPUs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--list", action="store_true", help="say the parts and leave")
     parser.add_argument("--prompt-share", type=float, default=0.0, help="of the steps' tokens, not learned")
@@ -72,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def refusal(options: argparse.Namespace) -> str | None:
     """The sentence for a command or a machine that cannot be checked; None where it can."""
-    if not 1 <= options.nproc <= 8:
-        return f"--nproc {options.nproc} is not between 1 and 8: the checks train on batches of 8 examples"
+    if options.nproc not in RANKS:
+        return f"--nproc {options.nproc} is none of 1, 2, 4 and 8: the checks share batches of 8 examples out evenly"
     known = [part.name for part in parts_of(options)]
     for name in options.parts or ():
         if name not in known:
@@ -112,6 +117,11 @@ def described(parts: list[Any]) -> str:
 def main(arguments: list[str]) -> int:
     """Measures and writes."""
     options = _parser().parse_args(arguments)
+    if importlib.util.find_spec("torch") is None:
+        print(
+            f"gpu_check needs torch, which {sys.executable} does not have: install it there", file=sys.stderr
+        )
+        return 2
     refused = refusal(options)
     if refused is not None:
         print(refused, file=sys.stderr)
@@ -129,12 +139,22 @@ def main(arguments: list[str]) -> int:
     return check(options, parts, ["python", "tools/gpu_check.py", *arguments])
 
 
+def for_children() -> None:
+    """What every process that is started from here needs: this clone, where the project is not installed, and no word to any hub."""
+    paths = [str(ROOT), str(ROOT / "eval"), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def check(options: argparse.Namespace, parts: list[Any], command: list[str]) -> int:
     """Runs the parts and writes after each."""
     from bench import gpu_page
     from bench.gpu_parts import Check, run_parts, verdicts
 
     options.out.mkdir(parents=True, exist_ok=True)
+    for_children()
+    # also then the tens of GB of the scratch folder are taken away
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     record: dict[str, Any] = {
         "date": date.today().isoformat(),
         "command": shlex.join(command),

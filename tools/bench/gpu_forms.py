@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from bench import nemo_convert, outside_fp8, te_checkpoint
-from bench.gpu_parts import Check, free_of
-from bench.gpu_rank import sentence
+from bench.gpu_parts import TIME_IS_UP, Check, free_of
+from bench.gpu_rank import at, sentence
+from bench.gpu_ranks import RankFailed
 from bench.layer_kinds import LOCAL_FORMS
 from bench.training import FORMS, QWEN25_1P5B, Form, make_data, make_model, run_settings
 
 log = logging.getLogger("gpu_check")
+
+FORM_SECONDS = 900  # of one run; ranks that hang are named by each other before (alarms.hang_seconds)
+CONVERSION_SECONDS = 300  # of one direction
 
 # A random model's KL at step 0 says nothing of a trained one's, so the bound is out of the way; the KL itself is in the table.
 _FP8 = ("objective=asft", "reference=resident", "reference.precision=fp8", "reference.max_initial_kl=1000")
@@ -64,12 +68,19 @@ def lacks(settings: Iterable[str]) -> str | None:
     return None if there or "kernels.layers=local" not in settings else "Transformer Engine to compare with"
 
 
-def attempt(what: str, settings: Iterable[str], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt(
+    what: str, settings: Iterable[str], check: Check, work: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """What `work` finds, or why it was `skipped` or `failed`."""
     if (missing := lacks(settings)) is not None:
         return {"skipped": f"no {missing}"}
     try:
         return work()
+    except RankFailed as failed:
+        if check.late():
+            return {"skipped": f"{TIME_IS_UP}: {failed}"}
+        log.error("%s: %s\n%s", what, failed, failed.log)
+        return {"failed": str(failed)}
     except Exception as error:  # the others still tell something
         log.exception("%s", what)
         return {"failed": sentence(error)}
@@ -105,22 +116,33 @@ def found_in(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def measure(form: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def train_run(settings: list[str]) -> None:
+    """`asft train` with these settings, without its launcher; called on every rank."""
+    from asft_nemo.config.load import compose
+    from asft_nemo.train import train
+
+    at("training")
+    train(compose(settings))
+
+
+def measure(form: str, check: Check, folder: Path) -> dict[str, Any]:
     """Runs one form; what it says of itself, or why it did not run (`skipped`) or broke (`failed`)."""
+    options = check.options
+
+    def on_ranks(call: str, settings: list[str]) -> None:
+        with check.ranks(options.gpus) as ranks:
+            ranks.run(call, timeout=FORM_SECONDS, settings=settings)
 
     def work() -> dict[str, Any]:
-        from asft_nemo.config.load import compose
-        from asft_nemo.launch_local import launch, launch_cache
-
         run_dir = folder / form
         settings = overrides(form, options, folder, run_dir)
         if "reference=cached" in settings:
-            launch_cache(compose(overrides(form, options, folder, folder / "cache_run")), repair=False)
-        launch(compose(settings))
+            on_ranks("bench.gpu_train:write_cache", overrides(form, options, folder, folder / "cache_run"))
+        on_ranks("bench.gpu_forms:train_run", settings)
         free_of(run_dir / "checkpoints")  # in the sizes of --shape 20 GB each
         return found_in(run_dir)
 
-    return attempt(form, CHECKED[form].settings, work)
+    return attempt(form, CHECKED[form].settings, check, work)
 
 
 def model_folder(check: Check) -> Path:
@@ -148,7 +170,7 @@ def check_forms(check: Check) -> dict[str, Any]:
         if left < longest:
             runs[form] = {"skipped": "--minutes has no room for it"}
             continue
-        runs[form] = measure(form, options, folder)
+        runs[form] = measure(form, check, folder)
         longest, left = max(longest, left - check.left()), check.left()
     return {"runs": runs, "bars": form_bars(runs)}
 
@@ -158,12 +180,17 @@ def check_outside(check: Check) -> dict[str, Any]:
     options, folder = check.options, model_folder(check)
     outside = {}
     for name in ("fp8_current", "fp8_blockwise"):
-        run_dir, seen = folder / f"outside_{name}", check.place(f"seen_{name}")
+        run_dir = folder / f"outside_{name}"
         one = argparse.Namespace(**{**vars(options), "gpus": 1, "steps": 1})
         settings = [*overrides("resident", one, folder, run_dir), f"precision={name}"]
         settings.remove(f"precision={options.precision}")
         outside[name] = attempt(
-            name, settings, lambda given=settings, where=seen: outside_fp8.look(given, where)
+            name,
+            settings,
+            check,
+            lambda given=settings: check.alone(
+                "bench.outside_fp8:look", timeout=FORM_SECONDS, settings=given
+            ),
         )
         free_of(run_dir / "checkpoints")
     seen_any = [one for one in outside.values() if "tensors" in one]
@@ -186,16 +213,21 @@ def check_kept(check: Check) -> dict[str, Any]:
     from asft_nemo.config.machine import part
 
     for name in te_checkpoint.PRECISIONS:
-        target, settings = options.out / "te_checkpoint", [f"precision={name}"]
+        target, settings = (options.out / "te_checkpoint").resolve(), [f"precision={name}"]
         if not part("transformer_engine").there():
             kept[f"checkpoint, {name}"] = {"skipped": "no Transformer Engine"}
             continue
         kept[f"checkpoint, {name}"] = attempt(
             name,
             settings,
-            lambda name=name, target=target: {
-                "kept": str(te_checkpoint.write(target, check.folder / "tiny", name))
-            },
+            check,
+            lambda name=name, target=target: check.alone(
+                "bench.te_checkpoint:kept",
+                timeout=FORM_SECONDS,
+                out=str(target),
+                scratch=str(check.folder / "tiny"),
+                precision=name,
+            ),
         )
     failed = {"measured": sum("failed" in one for one in kept.values()), "limit": 0}
     return {"kept": kept, "hint": te_checkpoint.hint(Path("te_checkpoint")), "bars": {"failed": failed}}
@@ -203,6 +235,6 @@ def check_kept(check: Check) -> dict[str, Any]:
 
 def check_conversion(check: Check) -> dict[str, Any]:
     """NeMo's importer and exporter beside ours, on the random model of the forms."""
-    return {
-        "conversion": nemo_convert.measure(model_folder(check) / "model" / "hf", check.place("conversion"))
-    }
+    model, place = model_folder(check) / "model" / "hf", check.place("conversion")
+    rows = nemo_convert.measure(model, place, seconds=max(min(check.left(), CONVERSION_SECONDS), 1))
+    return {"conversion": rows, "bars": nemo_convert.bars(rows)}

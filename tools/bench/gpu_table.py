@@ -70,6 +70,7 @@ _CONVERSION = Part(
         "Each in a process of its own, imports and start included; the random model of the forms.\n\n"
         + nemo_convert.table(found["conversion"])
     ),
+    (Bar("failed", "conversions of ours that failed", "0", on_gpu=False),),
 )
 
 ONE_GPU: tuple[Part, ...] = (

@@ -1,16 +1,11 @@
-"""What a run in FP8 leaves out of it: looks at the head, the embedding and the tensors of the loss, inside the rank that trains.
-
-python -m torch.distributed.run --standalone --nproc-per-node=1 tools/bench/outside_fp8.py RUN.json FOUND.json
-"""
+"""What a run in FP8 leaves out of it: looks at the head, the embedding and the tensors of the loss, inside the rank that trains."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from bench.gpu_rank import at
 
 WIDE = ("torch.bfloat16", "torch.float32")
 
@@ -51,26 +46,19 @@ def watch(found: dict[str, Any]) -> None:
     gpt_model.AnchoredGPTModel._postprocess = seen_postprocess
 
 
-def look(settings: list[str], scratch: Path) -> dict[str, Any]:
-    """Trains one rank with these settings; what was seen.
-
-    Args:
-        settings: overrides of `asft train`.
-        scratch: a folder for what goes to the rank and comes from it, not the run's own.
-
-    Raises:
-        RuntimeError: the rank stopped.
-    """
+def look(settings: list[str]) -> dict[str, Any]:
+    """Trains with these settings in this process, which is the only rank; what was seen."""
     from asft_nemo.config.load import compose
-    from asft_nemo.config.schema import to_dict
+    from asft_nemo.cpu import backend
+    from asft_nemo.train import train
 
-    run, found = scratch / "run.json", scratch / "found.json"
-    run.write_text(json.dumps(to_dict(compose(settings))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    code = subprocess.run([*command, __file__, str(run), str(found)]).returncode
-    if code:
-        raise RuntimeError(f"the rank stopped with exit code {code}; its messages are above")
-    return json.loads(found.read_text())
+    run = compose(settings)
+    backend.install()
+    found: dict[str, Any] = {"tensors": {}, "layers_in_fp8": []}
+    watch(found)
+    at("training")
+    train(run)
+    return found
 
 
 def is_off(found: Mapping[str, Any]) -> bool:
@@ -96,20 +84,3 @@ def table(checks: Mapping[str, Mapping[str, Any]]) -> str:
             f"|  | {what} | {one['class']} | {one['dtype']} |" for what, one in found["tensors"].items()
         ]
     return "\n".join(lines)
-
-
-def main(run_file: str, found_file: str) -> None:
-    """Inside the rank."""
-    from asft_nemo.config.schema import from_dict
-    from asft_nemo.cpu import backend
-    from asft_nemo.train import train
-
-    backend.install()
-    found: dict[str, Any] = {"tensors": {}, "layers_in_fp8": []}
-    watch(found)
-    train(from_dict(json.loads(Path(run_file).read_text())))
-    Path(found_file).write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -43,6 +43,11 @@ def write(out: Path, scratch: Path, precision: str) -> Path:
     return kept
 
 
+def kept(out: str, scratch: str, precision: str) -> dict[str, str]:
+    """The same, for a child process, with whose end its ranks end."""
+    return {"kept": str(write(Path(out), Path(scratch), precision))}
+
+
 def hint(out: Path) -> str:
     """Where the tests look for it."""
     return (

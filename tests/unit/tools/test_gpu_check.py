@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,9 @@ TOOLS = Path(__file__).resolve().parents[3] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import gpu_check  # noqa: E402
-from bench import gpu_form_tables, gpu_forms, layer_kinds, outside_fp8  # noqa: E402
+from bench import gpu_form_tables, gpu_forms, layer_kinds, nemo_convert, outside_fp8  # noqa: E402
 from bench.gpu_parts import Check  # noqa: E402
+from bench.gpu_ranks import RankFailed, Ranks  # noqa: E402
 
 from asft_nemo.config.load import compose  # noqa: E402
 
@@ -82,7 +86,11 @@ def test_other_machines_that_cannot_be_checked(monkeypatch: pytest.MonkeyPatch) 
     assert refusal("--gpus", "2", "--nproc", "2") is None
     assert "--gpus 3 asks for more than the 2 GPUs here" in str(refusal("--gpus", "3"))
     assert "--nproc 4 asks for more than the 2 GPUs here" in str(refusal("--nproc", "4"))
-    assert "--nproc 9 is not between 1 and 8" in str(refusal("--nproc", "9", "--device", "cpu"))
+    for number in ("0", "3", "6", "16"):
+        assert f"--nproc {number} is none of 1, 2, 4 and 8" in str(
+            refusal("--nproc", number, "--device", "cpu")
+        )
+    assert refusal("--nproc", "8", "--device", "cpu") is None
     assert str(refusal("--parts", "loss", "lost")).startswith(
         "--parts lost is none of kernels, loss, steps_full,"
     )
@@ -148,8 +156,9 @@ def test_what_a_run_left_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("loss", "off"), [(2.0, False), (2.019, False), (1.979, True), (float("nan"), True)])
 def test_a_policy_in_fp8_must_end_where_bf16_does(loss: float, off: bool) -> None:
-    bf16 = {"loss_of_last_step": 2.0, "tokens_per_second": 100}
-    runs = {"sft": bf16, "sft_fp8_current": {"loss_of_last_step": loss, "tokens_per_second": 150}}
+    bf16 = {"losses": [2.0] * 50, "loss_of_last_step": 2.0, "tokens_per_second": 100}
+    own = {"losses": [2.0] * 49 + [loss], "loss_of_last_step": loss, "tokens_per_second": 150}
+    runs = {"sft": bf16, "sft_fp8_current": own}
     assert gpu_form_tables.fp8_is_off("sft_fp8_current", runs) is off
     row = gpu_form_tables.precision_table(runs).splitlines()[-1]
     assert row.endswith("| 150 | 1.5000 | **off** |" if off else "| 150 | 1.5000 | right |")
@@ -224,9 +233,9 @@ def test_settings_of_every_form_pass_the_rules(form: str, tmp_path: Path) -> Non
 
 def test_the_bars_of_the_forms() -> None:
     runs: dict[str, dict[str, Any]] = {
-        "sft": {"loss_of_last_step": 2.0, "losses": [2.0], "grad_norms": [4.0]},
-        "sft_local": {"losses": [2.002], "grad_norms": [4.2]},
-        "sft_fp8_current": {"loss_of_last_step": 2.1},
+        "sft": {"losses": [2.0] * 50, "grad_norms": [4.0] * 50},
+        "sft_local": {"losses": [2.002] * 50, "grad_norms": [4.2] * 50},
+        "sft_fp8_current": {"losses": [2.1] * 50},
         "sft_fp8_delayed": {"skipped": "no Transformer Engine"},
         "resident_local": {"failed": "x"},
     }
@@ -250,16 +259,26 @@ def check_of(folder: Path, **given: Any) -> Check:
     return Check(gpu_check._parser().parse_args(["--out", str(folder)]), "cuda", folder, **given)
 
 
-def test_one_broken_form_does_not_stop_the_others(tmp_path: Path) -> None:
-    options = check_of(tmp_path).options
-    found = gpu_forms.measure("sft", options, tmp_path)  # there is no model in this folder
+def test_one_broken_form_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = check_of(tmp_path)
+    found = gpu_forms.measure("sft", check, tmp_path)  # there is no model in this folder
     assert found["failed"].startswith("ConfigError: ")
-    assert "skipped" in gpu_forms.measure("resident_fp8", options, tmp_path)
+    assert "skipped" in gpu_forms.measure("resident_fp8", check, tmp_path)
+
+    def hung(*given: Any, **more: Any) -> Any:
+        raise RankFailed("x:y was not done in 900 s: rank 1 at training", "a log")
+
+    monkeypatch.setattr(Ranks, "run", hung)
+    failed = gpu_forms.attempt("sft", [], check, lambda: check.alone("x:y"))
+    assert failed == {"failed": "x:y was not done in 900 s: rank 1 at training"}
+    late = check_of(tmp_path, minutes=0.0)
+    cut = gpu_forms.attempt("sft", [], late, lambda: late.alone("x:y"))
+    assert cut == {"skipped": "--minutes was up: x:y was not done in 900 s: rank 1 at training"}
 
 
 def test_forms_stop_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_forms, "model_folder", lambda check: tmp_path)
-    monkeypatch.setattr(gpu_forms, "measure", lambda form, options, folder: {"failed": form})
+    monkeypatch.setattr(gpu_forms, "measure", lambda form, check, folder: {"failed": form})
     check = check_of(tmp_path, minutes=1.0)
     check.options.forms = ["resident", "resident_local"]
     left = iter([60.0, 20.0, 19.0, 18.0])
@@ -282,27 +301,90 @@ def test_what_is_kept_of_no_run(tmp_path: Path) -> None:
     assert "* profile: the profiled run left no page" in gpu_form_tables.kept_list(found)
 
 
+def test_a_conversion_that_fails_or_hangs_is_a_row(tmp_path: Path) -> None:
+    began = time.monotonic()
+    hanging = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)', '{tmp_path}'])"
+    rows = [
+        nemo_convert.row_of("asft import", [sys.executable, "-c", "pass"], seconds=60),
+        nemo_convert.row_of("asft export", [sys.executable, "-c", "raise SystemExit(3)"], seconds=60),
+        nemo_convert.row_of("NeMo import_ckpt", [sys.executable, "-c", hanging], seconds=1),
+    ]
+    assert time.monotonic() - began < 50
+    assert rows[0]["seconds"] > 0
+    assert rows[0]["peak_rss_bytes"] > 2**20
+    assert [row.get("skipped") for row in rows] == [None, "ended with exit code 3", "not done in 1 s"]
+    assert nemo_convert.bars(rows) == {"failed": {"measured": 1, "limit": 0}}, "NeMo's own are not ours"
+    table = nemo_convert.table(rows).splitlines()
+    assert table[3:] == [
+        "| asft export | failed: ended with exit code 3 | |",
+        "| NeMo import_ckpt | skipped: not done in 1 s | |",
+    ]
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and str(tmp_path) in commands():
+        time.sleep(0.1)
+    assert str(tmp_path) not in commands(), "what it had started ends with it"
+
+
+def commands() -> str:
+    """The command lines of all processes."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(file.read_text(errors="replace"))
+    return "\n".join(found)
+
+
+def rehearsed(folder: Path, *words: str, before: str = "", **environment: str) -> subprocess.Popen[str]:
+    """The command on a CPU, in a folder far from the clone; `before` is run ahead of everything in all its processes."""
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(before)
+    return subprocess.Popen(
+        [sys.executable, TOOLS / "gpu_check.py", "--device", "cpu", "--out", folder / "out", *words],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(folder / "site"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            **environment,
+        },
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_without_torch_one_sentence_and_code_2(tmp_path: Path) -> None:
+    process = rehearsed(tmp_path, before="import sys\nsys.modules['torch'] = None\n")
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert said == f"gpu_check needs torch, which {sys.executable} does not have: install it there\n"
+
+
+def test_a_check_that_is_terminated_leaves_no_scratch(tmp_path: Path) -> None:
+    """Slurm sends SIGTERM when a job's time is up; the models of a real check are tens of GB."""
+    (tmp_path / "scratch").mkdir()
+    process = rehearsed(tmp_path, "--parts", "kernels", TMPDIR=str(tmp_path / "scratch"))
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "scratch").glob("asft-gpu-ranks-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert list((tmp_path / "scratch").glob("asft-gpu-check-*"))
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list((tmp_path / "scratch").glob("asft-*"))
+
+
 def test_a_rehearsal_where_only_torch_is_installed(tmp_path: Path) -> None:
     """The command itself, in an environment without the training stack: what can run does, the rest says what is missing."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nfor name in ('nemo', 'megatron', 'hydra', 'omegaconf', 'modelopt', 'lightning', 'transformers', 'psutil'):\n"
-        "    sys.modules[name] = None\n"
+    names = ("nemo", "megatron", "hydra", "omegaconf", "modelopt", "lightning", "transformers", "psutil")
+    process = rehearsed(
+        tmp_path,
+        *("--parts", "kernels", "steps_lora", "forms"),
+        before=f"import sys\nfor name in {names}:\n    sys.modules[name] = None\n",
     )
-    command = [sys.executable, str(TOOLS / "gpu_check.py"), "--device", "cpu", "--out", str(tmp_path / "out")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    done = subprocess.run(
-        [*command, "--parts", "kernels", "steps_lora", "forms"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
+    said = process.communicate(timeout=200)[1]
+    assert process.returncode == 0, said
     record = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
     assert {name: one["status"] for name, one in record["parts"].items()} == {
         "kernels": "done",
