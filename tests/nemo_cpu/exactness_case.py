@@ -54,7 +54,7 @@ class Measured:
     @property
     def exact(self) -> bool:
         """Whether everything is within the bound."""
-        return max(self.error, self.of_largest, self.loss) <= BOUND
+        return all(one <= BOUND for one in (self.error, self.of_largest, self.loss))
 
 
 def make_models(folder: Path) -> dict[str, Path]:

@@ -5,6 +5,7 @@ The whole global batch goes through in one pass, so nothing is added up in bf16 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -99,5 +100,6 @@ def squares(found: Gradients, exact: Gradients) -> Squares:
 
 
 def relative(sums: Squares) -> float:
-    """Length of the error over length of the gradient, all tensors together."""
-    return (sum(error for error, _ in sums.values()) / sum(length for _, length in sums.values())) ** 0.5
+    """Length of the error over length of the gradient, all tensors together; not a number, and so within no bound, where it is not finite."""
+    found = (sum(error for error, _ in sums.values()) / sum(length for _, length in sums.values())) ** 0.5
+    return found if math.isfinite(found) else math.nan

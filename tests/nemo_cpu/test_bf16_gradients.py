@@ -7,6 +7,7 @@ together; samples differ by a factor of two in it, so ours is divided by plain P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
@@ -105,6 +106,17 @@ def worst_kind(errors: Errors, other: str) -> tuple[float, str]:
 
     kinds = {".".join(name.split(".")[-3:]).lstrip("0123456789.") for name in errors["ours"][0]}
     return max((of_kind(errors["ours"], kind) / of_kind(errors[other], kind), kind) for kind in kinds)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_error_that_is_not_finite_is_within_no_bound(value: float) -> None:
+    """Ours or the other's: ours over an infinite error would be 0."""
+    ours, theirs = (
+        relative({"a": (1.0, 4.0), "b": (value, 1.0)}),
+        relative({"a": (3.0, 4.0), "b": (1.0, 0.0)}),
+    )
+    assert not ours / theirs <= 1.5
+    assert not theirs / ours <= 1.5
 
 
 def test_without_tensor_parallelism(ranks2: RankGroup, tmp_path: Path) -> None:

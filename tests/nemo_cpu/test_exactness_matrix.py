@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from exactness_case import make_models, measure
+from exactness_case import Measured, make_models, measure
 from exactness_factors import (
     Case,
     all_pairs,
@@ -32,6 +32,13 @@ import exactness_matrix  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = 11  # the first cases bring three quarters of all pairs
+
+
+@pytest.mark.parametrize("wrong", ["error", "of_largest", "loss"])
+def test_a_case_is_exact_where_every_number_is_one_and_small(wrong: str) -> None:
+    good = {"error": 1e-7, "of_largest": 1e-7, "loss": 1e-7}
+    for value, exact in ((1e-7, True), (2 * BOUND, False), (float("nan"), False)):
+        assert Measured(**{**good, wrong: value}, tensor="x", tensors=1, seconds=1.0).exact is exact
 
 
 def test_the_page_shows_the_record() -> None:

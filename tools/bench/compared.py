@@ -1,9 +1,9 @@
-"""How far the metrics of two runs are apart, step by step."""
+"""How far figures are apart: the metrics of two runs step by step, and the worst of several measured numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ class Difference:
     """The largest difference of two runs.
 
     Attributes:
-        size: of a metric's values at one step, relative to the largest value that the metric has in the first run; 0 where every value is the
-            same to the bit, infinity where one run has a step, a metric or a value that the other does not.
+        size: of a metric's values at one step, relative to the largest finite value that the metric has in the first run; 0 where every value is
+            the same to the bit or is no number in both, infinity where one run has a step, a metric, a number or another value that the other
+            does not.
         metric: where it is; empty where nothing differs.
         step: likewise; 0 where nothing differs or the runs have different numbers of steps.
         added: metrics that the second run alone has; no difference, for a change may bring a metric.
@@ -57,16 +58,31 @@ def difference(first: Lines, second: Lines) -> Difference:
     return worst
 
 
+def worst(numbers: Iterable[float]) -> float:
+    """The largest; not a number where one of them is none, for `max` would pass over it. Infinite where there are none."""
+    found = list(numbers)
+    if any(math.isnan(one) for one in found):
+        return math.nan
+    return max(found, default=math.inf)
+
+
+def largest(own: Sequence[float], other: Sequence[float]) -> float:
+    """The largest difference, relative to `other`, see `worst`; infinite where steps are missing."""
+    if len(own) != len(other):
+        return math.inf
+    return worst(abs(a - b) / abs(b) if b else math.inf for a, b in zip(own, other, strict=True))
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _scales(lines: Lines) -> dict[str, float]:
-    """Metric -> the largest size of its values."""
+    """Metric -> the largest size of its finite values."""
     found: dict[str, float] = {}
     for line in lines:
         for metric, value in line.items():
-            if _is_number(value):
+            if _is_number(value) and math.isfinite(value):
                 found[metric] = max(found.get(metric, 0.0), abs(value))
     return found
 
@@ -74,6 +90,8 @@ def _scales(lines: Lines) -> dict[str, float]:
 def _size(one: Any, other: Any, scale: float) -> float:
     if one == other:
         return 0.0
-    if not (_is_number(one) and _is_number(other)) or scale == 0.0:
+    if not (_is_number(one) and _is_number(other)):
         return math.inf
-    return abs(one - other) / scale
+    if math.isnan(one) or math.isnan(other):
+        return 0.0 if math.isnan(one) and math.isnan(other) else math.inf
+    return math.inf if scale == 0.0 else abs(one - other) / scale

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.compared import largest, worst
+from bench.gpu_form_tables import LOSS_OF_FP8, STEPS_OF_FP8
 from bench.gpu_forms import lacks
-from bench.gpu_parts import TESTS, TIME_IS_UP, TRANSFORMER_ENGINE, Check, a_gpu, cell
+from bench.gpu_parts import NO_TF32, TESTS, TIME_IS_UP, TRANSFORMER_ENGINE, Check, a_gpu, cell
 from bench.gpu_rank import sentence
 from bench.gpu_ranks import RankFailed
 
@@ -21,9 +23,7 @@ log = logging.getLogger("gpu_check")
 
 START_SECONDS = 150  # a rank imports NeMo; the first kernels of a GPU are compiled
 JOB_SECONDS = 90
-EXACT, TO_ROUNDING, OF_PLAIN, LOSS_OF_FP8, OF_BF16 = 1e-5, 1e-6, 1.5, 0.01, 2**-8
-# cuBLAS would round fp32 operands to TF32 where a container asks for it, as NVIDIA's do
-NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
+EXACT, TO_ROUNDING, OF_PLAIN, OF_BF16 = 1e-5, 1e-6, 1.5, 2**-8
 LOCAL = {"kernels.layers": "local"}  # Transformer Engine multiplies fp32 as TF32
 
 _TP2, _PP2 = {"parallel.tp_size": 2}, {"parallel.pp_size": 2}
@@ -93,12 +93,12 @@ def attempts(works: Mapping[str, Callable[[], dict[str, Any]]], check: Check) ->
 
 
 def bars_of(rows: Mapping[str, Mapping[str, Any]], key: str, limit: float) -> dict[str, dict[str, Any]]:
-    """The largest of a number over all rows that have it, and how many failed."""
+    """The worst of a number over all rows that have it, and how many failed."""
     numbers = [row[key] for row in rows.values() if key in row]
     failed = [row["failed"] for row in rows.values() if "failed" in row]
     bars: dict[str, dict[str, Any]] = {"failed": {"measured": len(failed), "limit": 0}}
     if numbers:
-        bars[key] = {"measured": max(numbers), "limit": limit}
+        bars[key] = {"measured": worst(numbers), "limit": limit}
     elif failed:
         bars[key] = {"reason": failed[0]}
     return bars
@@ -226,13 +226,6 @@ def _losses(check: Check, group: Timed, model: Path, name: str, settings: dict[s
     return [number for line in lines for number in (line["loss"], line["grad_norm"])]
 
 
-def largest(found: list[float], expected: list[float]) -> float:
-    """The largest relative difference; infinite where steps are missing."""
-    if len(found) != len(expected) or not found:
-        return float("inf")
-    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
-
-
 def check_overlap(check: Check) -> dict[str, Any]:
     """Losses and gradient norms of four steps with overlapped communication, against those without."""
     tests = tests_at_hand()
@@ -289,10 +282,10 @@ def check_checkpoint(check: Check) -> dict[str, Any]:
 
 
 def check_fp8(check: Check) -> dict[str, Any]:
-    """The last loss of eight steps of sft at TP2 in FP8, beside bf16's."""
+    """The last loss of sft at TP2 in FP8, beside bf16's, after as many steps as its bound is meant for."""
     tests = tests_at_hand()
     model = _model(check, "fp8", hidden_size=256)
-    sft = {**tests.OBJECTIVES["sft"], **_TP2, **_SP, "trainer.max_steps": 8}
+    sft = {**tests.OBJECTIVES["sft"], **_TP2, **_SP, "trainer.max_steps": STEPS_OF_FP8}
 
     def one(precision: str) -> dict[str, Any]:
         if (missing := lacks([f"precision={precision}"])) is not None:

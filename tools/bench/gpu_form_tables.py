@@ -10,7 +10,10 @@ from bench.gpu_forms import CHECKED, PRECISIONS
 from bench.gpu_parts import cell
 
 MIB = 2**20
-LOSS_OF_FP8 = 0.01  # of bf16's, after the last step of at least 50
+LOSS_OF_FP8, STEPS_OF_FP8 = (
+    0.01,
+    50,
+)  # of bf16's loss after the last step, and the fewest steps that it is a bound for
 _BYTES = {
     "policy parameters": "policy_parameter_bytes",
     "reference on device": "reference_device_bytes",
@@ -47,15 +50,21 @@ def _ratio(peak: int, other: Mapping[str, Any] | None) -> str:
 
 
 def distance_of_fp8(form: str, runs: Runs) -> float | None:
-    """How far a policy in FP8 ended from bf16's loss, relative; None where one of the two is not there."""
+    """How far a policy in FP8 ended from bf16's loss, relative; None where one of the two is not there, or has too few steps to say."""
     own, other = runs.get(form, {}), runs.get(CHECKED[form].against, {})
-    if "loss_of_last_step" not in own or "loss_of_last_step" not in other:
+    if "losses" not in own or "losses" not in other or _too_few_steps(form, runs):
         return None
-    return abs(own["loss_of_last_step"] - other["loss_of_last_step"]) / abs(other["loss_of_last_step"])
+    return abs(own["losses"][-1] - other["losses"][-1]) / abs(other["losses"][-1])
+
+
+def _too_few_steps(form: str, runs: Runs) -> str | None:
+    """Says so where both runs are there, and are shorter than the bound is meant for."""
+    steps = [len(runs.get(one, {}).get("losses", ())) for one in (form, CHECKED[form].against)]
+    return f"fewer than {STEPS_OF_FP8} steps" if 0 < min(steps) < STEPS_OF_FP8 else None
 
 
 def fp8_is_off(form: str, runs: Runs) -> bool | None:
-    """Whether that is more than `LOSS_OF_FP8`, or no number; None where one of the two is not there."""
+    """Whether that is more than `LOSS_OF_FP8`, or no number; None where there is nothing to judge by."""
     distance = distance_of_fp8(form, runs)
     return None if distance is None else not distance <= LOSS_OF_FP8
 
@@ -65,15 +74,16 @@ def precision_table(runs: Runs) -> str:
     lines = ["| policy | loss | of bf16's | tokens/s | of bf16's | verdict |", "| --- " * 6 + "|"]
     for form in (form for form in PRECISIONS if form in runs):
         run, other = runs[form], runs.get(CHECKED[form].against, {})
-        off = fp8_is_off(form, runs)
-        if off is None:
+        off, few = fp8_is_off(form, runs), _too_few_steps(form, runs)
+        if off is None and few is None:
             reason = run.get("skipped") or run.get("failed") or "nothing to compare with"
             lines.append(f"| {CHECKED[form].title} |  |  |  |  | {cell(reason)} |")
             continue
         cells = []
         for key, shape in (("loss_of_last_step", ".4f"), ("tokens_per_second", ".0f")):
             cells += [f"{run[key]:{shape}}", f"{run[key] / other[key]:.4f}" if other[key] else ""]
-        lines.append(f"| {' | '.join([CHECKED[form].title, *cells, '**off**' if off else 'right'])} |")
+        verdict = few or ("**off**" if off else "right")
+        lines.append(f"| {' | '.join([CHECKED[form].title, *cells, verdict])} |")
     return "\n".join(lines)
 
 
@@ -82,7 +92,8 @@ def form_bars(runs: Runs) -> dict[str, dict[str, Any]]:
     bars: dict[str, dict[str, Any]] = {}
     for form in PRECISIONS:
         distance = distance_of_fp8(form, runs)
-        bars[f"loss_{form}"] = _bar(distance, LOSS_OF_FP8, form, runs)
+        few = _too_few_steps(form, runs)
+        bars[f"loss_{form}"] = {"reason": few} if few else _bar(distance, LOSS_OF_FP8, form, runs)
     for form in layer_kinds.LOCAL_FORMS:
         losses, norms = layer_kinds.differences(form, runs) or (None, None)
         bars[f"loss_{form}"] = _bar(losses, layer_kinds.LOSS_OF_LOCAL, form, runs)
@@ -113,7 +124,8 @@ def forms_table(found: Mapping[str, Any]) -> str:
             "",
             layer_kinds.table(runs),
             "",
-            f"The policy in FP8, loss and speed of the last step beside the same run in bf16; right within {LOSS_OF_FP8:.0%} of its loss:",
+            f"The policy in FP8, loss and speed of the last step beside the same run in bf16; right within {LOSS_OF_FP8:.0%} of its loss "
+            f"after {STEPS_OF_FP8} steps or more:",
             "",
             precision_table(runs),
         ]

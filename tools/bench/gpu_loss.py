@@ -22,7 +22,7 @@ from bench.contenders import (
     make_tensors,
 )
 from bench.gpu_clock import peak_above, seconds_of, tidy
-from bench.gpu_parts import Bar, Check, Part, cell, gpu_gib, package
+from bench.gpu_parts import NO_TF32, Bar, Check, Part, cell, gpu_gib, package
 from bench.gpu_rank import at, sentence
 from bench.truth import GRADIENT_BOUNDS, LOSS_BOUND, checks, triton_set_to
 
@@ -277,9 +277,9 @@ def check_loss(check: Check) -> dict[str, Any]:
     case = _case(check)
     rounds, rows = (3, 40) if check.small else (ROUNDS, ORACLE_ROWS)
     found: dict[str, Any] = {"case": case}
-    found |= check.alone("bench.gpu_loss:times", case=case, rounds=rounds)
-    found["memory"] = check.alone("bench.gpu_loss:memory", case=case)
-    found["errors"] = check.alone("bench.gpu_loss:errors", case=case, rows=rows)
+    found |= check.alone("bench.gpu_loss:times", environment=NO_TF32, case=case, rounds=rounds)
+    found["memory"] = check.alone("bench.gpu_loss:memory", environment=NO_TF32, case=case)
+    found["errors"] = check.alone("bench.gpu_loss:errors", environment=NO_TF32, case=case, rows=rows)
     found["bars"] = loss_bars(found)
     return found
 
@@ -342,7 +342,12 @@ def check_kernels(check: Check) -> dict[str, Any]:
     """Triton's kernels and PyTorch's against the oracle."""
     options = check.options
     size = {"tokens": options.tokens, "vocab": options.vocab, "hidden": KERNEL_SIZE["hidden"]}
-    rows = check.alone("bench.gpu_loss:kernels", **(SMALL if check.small else size), device=check.device)
+    rows = check.alone(
+        "bench.gpu_loss:kernels",
+        environment=NO_TF32,
+        **(SMALL if check.small else size),
+        device=check.device,
+    )
     skipped = next((row["skipped"] for row in rows if row["triton"] and row["skipped"]), None)
     wrong = {"measured": sum(not row["right"] for row in rows), "limit": 0}
     return {"truth": rows, "bars": {"wrong": {"reason": skipped} if skipped else wrong}}

@@ -23,6 +23,8 @@ TESTS = (ROOT / "tests", ROOT / "tests" / "nemo_cpu")
 GIB = 2**30
 UNMEASURED = "unmeasured"
 TIME_IS_UP = "--minutes was up"
+# cuBLAS would round fp32 operands to TF32 where a container asks for it, as NVIDIA's do
+NO_TF32 = {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0"}
 
 
 class SkipPart(Exception):
@@ -76,9 +78,16 @@ class Check:
             size or self.nproc, device=self.device, paths=TESTS, environment=environment, left=self.left
         )
 
-    def alone(self, call: str, *, timeout: float = 600, **arguments: Any) -> Any:
+    def alone(
+        self,
+        call: str,
+        *,
+        timeout: float = 600,
+        environment: Mapping[str, str] | None = None,
+        **arguments: Any,
+    ) -> Any:
         """A job in a child process of its own."""
-        with self.ranks(1) as child:
+        with self.ranks(1, environment=environment) as child:
             return child.run(call, timeout=timeout, **arguments)[0]
 
 

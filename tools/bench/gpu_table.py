@@ -7,7 +7,7 @@ from typing import Any
 
 from asft_nemo.config.machine import FUSED_WEIGHT_GRADIENT
 from bench import gpu_cluster, gpu_forms, gpu_loss, gpu_steps, layer_kinds, nemo_convert, outside_fp8
-from bench.gpu_form_tables import forms_table, kept_list
+from bench.gpu_form_tables import STEPS_OF_FP8, forms_table, kept_list
 from bench.gpu_forms import CHECKED, PRECISIONS
 from bench.gpu_parts import (
     NEMO,
@@ -22,6 +22,7 @@ from bench.gpu_parts import (
     ranks_at_least,
 )
 
+_OF_FP8 = f"1 % after {STEPS_OF_FP8} steps or more"
 _FORMS = Part(
     "forms",
     "Peak memory, layers and precisions of every form",
@@ -30,7 +31,7 @@ _FORMS = Part(
     gpu_forms.check_forms,
     forms_table,
     (
-        *(Bar(f"loss_{form}", f"loss of {CHECKED[form].title} off bf16's", "1 %") for form in PRECISIONS),
+        *(Bar(f"loss_{form}", f"loss of {CHECKED[form].title} off bf16's", _OF_FP8) for form in PRECISIONS),
         *(
             Bar(f"{key}_{form}", f"{what} of {row.title} off Transformer Engine's", f"{bound:.1e}")
             for form, row in layer_kinds.LOCAL_FORMS.items()
@@ -155,7 +156,7 @@ SEVERAL: tuple[Part, ...] = (
         60,
         gpu_cluster.check_fp8,
         _table({"loss": "loss", "difference": "of bf16's apart by"}),
-        (Bar("difference", "loss off bf16's", "1 %"), _FAILED),
+        (Bar("difference", "loss off bf16's", _OF_FP8), _FAILED),
     ),
     Part(
         "context",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bench.compared import largest
 from bench.training import Form
 
 LOCAL_FORMS = {
@@ -26,21 +27,13 @@ def differences(form: str, runs: Mapping[str, Mapping[str, Any]]) -> tuple[float
     own, other = runs.get(form, {}), runs.get(LOCAL_FORMS[form].against, {})
     if "losses" not in own or "losses" not in other:
         return None
-    return _largest(own["losses"], other["losses"]), _largest(own["grad_norms"], other["grad_norms"])
-
-
-def _largest(own: list[float], other: list[float]) -> float:
-    """Infinite where a number is none, or a step is missing."""
-    if len(own) != len(other):
-        return float("inf")
-    found = [abs(a - b) / abs(b) if b else float("inf") for a, b in zip(own, other, strict=True)]
-    return max((one if one == one else float("inf") for one in found), default=float("inf"))
+    return largest(own["losses"], other["losses"]), largest(own["grad_norms"], other["grad_norms"])
 
 
 def is_off(form: str, runs: Mapping[str, Mapping[str, Any]]) -> bool | None:
-    """Whether they are further apart than bf16 is; None where there is nothing to compare."""
+    """Whether they are further apart than bf16 is, or by no number; None where there is nothing to compare."""
     found = differences(form, runs)
-    return None if found is None else found[0] > LOSS_OF_LOCAL or found[1] > NORM_OF_LOCAL
+    return None if found is None else not (found[0] <= LOSS_OF_LOCAL and found[1] <= NORM_OF_LOCAL)
 
 
 def table(runs: Mapping[str, Mapping[str, Any]]) -> str:

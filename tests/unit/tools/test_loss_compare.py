@@ -55,6 +55,18 @@ def test_the_largest_difference_and_its_place(other: list[dict[str, Any]], size:
     assert found.said() == said
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_finite_number_differs_from_every_number(value: float) -> None:
+    broken = changed(2, loss=value)
+    for first, second in ((LINES, broken), (broken, LINES), (broken, changed(2, loss=-math.inf))):
+        found = difference(first, second)
+        assert found.said() == "inf (loss, step 2)"
+        assert not found.bits
+    assert difference(broken, changed(2, loss=value)).bits, "neither run has a number there"
+    elsewhere = difference(broken, [{**LINES[0], "loss": 2.5}, broken[1]])
+    assert elsewhere.said() == "2.5e-01 (loss, step 1)", "relative to the largest finite loss"
+
+
 def test_a_metric_that_is_new_is_named_and_is_no_difference() -> None:
     found = difference(LINES, [{**line, "mfu": 0.4} for line in LINES])
     assert found.bits
