@@ -7,7 +7,9 @@ sentence on stderr and exit code 2; any other exception is our bug and exits wit
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -63,8 +65,19 @@ _CURES = {
 
 def mendable(error: OSError) -> UserError | None:
     """The sentence for what the system said of a file or disk; None where it is nothing that a user can mend."""
+    if error.errno is None and error.args and isinstance(error.args[0], list):
+        return _of_copies(error.args[0])
     cure = _CURES.get(error.errno or 0)
     if cure is None:
         return None
     where = f"{error.filename} cannot be used" if error.filename else "a file cannot be written"
     return UserError(f"{where} ({error.strerror}): {cure}")
+
+
+def _of_copies(failed: list[Any]) -> UserError | None:
+    """`shutil.copytree` says what failed as a list of source, target and words."""
+    for _, target, words in failed:
+        for number, cure in _CURES.items():
+            if str(words).startswith(f"[Errno {number}]"):
+                return UserError(f"{target} cannot be written ({os.strerror(number)}): {cure}")
+    return None

@@ -1,6 +1,6 @@
 """What a finished checkpoint says of its own files, so that one that was cut, lost or changed afterwards is refused and not read.
 
-`seal.json` beside `weights/` and `context/` holds the bytes of every file and its CRC-32, of large ones that of some blocks: enough to tell one checkpoint's file from another's.
+`seal.json` beside `weights/` and `context/` holds the bytes of every file and its CRC-32, of large files of numbers that of some blocks: enough to tell one checkpoint's file from another's.
 What lies between them is proven where it is read: each chunk of a `.distcp` file carries the CRC-32 that torch wrote (`DistReader.check_numbers`).
 Checkpoints of other programs have no seal and are read as they are.
 """
@@ -18,9 +18,10 @@ from asft_nemo.checkpoint.staging import write_synced
 from asft_nemo.errors import CheckpointError
 
 SEAL = Path("seal.json")
-FORMAT = 1
-_WHOLE_BYTES = 1 << 20  # reading more of every file at every start would be felt
+FORMAT = 2  # 1 took blocks of every large file
+_WHOLE_BYTES = 1 << 20  # reading more of every file of numbers at every start would be felt
 _BLOCK, _BLOCKS = 1 << 12, 16  # of a larger one
+_NUMBERS = ".distcp"
 _AGAIN = f"copy the checkpoint again, or remove its {SEAL} if you changed it on purpose"
 
 
@@ -41,7 +42,8 @@ def check_seal(checkpoint: Path) -> None:
     path = checkpoint / SEAL
     if not os.path.lexists(path):
         return
-    for name, (nbytes, crc32) in _read(path).items():
+    form, files = _read(path)
+    for name, (nbytes, crc32) in files.items():
         file = checkpoint / name
         if not (checkpoint / Path(name).parts[0]).exists():
             continue  # `context/` may be left behind: an export takes --base then
@@ -52,11 +54,11 @@ def check_seal(checkpoint: Path) -> None:
         size = file.stat().st_size
         if size != nbytes:
             raise CheckpointError(f"{file} has {size} bytes where {nbytes} were written: {_AGAIN}")
-        if _crc32(file, size) != crc32:
+        if _crc32(file, size, blocks=form == 1) != crc32:
             raise CheckpointError(f"{file} is not as it was written: {_AGAIN}")
 
 
-def _read(path: Path) -> dict[str, tuple[int, int]]:
+def _read(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] > FORMAT:
@@ -66,7 +68,8 @@ def _read(path: Path) -> dict[str, tuple[int, int]]:
         stated = values.pop("crc32")
         if stated != _sum_of(values):
             raise ValueError("its checksum does not match")
-        return {name: (int(row["bytes"]), int(row["crc32"], 16)) for name, row in values["files"].items()}
+        files = {name: (int(row["bytes"]), int(row["crc32"], 16)) for name, row in values["files"].items()}
+        return int(values["format"]), files
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): copy the checkpoint again") from error
 
@@ -88,12 +91,14 @@ def _described(path: Path) -> dict[str, Any]:
     return {"bytes": size, "crc32": f"{_crc32(path, size):08x}"}
 
 
-def _crc32(path: Path, size: int) -> int:
-    """Of a file, or of evenly spaced blocks of a large one, the first and the last among them."""
+def _crc32(path: Path, size: int, *, blocks: bool = False) -> int:
+    """Of a file; of a large one of numbers, and with `blocks` of any large one, of evenly spaced blocks, the first and the last among them."""
+    found = 0
     with path.open("rb") as stream:
-        if size <= _WHOLE_BYTES:
-            return zlib.crc32(stream.read())
-        found = 0
+        if size <= _WHOLE_BYTES or not (blocks or path.suffix == _NUMBERS):
+            while read := stream.read(_WHOLE_BYTES):
+                found = zlib.crc32(read, found)
+            return found
         for number in range(_BLOCKS):
             stream.seek((size - _BLOCK) * number // (_BLOCKS - 1))
             found = zlib.crc32(stream.read(_BLOCK), found)

@@ -80,7 +80,7 @@ def _staged(
             if target.exists():
                 raise CheckpointError(f"{target} appeared while it was being written: choose another path")
             os.rename(staging, target)
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
         except BaseException as error:
             may_go_on = isinstance(error, OSError | KeyboardInterrupt | SystemExit)
             if isinstance(error, _NoRoom) and journal is not None and journal.names:
@@ -150,7 +150,8 @@ def _clear(staging: Path, journal: Journal | None) -> None:
             path.rmdir()
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Syncs the names in a directory."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -161,7 +162,16 @@ def _sync_directory(directory: Path) -> None:
 def sync_directories(root: Path) -> None:
     """Syncs `root` and every directory below it, deepest first."""
     for directory, _, _ in os.walk(root, topdown=False):
-        _sync_directory(Path(directory))
+        sync_directory(Path(directory))
+
+
+def sync_small_files(root: Path, *, but: str) -> None:
+    """Syncs every file below `root` whose name does not end with `but`, whose writers have synced those, and every directory."""
+    for path in root.rglob("*"):
+        if path.is_file() and path.suffix != but:
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    sync_directories(root)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -13,9 +13,10 @@ from lightning.pytorch import Callback
 from asft_nemo.checkpoint.adapters import ADAPTER_FILE, AdapterDescription
 from asft_nemo.checkpoint.base_weights import nemo_base_sample
 from asft_nemo.checkpoint.seal import write_seal
+from asft_nemo.checkpoint.staging import sync_directory, sync_small_files
 from asft_nemo.errors import CheckpointError
 from asft_nemo.nemo.callbacks import MetricsCallback, most_of_ranks
-from asft_nemo.nemo.keep import Keep
+from asft_nemo.nemo.keep import REMOVED, Keep
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.run_dir import point_at
 
@@ -91,7 +92,7 @@ class CheckpointCallback(Callback):
         """Finds what was best before a resume, and removes what writes that were killed have left: each may be as large as a checkpoint."""
         self.keep.restore()
         if trainer.is_global_zero:
-            for left in self.dir.glob("partial_step_*"):
+            for left in (*self.dir.glob("partial_step_*"), *self.dir.glob(f"{REMOVED}*")):
                 shutil.rmtree(left, ignore_errors=True)
 
     def save(self, trainer: Any, step: int, *, best: bool) -> None:
@@ -108,14 +109,22 @@ class CheckpointCallback(Callback):
             self.prepass.save_snapshot(partial)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            shutil.copytree(self.base_dir / "context", partial / "context")
-            shutil.copy(self.dir.parent / "run.json", partial / "context" / "run.json")
-            if self.adapters is not None:
-                (partial / "context" / ADAPTER_FILE).write_text(
-                    self.adapters.to_json(base_sample=nemo_base_sample(self.base_dir))
-                )
-            write_seal(partial)
+            with full_disk_named(partial):
+                self._finish(partial)
             partial.rename(final)
+            sync_directory(self.dir)  # the name is on the disk before the checkpoint before it goes
             point_at(self.dir, "latest", final.name)
+            sync_directory(self.dir)
             self.keep.tidy(step, best=best)
         trainer.strategy.barrier()
+
+    def _finish(self, partial: Path) -> None:
+        """What one rank adds to the weights, and the seal; afterwards all of it is on the disk."""
+        shutil.copytree(self.base_dir / "context", partial / "context")
+        shutil.copy(self.dir.parent / "run.json", partial / "context" / "run.json")
+        if self.adapters is not None:
+            (partial / "context" / ADAPTER_FILE).write_text(
+                self.adapters.to_json(base_sample=nemo_base_sample(self.base_dir))
+            )
+        write_seal(partial)
+        sync_small_files(partial, but=".distcp")

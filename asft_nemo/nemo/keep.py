@@ -13,6 +13,7 @@ from asft_nemo.run_dir import checkpoint_steps, point_at
 logger = logging.getLogger(__name__)
 
 BEST = "best"
+REMOVED = "removed_"  # before the name of a checkpoint that goes: what is left of it passes for none
 
 
 class Keep:
@@ -61,7 +62,18 @@ class Keep:
         done = [number for number in checkpoint_steps(self._folder) if number <= step]
         for number in done[: -self._number]:
             if number != kept:
-                shutil.rmtree(self._folder / f"step_{number}")
+                self._remove(f"step_{number}")
+
+    def _remove(self, name: str) -> None:
+        """A file that another process has open may stay on some file systems: that ends no run, the next start tries again."""
+        removed = self._folder / f"{REMOVED}{name}"
+        try:
+            (self._folder / name).rename(removed)
+            shutil.rmtree(removed)
+        except OSError as error:
+            logger.warning(
+                "%s could not be removed (%s): remove it when nothing reads it any more", removed, error
+            )
 
     def _best_step(self) -> int | None:
         link = self._folder / BEST

@@ -59,7 +59,7 @@ def read_head(weights_dir: Path, *, tied: bool, first_row: int, rows: int, dtype
         dtype: of the result.
     """
     key = "module.embedding.word_embeddings.weight" if tied else "module.output_layer.weight"
-    with DistReader(weights_dir) as reader:
+    with DistReader(weights_dir, summed=True) as reader:
         total, hidden = reader.tensors[key].size
         stored = torch.empty(max(min(total - first_row, rows), 0), hidden, dtype=reader.dtype(key))
         reader.read_rows(key, None, first_row, stored)

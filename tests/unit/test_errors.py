@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,24 @@ def test_what_has_no_file_and_what_nobody_can_mend() -> None:
     )
     assert mendable(OSError("transformers says so")) is None
     assert mendable(OSError(errno.EBADF, "bad")) is None
+
+
+def test_a_copy_of_a_folder_that_fails_names_file_and_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    with pytest.raises(shutil.Error) as raised:
+        shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=full)
+    target = tmp_path / "b" / "tokenizer.json"
+    assert str(mendable(raised.value)) == (
+        f"{target} cannot be written (No space left on device): make room, or choose a place on another disk"
+    )
+    assert mendable(shutil.Error([("a", "b", "no idea")])) is None
 
 
 def test_the_command_says_it(

@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from asft_nemo.checkpoint import dist_read, seal
 from asft_nemo.checkpoint.convert import export_hf, import_hf
 from asft_nemo.checkpoint.dist_read import DistReader
 from asft_nemo.checkpoint.seal import SEAL, check_seal, write_seal
 from asft_nemo.config.paths import project_dir
 from asft_nemo.errors import CheckpointError
+from asft_nemo.reference.cached import read_head
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +95,8 @@ def test_a_damaged_seal_is_refused(copied: Path) -> None:
 
 
 def test_a_newer_seal_is_refused(copied: Path) -> None:
-    (copied / SEAL).write_text('{"format": 2}')
-    with pytest.raises(CheckpointError, match="format 2, newer than 1: upgrade"):
+    (copied / SEAL).write_text('{"format": 3}')
+    with pytest.raises(CheckpointError, match="format 3, newer than 2: upgrade"):
         check_seal(copied)
 
 
@@ -122,3 +125,60 @@ def test_a_seal_is_written_anew(copied: Path) -> None:
     flip(copied / "context" / "hf" / "README.md", 5)
     write_seal(copied)
     check_seal(copied)
+
+
+def between_blocks(size: int) -> int:
+    """A place in a large file that no block of a sampled sum holds."""
+    return 5000 + (size - 4096) // 15
+
+
+def test_a_large_file_that_holds_no_numbers_is_sealed_whole(copied: Path) -> None:
+    """A tokenizer of 150,000 words has 7 MB."""
+    file = copied / "context" / "hf" / "tokenizer.json"
+    file.write_bytes(random.Random(0).randbytes(3 << 20))
+    write_seal(copied)
+    check_seal(copied)
+    flip(file, between_blocks(3 << 20))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not as it was written"):
+        check_seal(copied)
+
+
+def test_large_numbers_are_sealed_by_blocks_for_their_chunks_have_sums(copied: Path) -> None:
+    file = copied / "weights" / "__9_9.distcp"
+    file.write_bytes(random.Random(0).randbytes(3 << 20))
+    write_seal(copied)
+    flip(file, between_blocks(3 << 20))
+    check_seal(copied)
+    flip(file, 100)
+    with pytest.raises(CheckpointError, match=r"__9_9\.distcp is not as it was written"):
+        check_seal(copied)
+
+
+def test_a_seal_of_the_first_format_is_read(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has blocks of every large file."""
+    file = copied / "context" / "hf" / "tokenizer.json"
+    file.write_bytes(random.Random(0).randbytes(3 << 20))
+    sum_of = seal._crc32
+    monkeypatch.setattr(seal, "FORMAT", 1)
+    monkeypatch.setattr(seal, "_crc32", lambda path, size: sum_of(path, size, blocks=True))
+    write_seal(copied)
+    monkeypatch.undo()
+    assert json.loads((copied / SEAL).read_text())["format"] == 1
+    check_seal(copied)
+    flip(file, 100)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not as it was written"):
+        check_seal(copied)
+
+
+def test_the_head_that_a_cached_reference_reads_is_held_against_its_sum(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a head of several MB, of which the seal has blocks."""
+    monkeypatch.setattr(dist_read, "check_seal", lambda checkpoint: None)
+    with DistReader(copied / "weights") as reader:
+        name = "module.embedding.word_embeddings.weight"
+        index, chunk = next((i, c) for i, c in reader._storage.items() if i.fqn == name)
+    flip(copied / "weights" / chunk.relative_path, chunk.offset + chunk.length // 2)
+    assert index.fqn == name
+    with pytest.raises(CheckpointError, match="copy the checkpoint again"):
+        read_head(copied / "weights", tied=True, first_row=0, rows=8, dtype=torch.float32)
