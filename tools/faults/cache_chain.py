@@ -6,13 +6,11 @@ In the end the cache must have the rows of an undisturbed one, bit for bit; on t
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 
 from faults.cached import rows_of
 from faults.chain import Chain, Disturbance
 from faults.places import Disk
-from faults.yard import PROJECT, RANKS_LIMIT, SETTINGS, Yard
+from faults.yard import PROJECT, SETTINGS, Yard
 
 CACHE: tuple[Disturbance, ...] = (
     Disturbance("cache", "launcher", "full"),
@@ -84,14 +82,6 @@ class CacheChain(Chain):
         """Of the same command in a folder of its own, asked once."""
         if not self._usual_rows:
             name = f"{self._name}_usual"
-            done = subprocess.run(
-                [sys.executable, "-m", "asft_nemo", *self._words(name)],
-                cwd=PROJECT,
-                capture_output=True,
-                text=True,
-                timeout=RANKS_LIMIT,
-            )
-            if done.returncode != 0:
-                raise RuntimeError(f"{self.command} undisturbed: {done.returncode}\n{done.stderr[-3000:]}")
+            self._yard.asft_with_ranks(*self._words(name))
             self._usual_rows = rows_of(self._yard.here / f"{name}_cache")
         return self._usual_rows

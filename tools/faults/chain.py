@@ -26,7 +26,9 @@ from faults.rows import REFUSED, RESUMED, VIOLATION, Row
 from faults.shell import LIMIT, Said, run
 from faults.yard import PROJECT, RANKS_LIMIT, STEPS, Yard, digests, release
 
-HANG_SECONDS = 6
+HANG_SECONDS = (
+    10  # of starts in which a rank is stopped; in others a busy machine may well be silent for so long
+)
 ENDS_WITHIN = (
     HANG_SECONDS + 60.0
 )  # torchrun gives a stopped rank 30 s before it kills it, and the machine may be busy
@@ -123,7 +125,7 @@ class Chain:
     def _row(self, name: str, disturbance: Disturbance) -> Row:
         started = time.monotonic()
         disk = self._disk() if disturbance.how == "full" else None
-        process = self._start()
+        process = self._start(hangs=disturbance.how == "SIGSTOP")
         where, sentence, problem = "", "", ""
         try:
             where = self._await(MOMENTS[disturbance.moment], process)
@@ -186,17 +188,17 @@ class Chain:
 
     def words(self) -> list[str]:
         """The run's command, which begins it or goes on with it."""
-        more = ("trainer.resume=if_exists", f"alarms.hang_seconds={HANG_SECONDS}")
-        return self._yard.train_words(self._name, *more, cache=f"{self._name}_cache")
+        return self._yard.train_words(self._name, "trainer.resume=if_exists", cache=f"{self._name}_cache")
 
-    def _start(self, *, jumping_clock: bool = False) -> subprocess.Popen[bytes]:
+    def _start(self, *, jumping_clock: bool = False, hangs: bool = False) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
         if jumping_clock:
             environment["PYTHONPATH"] = f"{Path(__file__).parent / 'jumping_clock'}:{PROJECT}"
+        words = [*self.words(), *([f"alarms.hang_seconds={HANG_SECONDS}"] if hangs else [])]
         campaign = os.getpid()
         self._starts += 1
         return subprocess.Popen(
-            [sys.executable, "-m", "asft_nemo", *self.words()],
+            [sys.executable, "-m", "asft_nemo", *words],
             cwd=self._yard.here,
             env=environment,
             stdout=subprocess.DEVNULL,

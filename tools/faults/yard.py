@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from faults.processes import end_with
 from faults.shell import LIMIT, Said, run
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -88,12 +89,14 @@ class Yard:
 
     def asft_with_ranks(self, *words: str) -> None:
         """Runs a command that starts ranks and must succeed."""
+        campaign = os.getpid()
         done = subprocess.run(
             [sys.executable, "-m", "asft_nemo", *words],
             cwd=PROJECT,
             capture_output=True,
             text=True,
             timeout=RANKS_LIMIT,
+            preexec_fn=lambda: end_with(campaign),
         )
         if done.returncode != 0:
             raise RuntimeError(f"asft {' '.join(words)}: {done.returncode}\n{done.stderr[-3000:]}")
