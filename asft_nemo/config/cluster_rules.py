@@ -1,4 +1,4 @@
-"""Rules about the cluster, for `asft launch` alone: whoever trains on this machine is told nothing of clusters."""
+"""Rules about the cluster, for `asft launch`: whoever trains on this machine is told of its secrets alone, for all settings are written down."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from asft_nemo.config.slurm_flags import words_for_slurm
 _TIME = re.compile(r"\d+|\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+(:[0-5]?\d){0,2}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\n]*")
 #: How variables that hold keys are called; one that names the file of a key is fine.
-_SECRET = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|CREDENTIALS?)$")
+_SECRET = re.compile(
+    r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(^|_)(KEY|PAT|PASS)|_PWD)$"
+)
+_PASSWORD_OF_A_PLACE = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 _FOLDER = re.compile(r"[A-Za-z0-9_./,+@-]+")
 
 
@@ -154,11 +157,15 @@ def _variables(facts: Facts) -> Iterator[str]:
     for word in facts.run.cluster.env:
         if not _VARIABLE.fullmatch(word):
             yield f"cluster.env has '{word}': write NAME=VALUE, for example NCCL_DEBUG=INFO"
-            continue
-        name = word.partition("=")[0]
-        if _SECRET.search(name.upper()):
+
+
+def _secrets(facts: Facts) -> Iterator[str]:
+    for word in facts.run.cluster.env:
+        name, _, value = word.partition("=")
+        if _SECRET.search(name.upper()) or _PASSWORD_OF_A_PLACE.search(value):
+            what = name if _SECRET.search(name.upper()) else f"{name} to an address with a password"
             yield (
-                f"cluster.env sets {name}, and settings are written into run.json and batch scripts: export it in the shell that calls asft launch, "
+                f"cluster.env sets {what}, and settings are written into run.json and batch scripts: export it in the shell that calls asft launch, "
                 "which hands its environment on, or read it from a file of yours in cluster.setup"
             )
 
@@ -184,6 +191,7 @@ def _only_slurm(facts: Facts) -> Iterator[str]:
 
 
 def _cluster(facts: Facts) -> Iterator[str]:
+    yield from _secrets(facts)
     if not facts.launched:
         return
     rows = (

@@ -72,6 +72,9 @@ def launched(model_dir: Path, data_file: Path, tmp_path: Path) -> Callable[..., 
         (["cluster=slurm", *FINE, "cluster.env=['8GPUS=1']"], "cluster.env has '8GPUS=1': write NAME=VALUE, for example NCCL_DEBUG=INFO"),
         (["cluster=slurm", *FINE, "cluster.env=['WANDB_API_KEY=abc']"], "cluster.env sets WANDB_API_KEY, and settings are written into run.json"),
         (["cluster.env=['hf_token=abc']"], "cluster.env sets hf_token, and settings are written into run.json"),
+        (["cluster.env=['WANDB_KEY=abc']"], "cluster.env sets WANDB_KEY, and"),
+        (["cluster.env=['GITHUB_PAT=abc']"], "cluster.env sets GITHUB_PAT, and"),
+        (["cluster.env=['https_proxy=http://me:abc@proxy:3128']"], "cluster.env sets https_proxy to an address with a password, and"),
         (["cluster=slurm", *FINE, "cluster.sbatch_args=[END]"], "cluster.sbatch_args has 'END': write NAME=VALUE, for example mail-type=END"),
         (["cluster=slurm", *FINE, "run.dir='/tmp/a b'"], "run.dir=/tmp/a b has characters that NeMo-Run's batch scripts do not quote"),
         (["cluster=slurm", *FINE, "cluster.gpus_per_node=0"], "cluster.gpus_per_node=0 is out of range"),
@@ -89,10 +92,16 @@ def test_variables_are_named_as_a_shell_names_them(launched: Callable[..., tuple
         launched(
             "cluster=slurm",
             *FINE,
-            "cluster.env=['http_proxy=http://proxy:3128','_x=','A1=a b','WANDB_IDENTITY_TOKEN_FILE=/home/me/token','TOKENIZERS_PARALLELISM=false']",
+            "cluster.env=['http_proxy=http://proxy:3128','_x=','A1=a b','WANDB_IDENTITY_TOKEN_FILE=/home/me/token','TOKENIZERS_PARALLELISM=false','HOTKEYS=1','no_proxy=a@b:1/c']",
         )
         == ()
     )
+
+
+def test_secrets_are_refused_where_nothing_is_launched() -> None:
+    """Such a run writes its settings, too."""
+    with pytest.raises(ConfigError, match=r"cluster\.env sets HF_TOKEN, and settings are written"):
+        compose(["recipe=tiny_cpu", "cluster.env=['HF_TOKEN=abc']"], check_inputs=False)
 
 
 def test_everything_wrong_is_said_at_once(launched: Callable[..., tuple[str, ...]]) -> None:
