@@ -5,7 +5,7 @@
 Runs the unit tests of these packages and the losses on four gloo ranks under coverage.py, started and forked processes counted, and writes
 `coverage.json` and `coverage.md`: a table by package, and every line that was not run with the reason that tools/coverage_reasons.json gives. What was
 measured stays in `--work`; `--again` only writes the table from it. Exit code 1 where a package has less than 95 % of its branches or a line no
-reason, 2 where tests fail. Ten minutes on two idle cores.
+reason, 2 where tests fail or these packages are no longer what was measured. Ten minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from bench import digests
 
 ROOT = Path(__file__).resolve().parents[1]
 REASONS = ROOT / "tools" / "coverage_reasons.json"
@@ -45,6 +47,7 @@ def measure(work: Path) -> int:
     """Runs the tests under coverage.py; pytest's exit code."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    digests.keep(work, sources())
     settings = work / "coverage.ini"
     settings.write_text(SETTINGS.format(source=ROOT / "asft_nemo", data=work / "data"))
     command = [
@@ -62,6 +65,25 @@ def measure(work: Path) -> int:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'eval'}"}
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def sources() -> dict[str, str]:
+    """Digests of the modules that are measured."""
+    files = (file for package in PACKAGES for file in (ROOT / "asft_nemo" / package).rglob("*.py"))
+    return digests.digests(ROOT, (str(file.relative_to(ROOT)) for file in files))
+
+
+def refusal(work: Path) -> str | None:
+    """Says that what `work` holds is not of this code; None where it is."""
+    measured = digests.kept(work)
+    if measured is None:
+        return f"{work} does not say of which code it is: measure again, without --again"
+    others = digests.differing(measured, sources())
+    return (
+        f"{', '.join(others)} changed since {work} was begun: measure again, without --again"
+        if others
+        else None
+    )
 
 
 def combined(work: Path) -> dict[str, Any]:
@@ -173,6 +195,9 @@ def main(words: list[str]) -> int:
     work = options.work.resolve()
     if not options.again and (code := measure(work)):
         print(f"coverage_report: the tests end with code {code}: mend them first", file=sys.stderr)
+        return 2
+    if (refused := refusal(work)) is not None:
+        print(f"coverage_report: {refused}", file=sys.stderr)
         return 2
     record = record_of(combined(work), json.loads(REASONS.read_text()))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,9 @@
 
 Every function of these packages without a decorator is changed in every way that mutmut knows, and the fast unit tests that call it are run on each change
 until one fails. What was tried stays in `--work`: the same command goes on, and tries again what was not noticed, for there may be a test
-now; after a change of the code itself begin with an empty folder. Writes
+now; of a module that changed itself everything is tried anew. Writes
 `mutation.json` and `mutation.md`: a table by module, and every change that survived with the reason that tools/mutation_survivors.json gives. Exit code 1
-where a survivor has none, 3 where changes are left to try. About 2,800 changes, 1 to 4 seconds each.
+where a survivor has none, 2 where outcomes are of other code than the tree's, 3 where changes are left to try. About 2,800 changes, 1 to 4 seconds each.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from bench import digests
 
 ROOT = Path(__file__).resolve().parents[1]
 REASONS = ROOT / "tools" / "mutation_survivors.json"
@@ -38,6 +41,7 @@ COPIED = (
     "tests/unit/objectives",
     "tests/multiproc/losses/tensor_parallel_ranks.py",
 )
+MUTATED = ("asft_nemo/losses", "asft_nemo/objectives")  # folders, without those in them
 # jaxtyping's checks wrap mutmut's switches instead of the functions; Triton compiles the text of its kernels.
 LEFT_OUT = ("tests/unit/losses/test_shapes.py", "tests/unit/losses/test_triton.py")
 # A few seconds' worth of tests: every survivor runs all that call it, which numeric derivatives and drawn examples would make minutes.
@@ -79,21 +83,71 @@ STATES = {**NOTICED, 0: SURVIVED, 5: NO_TEST, 33: NO_TEST, None: LEFT}
 INCOMPLETE = 3  # exit code
 
 
-def prepare(work: Path) -> None:
-    """Copies what the tests need; what mutmut has found there stays."""
-    work.mkdir(parents=True, exist_ok=True)
-    listed = subprocess.run(
+def listed() -> list[str]:
+    """The files that are copied."""
+    names = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "--", *COPIED], capture_output=True, text=True, check=True
     ).stdout.split("\0")
-    for name in listed:
+    return [name for name in names if name and name not in LEFT_OUT and (ROOT / name).is_file()]
+
+
+def modules_in(names: Iterable[str]) -> list[str]:
+    """Those of the files whose functions are changed."""
+    return [name for name in names if name.endswith(".py") and str(Path(name).parent) in MUTATED]
+
+
+def tried_sources(work: Path) -> dict[str, str]:
+    """Module -> digest of the source that its outcomes in `work` are of; empty where that cannot be told.
+
+    A folder that was begun before digests were kept has the copies that mutmut changed, older than what it made of them.
+    """
+    kept, tried = digests.kept(work), {}
+    for meta in sorted((work / "mutants" / "asft_nemo").rglob("*.meta")):
+        name = str(meta.relative_to(work / "mutants")).removesuffix(".meta")
+        copy, made = work / name, work / "mutants" / name
+        if kept is not None:
+            tried[name] = kept.get(name, "")
+        elif copy.is_file() and made.is_file() and copy.stat().st_mtime < made.stat().st_mtime:
+            tried[name] = digests.digest(copy)
+        else:
+            tried[name] = ""
+    return tried
+
+
+def of_other_code(work: Path) -> list[str]:
+    """Modules whose outcomes are not of the tree's source."""
+    now = digests.digests(ROOT, modules_in(listed()))
+    return [name for name, found in tried_sources(work).items() if found != now.get(name)]
+
+
+def forget(work: Path, names: list[str]) -> None:
+    """Takes away what mutmut made of these modules and found, and which test calls what."""
+    for name in names:
+        for path in (work / name, work / "mutants" / name):
+            for suffix in ("", ".meta", ".spans"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+    if names:
+        (work / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
+
+
+def prepare(work: Path) -> None:
+    """Copies what the tests need; what mutmut has found there stays, but of modules whose source changed."""
+    work.mkdir(parents=True, exist_ok=True)
+    others = of_other_code(work)
+    if others:
+        print(
+            f"mutation: {', '.join(others)} changed, and what was found of them is dropped", file=sys.stderr
+        )
+    forget(work, others)
+    names = listed()
+    for name in names:
         source, target = ROOT / name, work / name
-        if not name or name in LEFT_OUT or not source.is_file():
-            continue
         if (
             not target.exists() or target.read_bytes() != source.read_bytes()
         ):  # mutmut goes by the time of a file's last change
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
+    digests.keep(work, digests.digests(work, modules_in(names)))
     settings = SETTINGS.replace("SELECTED", json.dumps(SELECTED))
     (work / "pyproject.toml").write_text(settings + pytest_settings((ROOT / "pyproject.toml").read_text()))
 
@@ -107,19 +161,33 @@ def pytest_settings(text: str) -> str:
     return "\n".join(lines[start : start + 1 + length]) + "\n"
 
 
-def to_try(found: dict[str, str], only: list[str]) -> list[str]:
-    """Names for mutmut, which tries again whatever it is named: what is left or was not noticed; patterns before anything was made."""
+def to_try(found: dict[str, str], only: list[str], unmade: Iterable[str] = ()) -> list[str]:
+    """Names for mutmut, which tries again whatever it is named: what is left or was not noticed; patterns before anything was made.
+
+    Args:
+        found: outcomes.
+        only: beginnings of modules' names.
+        unmade: modules of which nothing was made while there is something of others.
+    """
     if not found:
         return [f"asft_nemo.{name}*" for name in only]
     wanted = (LEFT, SURVIVED, NO_TEST)
-    return [
+    names = [
         name for name, state in found.items() if state in wanted and module_of(name).startswith(tuple(only))
     ]
+    return names + [f"asft_nemo.{name}.x*" for name in unmade if name.startswith(tuple(only))]
+
+
+def unmade_modules(work: Path) -> list[str]:
+    """Modules that mutmut has made no changes of, as `module_of` names them."""
+    names = [name for name in digests.kept(work) or {} if not (work / "mutants" / f"{name}.meta").is_file()]
+    dotted = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names]
+    return [name.removeprefix("asft_nemo.") for name in dotted]
 
 
 def try_mutants(work: Path, only: list[str], seconds: float | None) -> None:
     """Runs mutmut, one change at a time, and ends it when the time is up."""
-    names = to_try(outcomes(work), only)
+    names = to_try(outcomes(work), only, unmade_modules(work))
     if not names:
         return
     command = [sys.executable, "-m", "mutmut", "run", "--max-children", "1", *names]
@@ -218,14 +286,30 @@ def _code(text: str) -> str:
     return f"`{escaped}`" if text else ""
 
 
+def refusal(work: Path, found: dict[str, str]) -> str | None:
+    """Says that `work` has no outcomes, or some of other code than the tree's; None where neither is so."""
+    if not found:
+        return f"{work} has no outcomes: run it without --again, and look at what mutmut says"
+    others = of_other_code(work)
+    if not others:
+        return None
+    return (
+        f"{', '.join(others)} changed since {work} was filled: the same command without --again tries anew what concerns them, or begin with "
+        "an empty --work"
+    )
+
+
 def main(words: list[str]) -> int:
     """Tries and writes. Returns the exit code."""
     options = _parser().parse_args(words)
     work = options.work.resolve()
-    prepare(work)
     if not options.again:
+        prepare(work)
         try_mutants(work, options.only, options.seconds)
     found = outcomes(work)
+    if (refused := refusal(work, found)) is not None:
+        print(f"mutation: {refused}", file=sys.stderr)
+        return 2
     changed = changes(work, [name for name, state in found.items() if state in (SURVIVED, NO_TEST)])
     record = record_of(found, changed, json.loads(REASONS.read_text()))
     options.out.mkdir(parents=True, exist_ok=True)

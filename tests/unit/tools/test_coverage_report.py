@@ -98,6 +98,44 @@ def test_gaps_are_found_told_and_need_a_reason(project: Path, monkeypatch: pytes
     assert "no reason" not in (project / "out" / "coverage.md").read_text()
 
 
+@pytest.mark.parametrize("when", ["before", "while", "never known"])
+def test_a_measurement_of_other_code_is_not_written(
+    when: str, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of these packages; the tests' own files may be others."""
+    work, code = project / "work", project / "asft_nemo" / "data" / "code.py"
+
+    def tests_run(*given: Any, **more: Any) -> subprocess.CompletedProcess[str]:
+        if when == "while":
+            code.write_text(CODE + "\n\ndef more():\n    return 2\n")
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(tool.subprocess, "run", tests_run)
+    monkeypatch.setattr(tool, "combined", lambda work: {})
+    monkeypatch.setattr(tool, "record_of", lambda files, reasons: {"packages": {}, "gaps": {}})
+    monkeypatch.setattr(tool, "table", lambda record: "")
+    if when == "while":
+        assert tool.main(words(project)) == 2
+    else:
+        assert tool.main(words(project)) == 0
+        (project / "tests" / "unit" / "data" / "test_more.py").write_text("")
+        assert tool.main(words(project, "--again")) == 0
+        (project / "out" / "coverage.json").unlink()
+        if when == "before":
+            code.unlink()
+        else:
+            (work / "sources.json").unlink()
+        assert tool.main(words(project, "--again")) == 2
+    said = capsys.readouterr().err.strip()
+    why = (
+        f"{work} does not say of which code it is"
+        if when == "never known"
+        else f"asft_nemo/data/code.py changed since {work} was begun"
+    )
+    assert said == f"coverage_report: {why}: measure again, without --again"
+    assert not (project / "out" / "coverage.json").exists()
+
+
 @pytest.mark.long
 def test_failing_tests_end_the_measurement(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "tests" / "unit" / "data" / "test_more.py").write_text("def test_no():\n    assert False\n")

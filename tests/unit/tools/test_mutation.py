@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -101,3 +103,165 @@ def test_a_change_is_told_as_mutmut_shows_it(tmp_path: Path, monkeypatch: pytest
     )
     monkeypatch.setattr(diffs, "get_diff_for_mutant", lambda name: diff)
     assert tool.changes(tmp_path, [f"{DENSE}2"]) == {f"{DENSE}2": ("return (x + 1)", "return (x - 1)")}
+
+
+ONE, TWO = "asft_nemo/losses/one.py", "asft_nemo/losses/two.py"
+CODE = "def half(x):\n    return x // 2\n"
+TESTED = "from asft_nemo.losses.{0} import half\n\n\ndef test_{0}():\n    assert half(9) == 4\n"
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with two modules and a test of each. The tool works on it instead of on ours."""
+    folder = tmp_path / "tree"
+    for name, text in {
+        "asft_nemo/__init__.py": "",
+        "asft_nemo/losses/__init__.py": "",
+        ONE: CODE,
+        TWO: CODE,
+        "tests/unit/losses/test_one.py": TESTED.format("one"),
+        "tests/unit/losses/test_two.py": TESTED.format("two"),
+        "pyproject.toml": "[tool.pytest.ini_options]\naddopts = ''\n",
+        "reasons.json": "[]",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for words in (("init", "--quiet"), ("add", ".")):
+        subprocess.run(["git", "-C", folder, *words], check=True, timeout=60)
+    monkeypatch.setattr(tool, "ROOT", folder)
+    monkeypatch.setattr(tool, "REASONS", folder / "reasons.json")
+    monkeypatch.setattr(tool, "SELECTED", ("tests/unit/losses",))
+    return folder
+
+
+def found_in(work: Path) -> dict[str, str]:
+    return {name.removeprefix("asft_nemo.losses."): state for name, state in tool.outcomes(work).items()}
+
+
+def try_all(work: Path, only: list[str], seconds: float | None) -> None:
+    """What mutmut leaves: beside each module what it made of it, what became of that, and which test calls what."""
+    for name in (ONE, TWO):
+        made = work / "mutants" / name
+        made.parent.mkdir(parents=True, exist_ok=True)
+        if not made.with_name(made.name + ".meta").exists():
+            made.write_text("changed")
+            key = name.removesuffix(".py").replace("/", ".") + ".x_half__mutmut_1"
+            made.with_name(made.name + ".meta").write_text(json.dumps({"exit_code_by_key": {key: 1}}))
+    (work / "mutants" / "mutmut-stats.json").write_text("{}")
+
+
+@pytest.fixture
+def filled(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A work folder with outcomes of both modules."""
+    monkeypatch.setattr(tool, "try_mutants", try_all)
+    work = tmp_path / "work"
+    assert tool.main(["--work", str(work), "--out", str(tmp_path / "first")]) == 0
+    return work
+
+
+KILLED = {"one.x_half__mutmut_1": "killed", "two.x_half__mutmut_1": "killed"}
+
+
+@pytest.mark.parametrize("with_digests", [True, False])
+def test_outcomes_of_a_module_that_changed_are_dropped_and_no_others(
+    filled: Path, tree: Path, with_digests: bool
+) -> None:
+    """Also where the folder was filled before digests were kept."""
+    (tree / "tests/unit/losses/test_one.py").write_text("def test_more():\n    pass\n")
+    tool.prepare(filled)
+    assert found_in(filled) == KILLED, "tests may change: so it is that survivors are tried again"
+    if not with_digests:
+        (filled / "sources.json").unlink()
+    (tree / TWO).write_text("def half(x):\n    return x / 2\n")
+    os.utime(tree / TWO, (0, 0))  # what is older than what mutmut made can still be another source
+    tool.prepare(filled)
+    assert found_in(filled) == {"one.x_half__mutmut_1": "killed"}
+    assert not (filled / "mutants" / TWO).exists(), "mutmut leaves alone what is newer than its source"
+    assert not (filled / "mutants" / "mutmut-stats.json").exists(), "which tests call what may have changed"
+    assert (filled / TWO).read_text() == (tree / TWO).read_text()
+    assert tool.unmade_modules(filled) == ["losses", "losses.two"]
+    names = tool.to_try(tool.outcomes(filled), ["losses"], tool.unmade_modules(filled))
+    assert names == ["asft_nemo.losses.x*", "asft_nemo.losses.two.x*"]
+    assert json.loads((filled / "sources.json").read_text()).keys() == {
+        "asft_nemo/losses/__init__.py",
+        ONE,
+        TWO,
+    }
+
+
+def test_a_copy_that_is_newer_than_what_was_made_of_it_is_not_what_was_tried(filled: Path) -> None:
+    (filled / "sources.json").unlink()
+    later = (filled / "mutants" / TWO).stat().st_mtime + 1
+    os.utime(filled / TWO, (later, later))
+    assert tool.of_other_code(filled) == [TWO]
+
+
+def test_a_module_that_is_gone_leaves_nothing(filled: Path, tree: Path) -> None:
+    subprocess.run(["git", "-C", tree, "rm", "--quiet", "--force", TWO], check=True, timeout=60)
+    tool.prepare(filled)
+    assert found_in(filled) == {"one.x_half__mutmut_1": "killed"}
+    assert not (filled / TWO).exists()
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_outcomes_of_other_code_are_not_written(
+    when: str,
+    filled: Path,
+    tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def change(*given: object) -> None:
+        (tree / TWO).write_text("def half(x):\n    return x / 2\n")
+
+    words = ["--work", str(filled), "--out", str(tmp_path / "out")]
+    assert tool.main([*words, "--again"]) == 0
+    (tmp_path / "out" / "mutation.json").unlink()
+    if when == "before":
+        change()
+        words.append("--again")
+    monkeypatch.setattr(tool, "try_mutants", change)
+    assert tool.main(words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(
+        f"mutation: {TWO} changed since {filled} was filled: the same command without --again "
+    )
+    assert said.endswith("or begin with an empty --work")
+    assert not (tmp_path / "out" / "mutation.json").exists()
+    assert found_in(filled) == KILLED, "nothing is lost"
+
+
+def test_a_work_folder_of_nothing_has_no_table(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main(["--work", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--again"]) == 2
+    assert "has no outcomes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_mutmut_tries_anew_what_changed_and_keeps_the_rest(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command with mutmut itself, whose outcomes of a function that is as it was would stay otherwise."""
+    pytest.importorskip("mutmut")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    work, words = tmp_path / "work", ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    (tree / TWO).write_text("DIVISOR = 2\n\n\ndef half(x):\n    return x // DIVISOR\n")
+    assert tool.main(words) == 0, tool.outcomes(work)
+    first = found_in(work)
+    assert {name.partition(".")[0] for name in first} == {"one", "two"}
+    assert set(first.values()) == {"killed"}
+    kept = work / "mutants" / f"{ONE}.meta"
+    before = kept.stat().st_mtime_ns
+    (tree / "tests/unit/losses/test_two.py").write_text(
+        "from asft_nemo.losses import two\n\n\ndef test_two():\n    two.half(0)\n"
+    )
+    (tree / TWO).write_text("DIVISOR = 3\n\n\ndef half(x):\n    return x // DIVISOR\n")
+    assert tool.main(words) == 1, "now there are survivors"
+    second = found_in(work)
+    assert second.keys() == first.keys()
+    assert {state for name, state in second.items() if name.startswith("two")} >= {"survived"}
+    assert kept.stat().st_mtime_ns == before, "of the other module nothing was tried"
