@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from asft_nemo.config import rules
 from asft_nemo.config.schema import RunConfig, from_dict, to_dict
 from asft_nemo.errors import ConfigError
+
+_GO_ON = "start the run again with trainer.resume=if_exists"
+_AGAIN = "start the same command again"
 
 
 def train(run: RunConfig) -> None:
@@ -18,9 +22,12 @@ def train(run: RunConfig) -> None:
     Raises:
         asft_nemo.errors.UserError: settings, data or checkpoints that do not fit; the sentence names the cure.
     """
-    run = from_dict(to_dict(run))  # NeMo-Run hands over a copy that may have been changed and is not frozen
-    rules.check(run)
-    _check_world(run)
+    run = _checked(run)  # NeMo-Run hands over a copy that may have been changed and is not frozen
+    with _watched(run, again=_GO_ON):
+        _train(run)
+
+
+def _train(run: RunConfig) -> None:
     from asft_nemo.cpu import backend
 
     backend.install()
@@ -57,9 +64,12 @@ def cache_reference(run: RunConfig, *, repair: bool) -> None:
     Raises:
         asft_nemo.errors.UserError: as `train`.
     """
-    run = from_dict(to_dict(run))
-    rules.check(run)
-    _check_world(run)
+    run = _checked(run)
+    with _watched(run, again=_AGAIN):
+        _cache_reference(run, repair=repair)
+
+
+def _cache_reference(run: RunConfig, *, repair: bool) -> None:
     from asft_nemo.cpu import backend
 
     backend.install()
@@ -84,9 +94,12 @@ def write_logits(run: RunConfig, *, weights_dir: Path, tokens_file: Path, out_fi
     Raises:
         asft_nemo.errors.UserError: as `train`.
     """
-    run = from_dict(to_dict(run))
-    rules.check(run)
-    _check_world(run)
+    run = _checked(run)
+    with _watched(run, again=_AGAIN):
+        _write_logits(run, weights_dir=weights_dir, tokens_file=tokens_file, out_file=out_file)
+
+
+def _write_logits(run: RunConfig, *, weights_dir: Path, tokens_file: Path, out_file: Path) -> None:
     from asft_nemo.cpu import backend
 
     backend.install()
@@ -105,6 +118,20 @@ def write_logits(run: RunConfig, *, weights_dir: Path, tokens_file: Path, out_fi
         tokens_file=tokens_file,
         out_file=out_file,
     )
+
+
+def _checked(run: RunConfig) -> RunConfig:
+    run = from_dict(to_dict(run))
+    rules.check(run)
+    _check_world(run)
+    return run
+
+
+def _watched(run: RunConfig, *, again: str) -> contextlib.AbstractContextManager[None]:
+    """From here on a rank that hangs is named."""
+    from asft_nemo.hang_watch import watched
+
+    return watched(run.alarms.hang_seconds, ranks=run.run.world_size, again=again)
 
 
 def _check_world(run: RunConfig) -> None:

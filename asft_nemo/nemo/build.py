@@ -29,7 +29,7 @@ from asft_nemo.nemo.checkpoints import CheckpointCallback
 from asft_nemo.nemo.compat import AnchoredStrategy
 from asft_nemo.nemo.datamodule import AnchoredDataModule
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, ASFTModel
-from asft_nemo.nemo.hangs import hang_callbacks
+from asft_nemo.nemo.hangs import HangCallback
 from asft_nemo.nemo.keep import Keep
 from asft_nemo.nemo.layer_spec import choose_layers, kernels_line
 from asft_nemo.nemo.lora import AdapterSpec, AdapterStrategy, LoraCallback
@@ -262,7 +262,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         strategy=strategy(run, base_dir, resuming=resume is not None),
         plugins=precision_plugin(run.precision),
         callbacks=[
-            *hang_callbacks(run.alarms.hang_seconds),
+            HangCallback(),
             *adapters,
             *switches.tensor_overlap(run),
             prepass,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.cpu import backend
 from asft_nemo.data import FILLER, PackedDataset, Prepared, SupervisedDataset
+from asft_nemo.hang_watch import at
 from asft_nemo.model import ModelSpec
 from asft_nemo.nemo.build import model_config
 from asft_nemo.nemo.cache import all_sample_ids, cache_identity, layout_of, on_first_rank, this_place, writes
@@ -138,6 +139,7 @@ def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir
         CacheError: the folder holds another cache or a damaged one, cannot be written, or is too small.
     """
     start_ranks(run)
+    at("looking at the cache", may_take_long=True)
     directory = cache_dir(run)
     identity = cache_identity(run, spec=spec, data=data, base_dir=base_dir)
     on_first_rank(lambda: _open(directory, identity, run, data, repair=repair))
@@ -147,6 +149,7 @@ def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir
             data, reader, dp_rank=dp_rank, dp_size=parallel_state.get_data_parallel_world_size()
         )
     torch.distributed.barrier()  # every rank has read what was there before any writes
+    at("loading the base", may_take_long=True)
     config = frozen_model_config(run, spec)
     reference = ResidentReference(
         lambda stage: alike(config.build_chunk(vp_stage=stage, returns_hidden=True), run),
@@ -156,7 +159,9 @@ def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir
     )
     writer = CacheWriter(directory, dp_rank, identity) if writes(place) else None
     progress = _Progress(len(items), shown=writer is not None and dp_rank == 0)
-    for batches in micro_batches(data, items, run):
+    at("reading the examples of pass 1", may_take_long=True)
+    for number, batches in enumerate(micro_batches(data, items, run), 1):
+        at(f"pass {number}", waits=True)
         hidden = reference.hidden(
             batches,
             sequence_length=run.data.sequence_length,
@@ -166,9 +171,12 @@ def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir
             whole, whole_SBH = whole_micro_batch(batch, hidden_SBH, place)
             if writer is not None:
                 progress.add(store(writer, whole, whole_SBH))
+        at(f"reading the examples of pass {number + 1}")
+    at("closing its part of the cache", may_take_long=True)
     if writer is not None:
         writer.close()
     progress.close()
+    at("waiting for the others' parts", waits=True)
     torch.distributed.barrier()
 
 

@@ -33,6 +33,7 @@ from typing_extensions import override
 from asft_nemo.checkpoint.dist_metadata import read_metadata
 from asft_nemo.checkpoint.dist_read import check_before_load
 from asft_nemo.errors import CheckpointError
+from asft_nemo.hang_watch import at
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class ExtraStateTolerant(_WrappingCheckpointIO):
         """
         assert self.checkpoint_io is not None
         weights = Path(ckpt_to_weights_subdir(path, is_saving=False))
+        at("reading a checkpoint", may_take_long=True)
         check_before_load(weights, torch.distributed.get_rank(), torch.distributed.get_world_size())
         asked = given.get("sharded_state_dict")
         if asked is not None:

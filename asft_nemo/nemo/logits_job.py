@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from asft_nemo.checkpoint.safetensors_io import SafetensorsReader
 from asft_nemo.config.schema import RunConfig
+from asft_nemo.hang_watch import at
 from asft_nemo.model import ModelSpec
 from asft_nemo.nemo.cache import this_place
 from asft_nemo.nemo.cache_job import frozen_model_config, start_ranks
@@ -33,6 +34,7 @@ def write_logits(
             written by one rank.
     """
     start_ranks(run)
+    at("loading the checkpoint", may_take_long=True)
     config = frozen_model_config(run, spec)
     model = ResidentReference(
         lambda stage: config.build_chunk(vp_stage=stage, returns_hidden=True),
@@ -40,6 +42,7 @@ def write_logits(
         weights_dir=weights_dir,
         dtype=precision_row(run.precision).compute_dtype,
     )
+    at("its passes over the tokens", may_take_long=True)  # all of them, for there are few
     _round_as_exported(model, hf_dir)
     tokens_NS = load_file(tokens_file)["tokens"].to(torch.cuda.current_device())
     position_ids = torch.arange(tokens_NS.shape[1], device=tokens_NS.device)[None]

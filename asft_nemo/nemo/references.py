@@ -11,6 +11,7 @@ from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dt
 
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.data import Prepared
+from asft_nemo.hang_watch import at
 from asft_nemo.model import ModelSpec
 from asft_nemo.nemo.cache import cached_reference, filling_reference
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig, AnchoredGPTModel, ASFTModel, core_chunks
@@ -69,6 +70,7 @@ class Frozen:
 
     def second_copy(self, kind: type[ResidentReference] | type[OffloadedReference]) -> Any:
         """Chunks of their own with the base's weights."""
+        at("loading the reference", may_take_long=True)
         config = reference_config(self.run, self.model.config)  # type: ignore[arg-type]
         return kind(
             lambda stage: alike(config.build_chunk(vp_stage=stage, returns_hidden=True), self.run),

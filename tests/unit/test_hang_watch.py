@@ -1,0 +1,206 @@
+"""Who hangs is found and named by the others: threads for ranks, torch's own store between them."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from asft_nemo.hang_watch import HangWatch, watched
+
+pytestmark = pytest.mark.timeout(60)
+
+SECONDS = 0.6
+AGAIN = "start the run again"
+
+
+class Ranks:
+    """Watches of several ranks, and what they said."""
+
+    def __init__(self, number: int):
+        self.store, self.said, self.ended = torch.distributed.HashStore(), list[str](), threading.Event()
+        self.watches = [
+            HangWatch(rank, number, SECONDS, lambda: self.store, again=AGAIN, end=self.end)
+            for rank in range(number)
+        ]
+
+    def end(self, error: Exception) -> NoReturn:
+        self.said.append(str(error))
+        self.ended.set()
+        raise SystemExit
+
+    def start(self, *ranks: int) -> None:
+        for rank in ranks:
+            self.watches[rank].start()
+
+    def at(
+        self, *ranks: int, doing: str = "step 3", waits: bool = False, may_take_long: bool = False
+    ) -> None:
+        for rank in ranks:
+            self.watches[rank].at(doing, waits=waits, may_take_long=may_take_long)
+
+
+@pytest.fixture
+def three() -> Iterator[Ranks]:
+    ranks = Ranks(3)
+    yield ranks
+    for watch in ranks.watches:
+        watch._stopped.set()
+
+
+def silenced(watch: HangWatch) -> None:
+    """A process that is stopped: it leaves no sign, not even the one of a rank that has ended well."""
+    watch._leave_sign = lambda count: None  # type: ignore[method-assign]
+
+
+def test_a_silent_rank_is_named_by_the_one_before_it(three: Ranks) -> None:
+    """Also where it may take long."""
+    three.start(0, 1, 2)
+    time.sleep(SECONDS)
+    assert not three.said
+    silenced(three.watches[2])
+    assert three.ended.wait(5 * SECONDS)
+    assert three.said[0].startswith(
+        f"rank 2 (process {os.getpid()} on {socket.gethostname()}) hangs in its start: "
+    )
+    assert "nothing has come from it for 1 s, and the other ranks wait for it; look after" in three.said[0]
+    assert f"and {AGAIN}; alarms.hang_seconds says how long is waited" in three.said[0]
+
+
+def test_a_rank_that_never_came_is_named_and_has_longer(three: Ranks) -> None:
+    three.start(0, 1)
+    assert not three.ended.wait(2 * SECONDS)
+    assert three.ended.wait(5 * SECONDS)
+    assert three.said[0].startswith("rank 2 hangs before its first sign: ")
+
+
+def test_a_rank_that_stays_behind_is_named_though_it_gives_signs(three: Ranks) -> None:
+    three.start(0, 1, 2)
+    three.at(0, 1, 2, waits=True)
+    three.at(0, 2, waits=True)
+    assert three.ended.wait(6 * SECONDS)
+    assert three.said[0].startswith("rank 1 (process ")
+    assert "hangs in step 3: it has been there for 1 s" in three.said[0]
+
+
+def test_all_that_stay_behind_at_one_place_are_named(three: Ranks) -> None:
+    three.start(0, 1, 2)
+    three.at(0, 1, 2, waits=True)
+    three.at(0, waits=True)
+    assert three.ended.wait(6 * SECONDS)
+    assert three.said[0].startswith("rank 1 (process ")
+    assert " and rank 2 (process " in three.said[0]
+
+
+@pytest.mark.parametrize("where", ["all at one place", "behind a step", "may take long", "goes on", "done"])
+def test_nobody_is_named_where_nobody_hangs(three: Ranks, where: str) -> None:
+    """A slow step of all, a checkpoint that takes long on one rank, a slow load, a slow replica of the model, ranks that end one after another."""
+    three.start(0, 1, 2)
+    three.at(0, 1, 2, waits=where == "all at one place", may_take_long=where == "may take long")
+    if where == "behind a step":
+        three.at(0, 2)
+    if where in ("may take long", "goes on"):
+        for _ in range(9):
+            three.at(0, 2, waits=True)
+    if where == "done":
+        three.watches[1].stop()
+    for _ in range(8):
+        assert not three.ended.wait(SECONDS / 2)
+        if where == "goes on":
+            three.at(1, doing="another pass", waits=True)
+
+
+def test_who_is_slow_in_a_start_is_told(three: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        three.at(0, 1, 2, doing="loading the base", may_take_long=True)
+        three.at(0, 2, doing="building", may_take_long=True)
+        three.start(0, 1, 2)
+        assert not three.ended.wait(3 * SECONDS)
+    assert "is in loading the base: for 1 s, and the other ranks are further" in caplog.text
+    assert "rank 1 (process " in caplog.text
+    assert "rank 2" not in caplog.text
+
+
+def test_a_rank_that_was_stopped_itself_accuses_nobody(three: Ranks) -> None:
+    """A job that Slurm suspends and lets go on: whoever wakes first has heard nothing for hours."""
+    three.start(0, 1, 2)
+    time.sleep(SECONDS)
+    for watch in three.watches:
+        watch._leave_sign, watch.kept = lambda count: None, watch._leave_sign  # type: ignore[method-assign, attr-defined]
+        watch._woke = watch._heard = time.monotonic() - 100 * SECONDS
+    time.sleep(SECONDS / 2)
+    for watch in three.watches:
+        watch._leave_sign = watch.kept  # type: ignore[method-assign, attr-defined]
+    assert not three.ended.wait(3 * SECONDS)
+
+
+def keep_a_store(out: Any) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    out.send(store.port)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("agent", "said"),
+    [
+        ("False", "rank 0 (process 7 on a) hangs in its start: the ranks' store there has not answered for "),
+        ("True", "machine_1, the first machine, hangs: the ranks' store there has not answered for "),
+    ],
+)
+def test_a_store_that_does_not_answer_names_who_keeps_it(
+    agent: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that keeps it is stopped: no call to it comes back."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+    monkeypatch.setenv("MASTER_ADDR", "machine_1")
+    told, tells = multiprocessing.Pipe(duplex=False)
+    keeper = multiprocessing.get_context("fork").Process(target=keep_a_store, args=(tells,), daemon=True)
+    keeper.start()
+    found, ended = list[str](), threading.Event()
+
+    def end(error: Exception) -> Any:
+        found.append(str(error))
+        ended.set()
+        raise SystemExit
+
+    try:
+        port = told.recv()
+
+        def meet() -> Any:
+            return torch.distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+
+        meet().set(
+            "asft_sign_0_0",
+            '{"count": 1, "place": 0, "doing": "its start", "may_take_long": true, "seconds": 1, "process": 7, "host": "a"}',
+        )
+        watch = HangWatch(1, 2, 20.0, meet, again=AGAIN, end=end)
+        watch._seconds, watch._pause = (
+            2.0,
+            0.2,
+        )  # rank 0 leaves no further sign here: that is not what is found
+        watch._look_for_those_behind = lambda *_: None  # type: ignore[method-assign]
+        watch.start()
+        time.sleep(1.0)
+        assert keeper.pid is not None
+        os.kill(keeper.pid, signal.SIGSTOP)
+        assert ended.wait(10)
+        assert found[0].startswith(said)
+    finally:
+        keeper.kill()
+        keeper.join()
+
+
+@pytest.mark.parametrize(("seconds", "ranks"), [(None, 4), (600.0, 1)])
+def test_it_can_be_switched_off_and_one_rank_has_no_thread(seconds: float | None, ranks: int) -> None:
+    before = threading.active_count()
+    with watched(seconds, ranks=ranks, again=AGAIN):
+        assert threading.active_count() == before
