@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+from torch.distributed.checkpoint.api import CheckpointException
 
 from asft_nemo.checkpoint.adapters import ADAPTER_FILE, AdapterDescription
 from asft_nemo.checkpoint.base_weights import nemo_base_sample
@@ -32,7 +33,7 @@ def full_disk_named(partial: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter, of all ranks, is no Exception
         free = shutil.disk_usage(partial.parent).free
         if free > _FULL_BYTES:
             raise
