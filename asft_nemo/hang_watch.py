@@ -110,7 +110,10 @@ class HangWatch:
         job: int = 0,
     ):
         self._rank, self._ranks, self._seconds, self._meet, self._end = rank, ranks, seconds, meet, end
-        self._cure, self._prefix = _CURE.format(again=again), f"asft_sign_{job}_"
+        attempt = os.environ.get(
+            "TORCHELASTIC_RESTART_COUNT", "0"
+        )  # torchrun keeps the store of the one before
+        self._cure, self._prefix = _CURE.format(again=again), f"asft_sign_{attempt}_{job}_"
         self._pause = min(_MOST_PAUSE, seconds / 5)
         self._place = Place(0, "its start", False, True, time.monotonic())
         self._woke = self._looked = self._heard = self._began = time.monotonic()
@@ -145,8 +148,21 @@ class HangWatch:
         except DistError as error:
             self._nobody_there(error, time.monotonic() - began)
             return
+        while not self._turns():
+            try:  # a connection may break though all is well; a rank that leaves no signs would be named
+                self._store = self._meet()
+            except DistError as error:  # it lives with torchrun, whose end ends the ranks, or with rank 0
+                if not self._stopped.is_set():
+                    logger.warning(
+                        "no hanging rank will be looked for any more: the ranks' store does not answer (%s)",
+                        error,
+                    )
+                return
+
+    def _turns(self) -> bool:
+        """Until the watch is stopped, or the connection to the store breaks, which is False."""
+        self._woke = self._heard = time.monotonic()
         try:
-            self._woke = self._heard = time.monotonic()
             while not self._stopped.is_set():
                 self._asked = time.monotonic()
                 self._turn()
@@ -155,11 +171,10 @@ class HangWatch:
             self._leave_sign(_LAST)
         except DistError as error:
             self._asked = None
-            if not self._stopped.is_set():  # it lives with torchrun, whose end ends the ranks, or with rank 0
-                logger.warning(
-                    "no hanging rank will be looked for any more: the ranks' store does not answer (%s)",
-                    error,
-                )
+            if not self._stopped.wait(self._pause):
+                logger.warning("the connection to the ranks' store is made again (%s)", error)
+                return False
+        return True
 
     def _turn(self) -> None:
         """Leaves a sign and looks after the next rank's."""

@@ -19,7 +19,7 @@ from asft_nemo.hang_watch import HangWatch, watched
 
 pytestmark = pytest.mark.timeout(60)
 
-SECONDS = 0.6
+SECONDS = 1.0
 AGAIN = "start the run again"
 
 
@@ -74,6 +74,25 @@ def test_a_silent_rank_is_named_by_the_one_before_it(three: Ranks) -> None:
     )
     assert "nothing has come from it for 1 s, and the other ranks wait for it; look after" in three.said[0]
     assert f"and {AGAIN}; alarms.hang_seconds says how long is waited" in three.said[0]
+
+
+def test_a_connection_that_breaks_is_made_again(three: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody is named for it, neither the store nor the rank, and who hangs later is found."""
+
+    class Broken:
+        def set(self, key: str, value: str) -> None:
+            raise torch.distributed.DistNetworkError("reset by peer")  # pyright: ignore[reportPrivateImportUsage]
+
+    met = iter([three.store, Broken(), Broken(), three.store])
+    three.watches[1]._meet = lambda: next(met)
+    three.start(0, 1, 2)
+    time.sleep(SECONDS / 2)
+    three.watches[1]._store = Broken()
+    assert not three.ended.wait(3 * SECONDS)
+    assert caplog.text.count("the connection to the ranks' store is made again (reset by peer)") == 3
+    silenced(three.watches[2])
+    assert three.ended.wait(6 * SECONDS)
+    assert three.said[0].startswith("rank 2 (process ")
 
 
 def test_a_rank_that_never_came_is_named_and_has_longer(three: Ranks) -> None:
@@ -179,7 +198,7 @@ def test_a_store_that_does_not_answer_names_who_keeps_it(
             return torch.distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
 
         meet().set(
-            "asft_sign_0_0",
+            "asft_sign_0_0_0",
             '{"count": 1, "place": 0, "doing": "its start", "may_take_long": true, "seconds": 1, "process": 7, "host": "a"}',
         )
         watch = HangWatch(1, 2, 20.0, meet, again=AGAIN, end=end)
@@ -194,6 +213,7 @@ def test_a_store_that_does_not_answer_names_who_keeps_it(
         os.kill(keeper.pid, signal.SIGSTOP)
         assert ended.wait(10)
         assert found[0].startswith(said)
+        watch._stopped.set()
     finally:
         keeper.kill()
         keeper.join()
