@@ -252,7 +252,7 @@ def verdicts(
     """Every bar of the parts: passed, missed, or unmeasured and why."""
     rows = []
     for part in parts:
-        result = results.get(part.name, {"status": "skipped", "reason": "it was not asked for"})
+        result = results.get(part.name, {"status": "skipped", "reason": "it has not run yet"})
         told = result.get("found", {}).get("bars", {})
         for bar in part.bars:
             row = {"part": part.name, "what": bar.what, "bound": bar.bound}

@@ -125,7 +125,7 @@ def test_bars_are_passed_missed_or_unmeasured_with_a_reason() -> None:
         "no | Liger",
         "the part did not measure it",
         "ValueError: x",
-        "it was not asked for",
+        "it has not run yet",
     ]
     table = gpu_parts.bars_table(rows).splitlines()
     assert table[3] == "| p | another | 2 | 2 | 2 | **missed** |"
