@@ -19,7 +19,7 @@ from faults.shell import LIMIT, Running, Said, run
 from faults.shell import perform as done
 from faults.yard import Yard, prepare_words, states
 
-KILLED = "the same command, started again, makes what it makes undisturbed, bit for bit; nothing else changes"
+KILLED = "the same command, started again, makes what it makes undisturbed, bit for bit, or refuses because all of it is there; nothing else changes"
 DOUBLED = (
     "the second is refused at once with a sentence, exit code 2; the first makes what it makes undisturbed"
 )
@@ -79,15 +79,19 @@ def try_kill(kill: Kill, yard: Yard, undisturbed: Undisturbed, *, seed: int) -> 
     started, chance = time.monotonic(), random.Random(f"{seed} {kill.name}")
     does: Callable[..., tuple[str, str, str]] = _twice if kill.how == "twice" else _killed
     place, problem, sentence = does(kill, check, yard, chance, usual)
-    if not problem:
-        said = perform(check, yard) if kill.how != "twice" else None
-        if said is not None and said.code != 0:
-            problem, sentence = f"started again it ends with {said.code}", " / ".join(said.sentences)
-        elif answer_of(check, yard, said or Said(0, "", "", 0.0)).files != answer.files:
-            problem = "another result than undisturbed"
-        elif other := changed(check, yard, before):
-            problem = f"changed {other}"
     good = REFUSED if kill.how == "twice" else RESUMED
+    if not problem:
+        said = perform(check, yard) if kill.how != "twice" else Said(0, "", "", 0.0)
+        if (
+            said.code == 2 and len(said.sentences) == 1
+        ):  # right where the signal came behind the last of its work
+            good, sentence = REFUSED, said.sentences[0]
+        elif said.code != 0:
+            problem, sentence = f"started again it ends with {said.code}", " / ".join(said.sentences)
+        if not problem and answer_of(check, yard, said).files != answer.files:
+            problem = f"{'refused, with' if said.code else ''} another result than undisturbed".strip()
+        elif other := changed(check, yard, before):
+            problem = problem or f"changed {other}"
     return Row(
         name=kill.name,
         kind="two at once" if kill.how == "twice" else f"{kill.how} of the process",

@@ -199,6 +199,31 @@ def test_a_kill_is_followed_by_the_same_command(yard: Yard, monkeypatch: pytest.
         assert {row.outcome for row in rows} <= {outcome, RESUMED}
 
 
+@pytest.mark.parametrize(("left", "outcome"), [("whole", REFUSED), ("half", VIOLATION), ("", RESUMED)])
+def test_a_command_may_refuse_after_a_kill_only_what_is_whole(
+    left: str, outcome: str, yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal may come behind the last of its work."""
+
+    def tool(here: Path) -> int:
+        if (here / "out").exists():
+            print("asft: out exists already: choose another path", file=sys.stderr)
+            return 2
+        (here / "out").write_text("whole")
+        return 0
+
+    def killed(kill: Kill, check: Check, yard: Yard, *_: object) -> tuple[str, str, str]:
+        if left:
+            (yard.here / "out").write_text(left)
+        return "", "", ""
+
+    module = sys.modules["faults.kills"]
+    monkeypatch.setitem(module.WORK, "tool", Check("a tool", lambda yard: lambda: tool(yard.here), ("out",)))
+    monkeypatch.setattr(module, "_killed", killed)
+    row = try_kill(Kill("kill:1", "tool", "SIGKILL"), yard, Undisturbed(yard), seed=0)
+    assert row.outcome == outcome
+
+
 def test_names_are_different_and_stay(yard: Yard) -> None:
     every = list(faults())
     names = [fault.name for fault in every]
