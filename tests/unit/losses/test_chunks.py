@@ -50,6 +50,11 @@ def test_a_gpu_takes_twice_the_budget_for_the_sake_of_512_tokens(vocab, tokens):
     assert resolve("auto", VocabShard.full(vocab), device="cuda", visits_head=False) <= max(within, 1)
 
 
+def test_the_last_token_that_does_not_fit_whole_is_left_out():
+    """1 GiB holds 504.4 tokens of this vocabulary: 504,300 tokens are 1001 chunks, not 1000 of 505 tokens."""
+    assert resolve("auto", VocabShard.full(152_064), tokens=504_300, device="cuda") == 504
+
+
 def test_a_vocabulary_beyond_the_budget_leaves_one_token():
     assert resolve("auto", VocabShard.full(300 * MIB)) == 1
 

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from loss_cases import make_case, variant_objective
 
-from asft_nemo.losses import VocabShard
+from asft_nemo.losses import VocabShard, vocab_shard
 
 pytest.importorskip("torch.testing._internal.distributed.multi_threaded_pg")
 from torch.testing._internal.distributed import multi_threaded_pg
@@ -41,17 +40,29 @@ TOLERANCE = 1e-12
 
 
 @pytest.fixture(autouse=True)
-def not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads share the module whose functions a count would replace."""
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts the collectives of each thread: all share the module whose functions a count of one would replace."""
+    here = threading.local()
 
-    class Uncounted:
-        def __enter__(self) -> Any:
-            return SimpleNamespace(counts=None)
+    class Counted(tensor_parallel_ranks.CountedCollectives):
+        def __enter__(self) -> Counted:
+            self.counts = here.counts = dict.fromkeys(self.NAMES, 0)
+            return self
 
         def __exit__(self, *_: object) -> None:
-            pass
+            del here.counts
 
-    monkeypatch.setattr(tensor_parallel_ranks, "CountedCollectives", Uncounted)
+    def counting(name: str, original: Callable[..., object]) -> Callable[..., object]:
+        def collective(*args: Any, **kwargs: Any) -> object:
+            if hasattr(here, "counts"):
+                here.counts[name] += 1
+            return original(*args, **kwargs)
+
+        return collective
+
+    for name in Counted.NAMES:
+        monkeypatch.setattr(vocab_shard, name, counting(name, getattr(vocab_shard, name)))
+    monkeypatch.setattr(tensor_parallel_ranks, "CountedCollectives", Counted)
 
 
 def on_ranks(does: Callable[[Ranks], Any], count: int = RANKS) -> list[Any]:
@@ -132,7 +143,6 @@ def test_vocab_parallel(name: str, direction: Any) -> None:
 def test_fused_linear(layout: str) -> None:
     chosen = variant_objective("asft", "forward")
     for found in on_ranks(lambda ranks: fused_linear(ranks, chosen, make_case(), **FUSED_LAYOUTS[layout])):
-        del found["collectives_not_as_promised"]
         assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=TOLERANCE)
 
 
@@ -145,9 +155,7 @@ def test_a_rank_of_padding_alone(name: str, direction: Any) -> None:
     chosen = variant_objective(name, direction)
 
     def both_losses(ranks: Ranks) -> dict[str, float]:
-        fused = fused_linear(ranks, chosen, make_case(), PADDING_ALONE)
-        del fused["collectives_not_as_promised"]
-        return fused | {
+        return fused_linear(ranks, chosen, make_case(), PADDING_ALONE) | {
             f"logits, {what}": figure
             for what, figure in vocab_parallel(ranks, chosen, make_case(), PADDING_ALONE).items()
         }
