@@ -139,9 +139,11 @@ def test_vocab_parallel(name: str, direction: Any) -> None:
         assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", FUSED_LAYOUTS)
-def test_fused_linear(layout: str) -> None:
-    chosen = variant_objective("asft", "forward")
+@pytest.mark.parametrize(
+    ("name", "layout"), [*(("asft", layout) for layout in FUSED_LAYOUTS), ("sft", "sequence parallel")]
+)
+def test_fused_linear(name: str, layout: str) -> None:
+    chosen = variant_objective(name, "forward")
     for found in on_ranks(lambda ranks: fused_linear(ranks, chosen, make_case(), **FUSED_LAYOUTS[layout])):
         assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=TOLERANCE)
 
