@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,9 +50,18 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _write(out: Path, page: str) -> None:
+    """Writes the page under its name only once it is whole: a former one stays until then.
+
+    Raises:
+        UserError: the system refuses; what was begun is taken away again.
+    """
+    begun = out.with_name(f"{out.name}.unfinished")
     try:
-        out.write_text(page, encoding="utf-8")
+        begun.write_text(page, encoding="utf-8")
+        begun.replace(out)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            begun.unlink(missing_ok=True)
         raise UserError(
             f"{out} cannot be written ({error.strerror}): give --out FILE in a folder of yours"
         ) from None
