@@ -63,7 +63,10 @@ WRITERS: dict[str, Writer] = {
         "asft report", lambda yard: ["report", "run", "--out", f"{_OUT}.html"], 60_000, "out.html"
     ),
     "verify": _writer(
-        "asft verify", lambda yard: ["verify", "--weights-only", "nemo", "hf", "--out", _OUT], 1_000
+        "asft verify",
+        lambda yard: ["verify", "--weights-only", "nemo", "hf", "--out", _OUT],
+        1_000,
+        answer="report.json",
     ),
 }
 
