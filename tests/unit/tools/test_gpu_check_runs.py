@@ -14,7 +14,7 @@ from ranks import RankGroup
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
 import gpu_check
-from bench import gpu_cluster, gpu_steps
+from bench import gpu_cluster, gpu_form_tables, gpu_forms, gpu_steps
 from bench.gpu_parts import Check
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
@@ -77,6 +77,25 @@ def test_steps_with_every_reference_at_small_sizes(ranks1: RankGroup, tmp_path: 
     assert [row["form"] for row in found["rows"]] == ["cached", "offloaded", "resident"]
     laws = {row["form"]: row["law"] for row in found["rows"]}
     assert 1.0 < laws["cached"] < laws["resident"] == laws["offloaded"] == pytest.approx(4 / 3, abs=0.01)
+
+
+@pytest.mark.long
+def test_forms_at_small_sizes(ranks1: RankGroup, tmp_path: Path) -> None:
+    """What a GPU trains in earnest: the cache and the run that reads it, and a profiled run, whose page is kept."""
+    check = forked_check(tmp_path, ranks1)
+    small = {"hidden": 64, "layers": 2, "sequence_length": 64, "micro_batch_size": 1, "micro_batches": 2}
+    for name, value in {**small, "out": tmp_path / "out", "forms": ["cached", "resident_profiled"]}.items():
+        setattr(check.options, name, value)
+    found = gpu_forms.check_forms(check)
+    assert list(found["runs"]) == ["sft", "cached", "resident_profiled"]
+    assert found["bars"]["failed"]["measured"] == 0, found
+    assert found["runs"]["cached"]["kl_at_step_0"] == 0.0
+    assert found["runs"]["cached"]["summary"]["reference_disk_bytes"] > 0
+    assert len(found["runs"]["sft"]["losses"]) == check.options.steps
+    assert not (tmp_path / "forms" / "cached" / "checkpoints").exists()
+    assert "| asft, cached |" in gpu_form_tables.forms_table(found)
+    kept = gpu_forms.check_kept(check)
+    assert (tmp_path / "out" / "gpu_check_profile" / "summary.md").is_file(), kept
 
 
 def test_gradients_of_two_ranks(ranks2: RankGroup, tmp_path: Path) -> None:
