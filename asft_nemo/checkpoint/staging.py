@@ -121,7 +121,10 @@ def _lock(staging: Path) -> int:
     staging.mkdir(exist_ok=True)
     if staging.is_symlink():
         raise CheckpointError(f"{staging} is a link, not a folder of ours: remove it")
-    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:  # another has locked, filled and renamed it since
+        raise _busy(staging) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The directory may have been renamed to its target by its writer since it was opened.
@@ -130,8 +133,12 @@ def _lock(staging: Path) -> int:
         same = False
     if not same:
         os.close(descriptor)
-        raise CheckpointError(f"another process is writing {staging}: wait for it to end, then try again")
+        raise _busy(staging)
     return descriptor
+
+
+def _busy(staging: Path) -> CheckpointError:
+    return CheckpointError(f"another process is writing {staging}: wait for it to end, then try again")
 
 
 def _clear(staging: Path, journal: Journal | None) -> None:

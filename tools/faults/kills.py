@@ -155,10 +155,10 @@ def _killed(
 def _twice(kill: Kill, check: Check, yard: Yard, chance: random.Random, usual: float) -> tuple[str, str, str]:
     """Stops the first once it has begun to write, so that the second surely meets it."""
     target = yard.here / check.makes[0]
-    begun = (target / "unfinished", target.with_name(f".{target.name}.partial"))
+    partial = target.with_name(f".{target.name}.partial")  # what is in it is written behind its lock
     first = Running(check.job(yard), cwd=yard.here)
     deadline = time.monotonic() + LIMIT
-    while not any(place.exists() for place in begun):
+    while not (target / "unfinished").exists() and not list(partial.glob("*")):
         if time.monotonic() > deadline or not first.alive():
             first.send(signal.SIGKILL)
             return "", "the first never began to write", " / ".join(first.wait(LIMIT).sentences)

@@ -93,3 +93,19 @@ def test_a_place_that_cannot_be_written(tmp_path):
         staged_directory(tmp_path / "file" / "out", needed_bytes=0),
     ):
         pytest.fail("must not start")
+
+
+def test_a_writer_that_another_overtakes_is_refused_with_the_same_words(tmp_path, monkeypatch):
+    """Between the first look at the directory and its lock, another process does all of the work."""
+    really = os.open
+
+    def overtaken(path, flags, *more):
+        if os.path.exists(tmp_path / ".out.partial"):
+            os.rename(tmp_path / ".out.partial", tmp_path / "out")
+        return really(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", overtaken)
+    with pytest.raises(CheckpointError, match=r"another process is writing .*\.out\.partial: wait for it"):
+        with staged_directory(tmp_path / "out", needed_bytes=0):
+            pytest.fail("it has no lock")
+    assert os.listdir(tmp_path) == ["out"]
