@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,23 +13,24 @@ from asft_nemo.commands.report import _write
 from asft_nemo.errors import UserError
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may become larger than a page of memory, as on a disk that fills up."""
+    """No file may become larger than a page of memory, as on a disk that fills up; that of pytest's own words neither, so for a moment only."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("former", [None, "a page"])
-def test_a_page_that_cannot_be_written_is_not_there(
-    former: str | None, tmp_path: Path, small_files: None
-) -> None:
+def test_a_page_that_cannot_be_written_is_not_there(former: str | None, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     if former is not None:
         out.write_text(former)
-    with pytest.raises(UserError, match=r"report.html cannot be written \(File too large\): give --out FILE"):
+    says = r"report\.html cannot be written \(File too large\): give --out FILE"
+    with pytest.raises(UserError, match=says), small_files():
         _write(out, "x" * 10_000)
     assert [path.read_text() for path in tmp_path.iterdir()] == ([] if former is None else [former])
 
