@@ -16,6 +16,9 @@ from asft_nemo.cli import main
 from asft_nemo.commands import doctor, doctor_cluster, doctor_disks, doctor_gpus
 from asft_nemo.config import machine
 
+# What it imports, to see whether it is there, sets up logging.
+pytestmark = pytest.mark.usefixtures("keep_logging_and_warnings")
+
 
 def findings(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
     return {row["what"]: row for row in json.loads(capsys.readouterr().out)["findings"]}
