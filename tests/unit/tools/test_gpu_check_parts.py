@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +65,40 @@ def test_a_part_says_what_it_found_or_why_not(tmp_path: Path) -> None:
     assert found["good"]["found"] == {"number": 1}
 
 
-def test_what_does_not_fit_the_time_is_left_out_and_what_still_does_is_not(tmp_path: Path) -> None:
-    check = check_of(tmp_path, minutes=0.05, began=time.monotonic())  # 3 s
-    parts = [part_of(name, lambda check: {}, seconds=s) for name, s in (("a", 1), ("b", 100), ("c", 1))]
+class Clock:
+    """In place of `time` in the check: it moves when it is told to, however busy this machine is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> Callable[[Check], dict[str, Any]]:
+        """A part's, which takes so long."""
+
+        def take(check: Check) -> dict[str, Any]:
+            self.now += seconds
+            return {}
+
+        return take
+
+
+def test_what_does_not_fit_the_time_is_left_out_and_what_still_does_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(gpu_parts, "time", clock)
+    check = check_of(tmp_path, minutes=0.05, began=clock.now)  # 3 s
+    parts = [part_of(name, clock.work(0.0), seconds=s) for name, s in (("a", 1), ("b", 100), ("c", 1))]
     found = {part.name: result for part, result in run_parts(parts, check)}
     assert [found[name]["status"] for name in "abc"] == ["done", "done", "done"], "a took no time: nor will b"
     slow = [
-        part_of("a", lambda check: time.sleep(0.4) or {}, seconds=0.1),
-        part_of("b", lambda check: {}, seconds=2.0),  # four times as long as expected, too: 8 s
-        part_of("c", lambda check: {}, seconds=0.1),
+        part_of("a", clock.work(0.4), seconds=0.1),
+        part_of("b", clock.work(2.0), seconds=2.0),  # four times as long as expected, too: 8 s
+        part_of("c", clock.work(0.1), seconds=0.1),
     ]
-    check = check_of(tmp_path, minutes=0.05, began=time.monotonic())
+    check = check_of(tmp_path, minutes=0.05, began=clock.now)
     found = {part.name: result for part, result in run_parts(slow, check)}
     assert [found[name]["status"] for name in "abc"] == ["done", "skipped", "done"]
     assert found["b"]["reason"].startswith("it would take about 0.1 minutes, and --minutes leaves 0.0")
