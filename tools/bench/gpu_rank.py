@@ -45,7 +45,8 @@ def leave(code: int) -> NoReturn:
 
 
 def _end_with_the_parent() -> None:
-    parent = os.getppid()
+    # It may be gone by now, and `getppid` would name another.
+    parent = int(os.environ["ASFT_GPU_CHECK_PARENT"])
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
     leave(1)

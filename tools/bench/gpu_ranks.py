@@ -164,6 +164,7 @@ class Ranks:
         paths = [tools, str(ENTRY.parent.parent.parent), *self._paths, os.environ.get("PYTHONPATH", "")]
         return {
             **os.environ,
+            "ASFT_GPU_CHECK_PARENT": str(os.getpid()),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
             "HF_HUB_OFFLINE": "1",

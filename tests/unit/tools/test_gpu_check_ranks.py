@@ -116,7 +116,9 @@ def test_a_stack_of_no_answer() -> None:
     assert gpu_ranks.code_of("") == ", which does not answer"
 
 
-def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_ranks_end_with_the_process_that_started_them(seconds: float) -> None:
+    """Also with one that ends before they have come up."""
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1]); from bench.gpu_ranks import Ranks; ranks = Ranks(1, device='cpu'); "
         "ranks._start(); print(ranks._processes[0].pid, flush=True); time.sleep(60)"
@@ -125,7 +127,7 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", code, tools], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     rank = int(parent.stdout.readline())
-    time.sleep(1)
+    time.sleep(seconds)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     deadline = time.monotonic() + 30
