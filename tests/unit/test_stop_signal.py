@@ -18,7 +18,8 @@ import multiprocessing, signal, subprocess, sys, time
 from asft_nemo import stop_signal
 assert not stop_signal.listening()
 stop_signal.listen()
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1); print('child lives', flush=True)"])
+words = "import sys; sys.stdin.read(); print('child lives', flush=True)"
+child = subprocess.Popen([sys.executable, "-c", words], stdin=subprocess.PIPE)
 helper = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1,))
 helper.start()
 assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) >= set(stop_signal.SIGNALS)
@@ -27,7 +28,7 @@ assert stop_signal.heard(within=20)
 helper.join()
 assert helper.exitcode == 0, helper.exitcode
 assert stop_signal.listening()
-child.wait()
+child.communicate()
 print("heard", child.returncode, flush=True)
 """
 
