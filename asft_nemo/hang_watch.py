@@ -8,7 +8,8 @@ looks after the sign of the rank behind it. It does so before there is a process
 * a rank that never gave a sign while others did, after three times as long: imports from a cold disk differ by minutes;
 * a store that does not answer: the process that keeps it, torchrun's or rank 0's, is stopped, or its machine is gone.
 
-At a place that may take long (a start: imports, building, reading weights; the end) silence alone counts. Who is behind there is told, and let be. Where
+At a place that may take long (a start: imports, building, reading weights; the end) silence alone counts. Who is behind there is told, and let be, and while
+a rank is at one nobody else is ended for being behind: the passes of a cache are not as many on all ranks, and who has done fewer waits, behind the others. Where
 all ranks stand at the same place nobody is named: that is a slow step, or a network that lost a message, and the process group's time-out is for it.
 
 What keeps a healthy rank silent is a call that holds Python's interpreter lock, for the thread then waits like all of Python: loading a shared library
@@ -110,10 +111,10 @@ class HangWatch:
         job: int = 0,
     ):
         self._rank, self._ranks, self._seconds, self._meet, self._end = rank, ranks, seconds, meet, end
-        attempt = os.environ.get(
-            "TORCHELASTIC_RESTART_COUNT", "0"
-        )  # torchrun keeps the store of the one before
-        self._cure, self._prefix = _CURE.format(again=again), f"asft_sign_{attempt}_{job}_"
+        self._cure, self._prefix = _CURE.format(again=again), f"asft_sign_{job}_"
+        # torchrun keeps the store of the attempt before, and no key can tell attempts apart, for each machine counts only those that it ended itself.
+        self._may_be_another_attempt = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        self._left_over: Sign | None = None  # what the next rank may have left in the attempt before
         self._pause = min(_MOST_PAUSE, seconds / 5)
         self._place = Place(0, "its start", False, True, time.monotonic())
         self._woke = self._looked = self._heard = self._began = time.monotonic()
@@ -186,6 +187,9 @@ class HangWatch:
         self._leave_sign(self._count)
         other = (self._rank + 1) % self._ranks
         sign = self._sign_of(other)
+        if self._may_be_another_attempt and self._count == 1:
+            self._left_over = sign
+        sign = None if sign == self._left_over else sign
         self._keeper = self._keeper or self._sign_of(0)
         if sign != self._last:
             self._last, self._heard = sign, now
@@ -231,7 +235,8 @@ class HangWatch:
             self._tell(f"no rank has come further than {place.doing} for {waited:.0f} s")
             return
         stood = min(sign.seconds for sign in behind.values())
-        let_be = any(sign.may_take_long for sign in behind.values())
+        # also where it is another that may take long: the rank ahead may wait for that one, as those behind do
+        let_be = any(sign.may_take_long for sign in signs.values())
         if place.waits and fewest < place.number and stood > self._seconds and not let_be:
             self._give_up(behind, f"it has been there for {stood:.0f} s")
         self._tell(f"{_stands(behind, 'is')}: for {stood:.0f} s, and the other ranks are further")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from asft_nemo.hang_watch import HangWatch, watched
+from asft_nemo.hang_watch import HangWatch, Place, watched
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -148,6 +148,49 @@ def test_nobody_is_named_where_nobody_hangs(three: Ranks, where: str) -> None:
             three.at(1, doing="another pass", waits=True)
 
 
+def test_who_waits_for_one_that_may_take_long_is_let_be(three: Ranks) -> None:
+    """The end of a cache: rank 1 had a pass less to do than the others, and rank 2 closes its part for as long as it takes."""
+    three.at(0, 1, 2, doing="pass 1", waits=True)
+    three.at(0, 2, doing="pass 2", waits=True)
+    three.at(0, 2, doing="reading the examples of pass 3")
+    three.at(0, 1, 2, doing="closing its part of the cache", may_take_long=True)
+    three.at(0, 1, doing="waiting for the others' parts", waits=True)
+    three.start(0, 1, 2)
+    assert not three.ended.wait(4 * SECONDS)
+
+
+@pytest.fixture
+def of_two_attempts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    """Ranks 0 and 1 on machines of which torchrun ended the first one's rank, and the other's for it; the store has what they left."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    ranks = Ranks(0)
+    for rank in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        before = HangWatch(rank, 2, SECONDS, lambda: ranks.store, again=AGAIN, end=ranks.end)
+        before._store, before._place = ranks.store, Place(9, "step 9", True, False, 0.0)
+        before._leave_sign(99)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(1 - rank))
+        ranks.watches.append(HangWatch(rank, 2, SECONDS, lambda: ranks.store, again=AGAIN, end=ranks.end))
+    yield ranks
+    end_of(*ranks.watches)
+
+
+def test_attempts_that_machines_count_differently_are_one(of_two_attempts: Ranks) -> None:
+    of_two_attempts.start(0, 1)
+    assert not of_two_attempts.ended.wait(5 * SECONDS)
+    silenced(of_two_attempts.watches[1])
+    assert of_two_attempts.ended.wait(5 * SECONDS)
+    assert of_two_attempts.said[0].startswith(f"rank 1 (process {os.getpid()} on ")
+
+
+def test_what_a_rank_left_in_the_attempt_before_is_no_sign_of_it(of_two_attempts: Ranks) -> None:
+    """It has as long to come as any other."""
+    of_two_attempts.start(0)
+    assert not of_two_attempts.ended.wait(2 * SECONDS)
+    assert of_two_attempts.ended.wait(5 * SECONDS)
+    assert of_two_attempts.said[0].startswith("rank 1 hangs before its first sign: ")
+
+
 def test_who_is_slow_in_a_start_is_told(three: Ranks, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         three.at(0, 1, 2, doing="loading the base", may_take_long=True)
@@ -208,7 +251,7 @@ def test_a_store_that_does_not_answer_names_who_keeps_it(
             return torch.distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
 
         meet().set(
-            "asft_sign_0_0_0",
+            "asft_sign_0_0",
             '{"count": 1, "place": 0, "doing": "its start", "may_take_long": true, "seconds": 1, "process": 7, "host": "a"}',
         )
         watch = HangWatch(1, 2, 20.0, meet, again=AGAIN, end=end)
