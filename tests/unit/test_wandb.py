@@ -100,7 +100,8 @@ def test_offline_and_resumed(run: RunConfig, tmp_path: Path) -> None:
     """wandb itself, in a process of its own: two starts of one run, the second of which does step 3 again."""
     (tmp_path / "run").mkdir()
     given = [json.dumps(to_dict(run)), json.dumps([[1, 2, 3], [3, 4]])]
-    variables = {**os.environ, "WANDB_MODE": "offline"}
+    # its own program has 30 s to come up, which a busy machine may well take
+    variables = {**os.environ, "WANDB_MODE": "offline", "WANDB__SERVICE_WAIT": "150"}
     subprocess.run([sys.executable, "-c", OFFLINE, *given], check=True, timeout=200, env=variables)
     folders = sorted(
         (tmp_path / "run" / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns

@@ -59,7 +59,9 @@ def test_peak_bytes_sees_an_allocation() -> None:
     size = 64 * 2**20
     with measure._peak_bytes("cpu") as result:
         torch.ones(size, dtype=torch.uint8)
-    assert size <= result["bytes"] + 4 * 2**20
+    # Pages of program files that a machine short of memory took away meanwhile lower the mark.
+    lost = max(-result.get("file_bytes_change", 0), 0)
+    assert size <= result["bytes"] + lost + 4 * 2**20
     assert result["bytes"] < 2 * size or "ru_maxrss" in result["method"]
 
 
