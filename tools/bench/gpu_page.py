@@ -100,8 +100,16 @@ def page(record: Mapping[str, Any], parts: Sequence[Part]) -> str:
         if "reason" in result:
             lines[-1] += f": {result['reason']}"
         if "found" in result:
-            lines += ["", part.table(result["found"])]
+            lines += ["", _table(part, result["found"])]
     return "\n".join([*lines, ""])
+
+
+def _table(part: Part, found: Mapping[str, Any]) -> str:
+    """What a part found as Markdown; a table that breaks takes neither the JSON file nor the other parts with it."""
+    try:
+        return part.table(found)
+    except Exception as error:
+        return f"Its table cannot be made ({type(error).__name__}: {error}); the JSON file has what it found."
 
 
 def write(record: Mapping[str, Any], parts: Sequence[Part], out: Path, name: str) -> None:

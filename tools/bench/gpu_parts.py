@@ -205,18 +205,17 @@ class Part:
 
 
 def run_part(part: Part, check: Check) -> dict[str, Any]:
-    """What a part found, or why it was skipped or failed; nothing it raises goes on."""
-    for need in part.needs:
-        if (missing := need(check)) is not None:
-            return {"status": "skipped", "reason": missing}
-    expected, left = part.seconds * check.scale, check.left()
-    if expected > left:
-        reason = (
-            f"it would take about {expected / 60:.1f} minutes, and --minutes leaves {max(left, 0) / 60:.1f}"
-        )
-        return {"status": "skipped", "reason": reason}
+    """What a part found, or why it was skipped or failed; nothing that it or one of its needs raises goes on."""
     began = time.monotonic()
     try:
+        if (missing := next(filter(None, (need(check) for need in part.needs)), None)) is not None:
+            raise SkipPart(missing)
+        expected, left = part.seconds * check.scale, check.left()
+        if expected > left:
+            raise SkipPart(
+                f"it would take about {expected / 60:.1f} minutes, and --minutes leaves {max(left, 0) / 60:.1f}"
+            )
+        began = time.monotonic()
         return {"status": "done", "found": part.work(check), "seconds": time.monotonic() - began}
     except SkipPart as skipped:
         return {"status": "skipped", "reason": str(skipped)}

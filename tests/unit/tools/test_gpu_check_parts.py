@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -42,9 +43,13 @@ def test_a_part_says_what_it_found_or_why_not(tmp_path: Path) -> None:
     def left_out(check: Check) -> dict[str, Any]:
         raise SkipPart("why")
 
+    def lost(check: Check) -> str | None:
+        raise RuntimeError("CUDA error: unknown error\nmore")
+
     parts = [
         part_of("broken", broken),
         part_of("lacking", broken, needs=(lambda check: None, lambda check: "it has no X")),
+        part_of("lost", broken, needs=(lost,)),
         part_of("full", full),
         part_of("hung", hung),
         part_of("left_out", left_out),
@@ -54,6 +59,7 @@ def test_a_part_says_what_it_found_or_why_not(tmp_path: Path) -> None:
     assert {name: (one["status"], one.get("reason")) for name, one in found.items()} == {
         "broken": ("failed", "ValueError: the first line"),
         "lacking": ("skipped", "it has no X"),
+        "lost": ("failed", "RuntimeError: CUDA error: unknown error"),
         "full": (
             "failed",
             "the GPU's memory does not hold it (CUDA out of memory. Tried to allocate 2.00 GiB)",
@@ -237,6 +243,19 @@ def test_the_page_says_what_it_was_measured_on_and_every_part(tmp_path: Path) ->
     assert "`bad`: failed (3 s): ValueError: x" in page
     assert "later" not in page
     assert sorted(file.name for file in tmp_path.iterdir()) == ["name.json", "name.md"]
+
+
+def test_a_table_that_breaks_costs_itself(tmp_path: Path) -> None:
+    def table(found: Any) -> str:
+        return f"{found['x']:.1f}"
+
+    parts = [Part("bad", "bad", (), 1.0, lambda check: {}, table), part_of("good", None)]
+    results = {part.name: {"status": "done", "found": {"x": None}, "seconds": 2.0} for part in parts}
+    gpu_page.write(record_of(results, []), parts, tmp_path, "name")
+    page = (tmp_path / "name.md").read_text()
+    assert "`bad`: done (2 s)\n\nIts table cannot be made (TypeError: " in page
+    assert "`good`: done (2 s)\n\n{'x': None}" in page
+    assert json.loads((tmp_path / "name.json").read_text())["parts"]["bad"]["found"] == {"x": None}
 
 
 @pytest.mark.parametrize(
