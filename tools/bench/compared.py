@@ -58,6 +58,11 @@ def difference(first: Lines, second: Lines) -> Difference:
     return worst
 
 
+def figures(lines: Lines, metric: str) -> list[float]:
+    """A metric of every step; not a number where metrics.jsonl, which is strict JSON, has null for one that is not finite."""
+    return [math.nan if line[metric] is None else line[metric] for line in lines]
+
+
 def worst(numbers: Iterable[float]) -> float:
     """The largest; not a number where one of them is none, for `max` would pass over it. Infinite where there are none."""
     found = list(numbers)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.compared import largest, worst
+from bench.compared import figures, largest, worst
 from bench.gpu_form_tables import LOSS_OF_FP8, STEPS_OF_FP8
 from bench.gpu_forms import lacks
 from bench.gpu_parts import NO_TF32, TESTS, TIME_IS_UP, TRANSFORMER_ENGINE, Check, a_gpu, cell
@@ -223,7 +223,8 @@ def _losses(check: Check, group: Timed, model: Path, name: str, settings: dict[s
     asked = tests.step_settings(group, model, run_dir, {"trainer.max_steps": 4, **settings})
     group.run("jobs:train_steps", settings=asked, valid=tests.VALID)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [number for line in lines for number in (line["loss"], line["grad_norm"])]
+    pairs = zip(figures(lines, "loss"), figures(lines, "grad_norm"), strict=True)
+    return [number for pair in pairs for number in pair]
 
 
 def check_overlap(check: Check) -> dict[str, Any]:

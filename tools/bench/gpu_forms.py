@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import nemo_convert, outside_fp8, te_checkpoint
+from bench.compared import figures
 from bench.gpu_parts import TIME_IS_UP, Check, free_of
 from bench.gpu_rank import at, sentence
 from bench.gpu_ranks import RankFailed
@@ -109,9 +110,9 @@ def found_in(run_dir: Path) -> dict[str, Any]:
         "summary": json.loads((run_dir / "summary.json").read_text()),
         "kl_at_step_0": lines[0]["kl"],
         "seconds_of_last_step": lines[-1]["seconds"],
-        "loss_of_last_step": lines[-1]["loss"],
-        "losses": [line["loss"] for line in lines],
-        "grad_norms": [line["grad_norm"] for line in lines],
+        "loss_of_last_step": figures(lines, "loss")[-1],
+        "losses": figures(lines, "loss"),
+        "grad_norms": figures(lines, "grad_norm"),
         "tokens_per_second": lines[-1]["tokens_per_second"],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools"))
 
-from bench import compared, gpu_cluster, gpu_form_tables, gpu_loss, gpu_table, layer_kinds
+from bench import compared, gpu_cluster, gpu_form_tables, gpu_forms, gpu_loss, gpu_table, layer_kinds
 from bench.gpu_parts import Check, verdicts
 from bench.gpu_ranks import Ranks
 
@@ -135,6 +136,20 @@ def test_a_loss_in_fp8_is_judged_after_fifty_steps(runs: dict[str, dict[str, Any
     else:
         assert table.endswith("| right |" if judged == "passed" else "| **off** |")
     assert bars["loss_sft_fp8_delayed"]["reason"] == "one of the two runs is not there"
+
+
+def test_a_loss_that_was_not_finite_is_no_number(tmp_path: Path) -> None:
+    """metrics.jsonl has null for it; the other runs are judged all the same."""
+    (tmp_path / "summary.json").write_text("{}")
+    line = {"kl": None, "seconds": 1.0, "loss": 3.0, "grad_norm": 4.0, "tokens_per_second": 5}
+    lines = [*[line] * 49, {**line, "loss": None, "grad_norm": None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    found = gpu_forms.found_in(tmp_path)
+    assert found["losses"][:-1] == [3.0] * 49
+    runs = {**runs_of(50, fp8=2.0), "sft_fp8_current": found}
+    said = "loss of sft, precision=fp8_current off bf16's"
+    assert verdict("forms", {"bars": gpu_form_tables.form_bars(runs)}, said)["verdict"] == "missed"
+    assert gpu_form_tables.precision_table(runs).endswith("| **off** |")
 
 
 def test_fp8_at_two_ranks_trains_as_long_as_its_bar_says(
