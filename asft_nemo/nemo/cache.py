@@ -88,7 +88,7 @@ def on_first_rank(action: Callable[[], object]) -> None:
             action()
         except CacheError as error:
             said[0] = str(error)
-    torch.distributed.broadcast_object_list(said, src=0, device=torch.device("cpu"))
+    torch.distributed.broadcast_object_list(said, src=0)  # on the group's own device: NCCL's has no other
     if said[0] is not None:
         raise CacheError(said[0])
 

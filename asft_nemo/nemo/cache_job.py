@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
+from torch.distributed.constants import default_pg_timeout
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
@@ -54,7 +55,10 @@ def start_ranks(run: RunConfig) -> None:
         end_groups()
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group("gloo" if backend.active() else "nccl")
+        # NCCL's own 10 minutes would end a job whose ranks wait longer for one that looks through a large cache, or has more to do
+        torch.distributed.init_process_group(
+            "gloo" if backend.active() else "nccl", timeout=default_pg_timeout
+        )
     layout = run.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp_size,
