@@ -163,8 +163,10 @@ def record_of(files: dict[str, Any], reasons: dict[str, dict[str, str]]) -> dict
 
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown."""
+    commit = str(record["commit"])
     lines = [
-        f"{record['date']}, commit `{str(record['commit'])[:9]}`, {record['machine']}: `{'`, `'.join(record['tests'])}`.",
+        # and that the tree differed from it
+        f"{record['date']}, commit `{commit[:9]}{commit[40:]}`, {record['machine']}: `{'`, `'.join(record['tests'])}`.",
         "",
         "| package | statements | run | branches | taken |",
         "| --- | --- | --- | --- | --- |",

@@ -275,8 +275,9 @@ def record_of(
 
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown: modules, then survivors by reason."""
+    commit = str(record["commit"])
     lines = [
-        f"{record['date']}, commit `{str(record['commit'])[:9]}`.",
+        f"{record['date']}, commit `{commit[:9]}{commit[40:]}`.",  # and that the tree differed from it
         "",
         "| module | changes | noticed | survived | no test calls it | not tried |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -86,7 +86,8 @@ def test_survivors_are_counted_by_module_and_told_with_their_reason() -> None:
     changed = {f"{DENSE}2": ("a | b", "a"), f"{TABLE}1": ("x", "y")}
     groups = [{"why": "It is the same.", "mutants": [["losses.dense", "a | b", "a"]]}]
     record = tool.record_of(found, changed, groups)
-    text = tool.table(record)
+    text = tool.table({**record, "commit": f"{'0123456789' * 4}+changes"})
+    assert f"{record['date']}, commit `012345678+changes`.\n" in text
     assert "| losses.dense | 2 | 1 | 1 | 0 | 0 |" in text
     assert "| objectives.table | 3 | 1 | 0 | 1 | 1 |" in text
     assert "| all | 5 | 2 | 1 | 1 | 1 |" in text
