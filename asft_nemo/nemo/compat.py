@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo.lightning import MegatronStrategy
 from nemo.lightning._strategy_lib import init_model_parallel
 from torch.distributed import distributed_c10d
+from torch.distributed.constants import default_pg_timeout
 
 from asft_nemo.nemo.extra_state import ExtraStateTolerant, fill_extra_states
 
@@ -47,6 +49,7 @@ def lora_without_transformer_engine() -> None:
     utils.HAVE_TE = False
 
 
+_NEMO_TIMEOUT = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
 _ADAM = ("lr", "betas", "eps", "weight_decay")  # what every Adam's parameter groups have
 
 
@@ -56,6 +59,9 @@ class AnchoredStrategy(MegatronStrategy):
     * `setup_distributed` returns early when torch.distributed is up already and then leaves the previous run's model-parallel groups
       in place (nemo 2.7.3): they are ended and the groups of this run are made here. Megatron's own clean-up forgets its groups and
       ends none of them (megatron-core 0.15.3): their threads and connections would add up from run to run.
+    * The group of all ranks gets NCCL's 10 minutes (nemo 2.7.3 says nothing, Megatron gives its own groups 30): a rank that writes the rest of
+      a checkpoint may take longer, and a rank that hangs would end the others by an abort before they have named it. It gets torch's 30,
+      unless TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC is set, which NeMo takes for it.
     * Megatron's number-of-micro-batches calculator refuses a second run with other batch sizes: it is cleared.
     * `timers` (nemo's ProgressPrinter all-gathers them on rank 0 only and deadlocks): none.
     * Megatron's distributed optimizer over torch's Adam, where no fused one is installed, cannot load its checkpoints (megatron-core
@@ -85,6 +91,8 @@ class AnchoredStrategy(MegatronStrategy):
             end_groups()
         destroy_num_microbatches_calculator()
         super().setup_distributed()
+        if torch.distributed.get_backend() == "nccl" and _NEMO_TIMEOUT not in os.environ:
+            distributed_c10d._set_pg_timeout(default_pg_timeout)  # pyright: ignore[reportPrivateUsage]
         if again:
             init_model_parallel(self.model)
 
