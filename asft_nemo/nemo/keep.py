@@ -8,6 +8,7 @@ import math
 import shutil
 from pathlib import Path
 
+from asft_nemo.checkpoint.staging import sync_directory
 from asft_nemo.run_dir import checkpoint_steps, point_at
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Keep:
         """After the checkpoint of `step` is complete: moves the link to the best, removes what does not stay. One rank calls it."""
         if best:
             point_at(self._folder, BEST, f"step_{step}")
+            sync_directory(self._folder)  # before the best so far goes
             logger.info("step %d is the best so far: %s %.6g", step, self.metric, self._best)
         kept = self._best_step()
         done = [number for number in checkpoint_steps(self._folder) if number <= step]

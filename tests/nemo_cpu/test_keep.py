@@ -1,6 +1,7 @@
 """Removing checkpoints that do not stay: nothing that is half removed passes for a checkpoint, and what cannot be removed ends no run."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -36,3 +37,26 @@ def test_what_cannot_be_removed_is_told_and_is_no_checkpoint(
     assert checkpoint_steps(run_dir / "checkpoints") == [3]
     assert "removed_step_1 could not be removed" in caplog.text
     assert "removed_step_2 could not be removed" in caplog.text
+
+
+def test_best_is_on_the_disk_before_the_best_so_far_goes(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses its power in between has a checkpoint under ``best``."""
+    done, rename, fsync = list[str](), Path.rename, os.fsync
+    folder = run_dir / "checkpoints"
+    (folder / "best").symlink_to("step_1")
+
+    def renamed(path: Path, new: Path) -> Path:
+        done.append(f"gone: {path.name}")
+        return rename(path, new)
+
+    def synced(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")) == folder.resolve():
+            done.append(f"synced: best is {os.readlink(folder / 'best')}")
+        fsync(descriptor)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(os, "fsync", synced)
+    Keep("best:validation_loss", run_dir).tidy(3, best=True)
+    assert done == ["synced: best is step_3", "gone: step_1", "gone: step_2"]
