@@ -270,7 +270,7 @@ class HangWatch:
                 self._asked = now
             elif asked is not None and now - asked > self._seconds:
                 why = f"the ranks' store there has not answered for {now - asked:.0f} s"
-                if _torchrun_keeps_the_store():
+                if _torchrun_keeps_the_store() and not self._stopped.is_set():
                     where = f"{os.environ['MASTER_ADDR']}, the first machine, hangs"
                     self._end(UserError(f"{where}: {why}, and all ranks need it; {self._cure}"))
                 self._give_up({0: self._keeper}, why)

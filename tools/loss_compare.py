@@ -266,9 +266,6 @@ def write_golden(objectives: Sequence[str], folder: Path) -> None:
 def main(words: list[str]) -> int:
     """Compares, or writes golden files. Returns the exit code."""
     options = _parser().parse_args(words)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # worktrees are taken away also then
     try:
         if options.golden:
             write_golden(options.objectives, GOLDEN)
@@ -335,4 +332,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # worktrees go with it
     sys.exit(main(sys.argv[1:]))

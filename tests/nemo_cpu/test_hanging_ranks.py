@@ -60,8 +60,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_with_tokenizer(tmp_path_factory.mktemp("model") / "base")
 
 
-def two_ranks(model: Path, data: str, folder: Path) -> dict[str, Any]:
-    """Two steps at TP2, of a run or its cache."""
+def two_ranks(model: Path, data: str, folder: Path, *, hangs: bool) -> dict[str, Any]:
+    """Two steps at TP2, of a run or its cache. Where no rank hangs the default waits, for on a busy machine one may be silent for as long as the tests wait."""
     return {
         **settings_of(model, folder / "run", trainer__max_steps=2, trainer__resume="if_exists"),
         "parallel.pp_size": 1,
@@ -70,7 +70,7 @@ def two_ranks(model: Path, data: str, folder: Path) -> dict[str, Any]:
         "data.train": [data],
         "data.template": "raw",
         "data.sequence_length": 32,
-        "alarms.hang_seconds": HANG_SECONDS,
+        **({"alarms.hang_seconds": HANG_SECONDS} if hangs else {}),
     }
 
 
@@ -102,8 +102,8 @@ def test_a_stopped_rank_is_named_before_the_first_step(
 ) -> None:
     call, where, doing = PLACES[job]
 
-    def arguments(folder: str) -> dict[str, Any]:
-        settings = two_ranks(model, data, tmp_path / folder)
+    def arguments(folder: str, *, hangs: bool = False) -> dict[str, Any]:
+        settings = two_ranks(model, data, tmp_path / folder, hangs=hangs)
         if job == "cache":
             return {"settings": {**settings, **cached(tmp_path / folder)}, "repair": False}
         return {"settings": settings}
@@ -114,7 +114,12 @@ def test_a_stopped_rank_is_named_before_the_first_step(
             RankError, match=STOPPED.format(host=re.escape(socket.gethostname()), doing=doing)
         ):
             disturbed.run(
-                "hang_jobs:stop_at", timeout=LIMIT, where=where, rank=1, job=call, arguments=arguments("one")
+                "hang_jobs:stop_at",
+                timeout=LIMIT,
+                where=where,
+                rank=1,
+                job=call,
+                arguments=arguments("one", hangs=True),
             )
     finally:
         disturbed.close()
@@ -132,8 +137,8 @@ def test_a_rank_stopped_from_outside_ends_the_command(
 ) -> None:
     """As typed, with torchrun between: the sentence, exit code 2, nobody left; the same command again makes what it makes undisturbed."""
 
-    def words(folder: str) -> list[str]:
-        settings = two_ranks(model, data, tmp_path / folder)
+    def words(folder: str, *, hangs: bool = False) -> list[str]:
+        settings = two_ranks(model, data, tmp_path / folder, hangs=hangs)
         if command == "cache-reference":
             settings["reference.form"] = "cached"
         given = {key: value for key, value in settings.items() if key != "run.world_size"}
@@ -145,7 +150,7 @@ def test_a_rank_stopped_from_outside_ends_the_command(
     log = tmp_path / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            words("one"), stdout=out, stderr=out, cwd=project_dir(), start_new_session=True
+            words("one", hangs=True), stdout=out, stderr=out, cwd=project_dir(), start_new_session=True
         )
     try:
         ranks = started_ranks(process)

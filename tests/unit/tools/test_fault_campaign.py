@@ -284,6 +284,7 @@ def test_an_answer_that_cannot_be_read_is_a_violation(yard: Yard) -> None:
     assert problem.startswith("exit code 0 and no answer")
 
 
+@pytest.mark.timeout(300)  # the first look imports matplotlib, transformers and torch
 def test_exit_code_says_whether_something_was_violated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
