@@ -170,7 +170,7 @@ class HangWatch:
                 self._asked = None
                 self._stopped.wait(self._pause)
             self._leave_sign(_LAST)
-        except DistError as error:
+        except Exception as error:  # whatever it is: a rank that leaves no signs would be named
             self._asked = None
             if not self._stopped.wait(self._pause):
                 logger.warning("the connection to the ranks' store is made again (%s)", error)

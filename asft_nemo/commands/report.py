@@ -50,18 +50,23 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _write(out: Path, page: str) -> None:
-    """Writes the page under its name only once it is whole: a former one stays until then.
+    """Writes the page under its name only once it is whole: a former one stays until then. What is no plain file, as /dev/stdout, takes it as it comes.
 
     Raises:
         UserError: the system refuses; what was begun is taken away again.
     """
-    begun = out.with_name(f"{out.name}.unfinished")
+    if out.is_symlink() and out.is_file():
+        out = out.resolve()
+    replaces = out.is_file() or not out.exists()
+    begun = out.with_name(f"{out.name}.unfinished") if replaces else out
     try:
         begun.write_text(page, encoding="utf-8")
-        begun.replace(out)
+        if replaces:
+            begun.replace(out)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            begun.unlink(missing_ok=True)
+        if replaces:
+            with contextlib.suppress(OSError):
+                begun.unlink(missing_ok=True)
         raise UserError(
             f"{out} cannot be written ({error.strerror}): give --out FILE in a folder of yours"
         ) from None

@@ -90,14 +90,18 @@ def test_a_connection_that_breaks_is_made_again(three: Ranks, caplog: pytest.Log
     """Nobody is named for it, neither the store nor the rank, and who hangs later is found."""
 
     class Broken:
-        def set(self, key: str, value: str) -> None:
-            raise torch.distributed.DistNetworkError("reset by peer")  # pyright: ignore[reportPrivateImportUsage]
+        def __init__(self, error: Exception) -> None:
+            self.error = error
 
-    met = iter([three.store, Broken(), Broken(), three.store])
+        def set(self, key: str, value: str) -> None:
+            raise self.error
+
+    reset = torch.distributed.DistNetworkError("reset by peer")  # pyright: ignore[reportPrivateImportUsage]
+    met = iter([three.store, Broken(reset), Broken(ValueError("reset by peer")), three.store])
     three.watches[1]._meet = lambda: next(met)
     three.start(0, 1, 2)
     time.sleep(SECONDS / 2)
-    three.watches[1]._store = Broken()
+    three.watches[1]._store = Broken(reset)
     assert not three.ended.wait(3 * SECONDS)
     assert caplog.text.count("the connection to the ranks' store is made again (reset by peer)") == 3
     silenced(three.watches[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,3 +41,27 @@ def test_a_page_takes_the_place_of_a_former_one(tmp_path: Path) -> None:
     for page in ("one", "two"):
         _write(out, page)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["two"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "pages").mkdir()
+    page, link = tmp_path / "pages" / "page.html", tmp_path / "report.html"
+    page.write_text("one")
+    link.symlink_to(page)
+    _write(link, "two")
+    assert link.is_symlink()
+    assert page.read_text() == "two"
+    assert sorted(path.name for path in (tmp_path / "pages").iterdir()) == ["page.html"]
+
+
+def test_a_pipe_takes_the_page_as_it_comes(tmp_path: Path) -> None:
+    """As /dev/stdout is one, in front of another command."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        _write(pipe, "a page")
+        assert os.read(reader, 100) == b"a page"
+    finally:
+        os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
