@@ -9,12 +9,15 @@ Everywhere else they are widened first, the head a block of rows at a time: logi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
 
 #: Bytes of a widened block of the head.
 _WIDENED_BYTES = 16 * 2**20
+#: Bytes of a block of a product that is added to a sum afterwards; a GPU's matrix units want thousands of rows.
+_SUMMED_BYTES = 256 * 2**20
 
 
 def _mixed_gemm(*operands: Tensor) -> bool:
@@ -22,6 +25,24 @@ def _mixed_gemm(*operands: Tensor) -> bool:
     low = operands[0].dtype in (torch.bfloat16, torch.float16)
     same = all(operand.dtype == operands[0].dtype and operand.is_cuda for operand in operands)
     return low and same and "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+@cache
+def _adds_mixed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of `dtype` to an fp32 sum.
+
+    2.8 and 2.9 have the overload and refuse an fp32 sum in it ("self and mat2 must have the same dtype", `_addmm_dtype_out_cuda`;
+    pytorch/pytorch#167931 lets it through, and its builds have no version to go by): so it is tried.
+    """
+    if device.type == "meta":  # nothing is computed
+        return True
+    ones = torch.ones(8, 8, dtype=dtype, device=device)
+    total = torch.zeros(8, 8, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
+    except RuntimeError:
+        return False
+    return True
 
 
 def _row_blocks(head_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -72,7 +93,12 @@ def add_head_gradient(out_VH: Tensor, gradient_NV: Tensor, hidden_NH: Tensor) ->
     mixed = _mixed_gemm(hidden_NH)
     if mixed and out_VH.dtype == torch.float32:
         low_NV = gradient_NV.to(hidden_NH.dtype)
-        torch.addmm(out_VH, low_NV.T, hidden_NH, out_dtype=torch.float32, out=out_VH)  # type: ignore[call-overload]
+        if _adds_mixed(hidden_NH.device, hidden_NH.dtype):
+            torch.addmm(out_VH, low_NV.T, hidden_NH, out_dtype=torch.float32, out=out_VH)  # type: ignore[call-overload]
+            return
+        rows = max(_SUMMED_BYTES // (out_VH.shape[1] * out_VH.itemsize), 1)
+        for sum_VH, part_NV in zip(out_VH.split(rows), low_NV.split(rows, dim=1), strict=True):
+            sum_VH += torch.mm(part_NV.T, hidden_NH, out_dtype=torch.float32)  # type: ignore[call-overload]
         return
     widened_NH = hidden_NH.to(gradient_NV.dtype)
     if out_VH.dtype == gradient_NV.dtype:

@@ -60,3 +60,34 @@ def test_a_head_gradient_buffer_may_be_narrow(device):
     exact = 3.0 + gradient.double().T @ hidden.double()
     assert error(buffer, exact) <= 2**-8
     assert buffer.dtype == torch.bfloat16
+
+
+@pytest.fixture(params=["torch-2.9", "torch-2.10"])
+def _as_on_cuda(request, monkeypatch):
+    """CUDA's products of bf16 operands into fp32, computed here; with their checks (aten/src/ATen/native/cuda/Blas.cpp)."""
+
+    def mm(left, right, *, out_dtype):
+        assert left.dtype == right.dtype == torch.bfloat16
+        return torch.matmul(left.to(out_dtype), right.to(out_dtype))
+
+    def addmm(total, left, right, *, out_dtype, out):
+        if request.param == "torch-2.9" and total.dtype != right.dtype:
+            raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+        return out.copy_(total + mm(left, right, out_dtype=out_dtype))
+
+    monkeypatch.setattr(head_gemm, "_mixed_gemm", lambda *operands: operands[0].dtype == torch.bfloat16)
+    monkeypatch.setattr(head_gemm, "_SUMMED_BYTES", 7 * HIDDEN * 4)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    head_gemm._adds_mixed.cache_clear()
+    yield
+    head_gemm._adds_mixed.cache_clear()
+
+
+@pytest.mark.usefixtures("_as_on_cuda")
+def test_a_torch_that_adds_no_product_to_a_wider_sum_gives_the_same_sum():
+    hidden, _, gradient = operands("cpu", torch.bfloat16)
+    gradient = gradient.to(torch.bfloat16)
+    total = torch.full((VOCAB, HIDDEN), 3.0)
+    head_gemm.add_head_gradient(total, gradient, hidden)
+    assert error(total - 3.0, gradient.double().T @ hidden.double()) <= 1e-6
