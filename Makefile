@@ -13,7 +13,7 @@ help:  ## what can be made
 demo: $(STAMP)  ## the whole story on this machine; ends with a report
 	$(BIN)/asft demo $(ARGS)
 
-test: $(STAMP)  ## the suite: every feature and refusal (an estimated half hour on two cores)
+test: $(STAMP)  ## the suite: every feature and refusal (34 minutes on two cores)
 	$(BIN)/lint-imports --config pyproject.toml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -22,7 +22,7 @@ test: $(STAMP)  ## the suite: every feature and refusal (an estimated half hour 
 test-long: $(STAMP)  ## what make test leaves out: further layouts, seeds, recipes, suites and blocks of the documentation (an estimated hour on two cores)
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-faults: $(STAMP)  ## the short form of the fault campaign: kills, full disks, damaged files (6 minutes when it had 54 faults; 9 with 62 beside other tests); docs/faults.md has the long one
+faults: $(STAMP)  ## the short form of the fault campaign: kills, full disks, damaged files (7 minutes on two cores); docs/faults.md has the long one
 	$(BIN)/python tools/fault_campaign.py --short --out runs/faults $(ARGS)
 
 test-slurm: $(STAMP)  ## the tests on a real Slurm, at most 8 minutes; installs Debian's packages of it where it may
