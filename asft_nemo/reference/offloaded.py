@@ -22,8 +22,12 @@ class _Parked:
     """One module's own parameters, as the tensors that hold them, and their copies in host memory.
 
     The tensors stay what they are and lose their storage: an FP8 weight cannot be given another tensor without being quantised again.
+
+    Of bf16 weights that it multiplies in FP8 Transformer Engine keeps an FP8 copy from a pass's first micro batch on
+    (`get_weight_workspace`, transformer_engine/pytorch/module/base.py, 2.x), for good: it leaves with the weights, and is made again.
     """
 
+    module: nn.Module
     device: list[Tensor]
     host: list[Tensor]
     arrived: torch.cuda.Event | None = None
@@ -50,6 +54,7 @@ class _Parked:
         """Frees the device's copies."""
         for tensor in self.device:
             tensor.untyped_storage().resize_(0)
+        getattr(self.module, "_fp8_workspaces", {}).clear()
         self.arrived = None
 
 
@@ -110,7 +115,7 @@ class OffloadedReference(FrozenBase):
                 f"a parameter of {type(module).__name__} shares its memory: it cannot be offloaded"
             )
         host = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t) for t in device]
-        parked = _Parked(device, host)
+        parked = _Parked(module, device, host)
         module.register_forward_pre_hook(lambda *_: parked.wait())
         return parked
 

@@ -133,8 +133,11 @@ def parking() -> dict[str, Any]:
     reference: Any = object.__new__(OffloadedReference)
     reference._head_VH = None
     parked = reference._park(layer)
+    # where Transformer Engine keeps FP8 copies of weights from one micro batch to the next
+    layer._fp8_workspaces = {"weight": torch.zeros_like(raw)}  # type: ignore[assignment]
     parked.leave()
     left = raw.untyped_storage().nbytes() + layer.bias.untyped_storage().nbytes()
+    left += sum(kept.nbytes for kept in layer._fp8_workspaces.values())  # type: ignore[union-attr]
     parked.allocate()
     with torch.no_grad():
         parked.send(torch.cuda.current_stream())
