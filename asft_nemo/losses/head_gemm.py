@@ -97,8 +97,9 @@ def add_head_gradient(out_VH: Tensor, gradient_NV: Tensor, hidden_NH: Tensor) ->
             torch.addmm(out_VH, low_NV.T, hidden_NH, out_dtype=torch.float32, out=out_VH)  # type: ignore[call-overload]
             return
         rows = max(_SUMMED_BYTES // (out_VH.shape[1] * out_VH.itemsize), 1)
-        for sum_VH, part_NV in zip(out_VH.split(rows), low_NV.split(rows, dim=1), strict=True):
-            sum_VH += torch.mm(part_NV.T, hidden_NH, out_dtype=torch.float32)  # type: ignore[call-overload]
+        for first in range(0, out_VH.shape[0], rows):
+            block = slice(first, first + rows)
+            out_VH[block] += torch.mm(low_NV[:, block].T, hidden_NH, out_dtype=torch.float32)  # type: ignore[call-overload]
         return
     widened_NH = hidden_NH.to(gradient_NV.dtype)
     if out_VH.dtype == gradient_NV.dtype:
