@@ -12,12 +12,14 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo.lightning import MegatronStrategy
 from nemo.lightning._strategy_lib import init_model_parallel
+from nemo.lightning.pytorch.strategies import megatron_strategy
 from torch.distributed import distributed_c10d
 from torch.distributed.constants import default_pg_timeout
 
@@ -134,8 +136,10 @@ class AnchoredStrategy(MegatronStrategy):
         parts = list(_over_torch_adam(self.optimizers))
         for part in parts:
             part._set_main_param_and_optimizer_states = functools.partial(_set_states, part)
+        hybrid = any(_over_hybrid_adam(self.optimizers))
         try:
-            super().load_optimizer_state_dict(checkpoint, selective_restore=selective_restore)
+            with _state_where_it_is() if hybrid else contextlib.nullcontext():
+                super().load_optimizer_state_dict(checkpoint, selective_restore=selective_restore)
         finally:
             for part in parts:
                 del part._set_main_param_and_optimizer_states  # the class's own is seen again
@@ -143,6 +147,17 @@ class AnchoredStrategy(MegatronStrategy):
             for state in part.optimizer.state.values():
                 if "step" in state:  # Transformer Engine's and apex's Adam count once a group
                     state["step"] = state["step"].clone()
+
+
+@contextlib.contextmanager
+def _state_where_it_is() -> Iterator[None]:
+    """Keeps NeMo from moving a loaded optimizer's whole state to the device (`load_optimizer_state_dict`, nemo 2.7.3).
+
+    The hybrid optimizer has put each part where it belongs (`_move_new_state_to_right_device`, megatron-core 0.15.3), and its optimizer of
+    the CPU has these very dicts: the share in host memory would fill the device, and the next step would find parameters and moments apart.
+    """
+    with mock.patch.object(megatron_strategy, "_optimizer_to_device", return_value=None):
+        yield
 
 
 @contextlib.contextmanager
