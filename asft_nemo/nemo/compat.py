@@ -136,10 +136,11 @@ class AnchoredStrategy(MegatronStrategy):
         parts = list(_over_torch_adam(self.optimizers))
         for part in parts:
             part._set_main_param_and_optimizer_states = functools.partial(_set_states, part)
-        hybrid = any(_over_hybrid_adam(self.optimizers))
+        hybrids = [part.optimizer for part in _over_hybrid_adam(self.optimizers)]
         try:
-            with _state_where_it_is() if hybrid else contextlib.nullcontext():
+            with _state_where_it_is() if hybrids else contextlib.nullcontext():
                 super().load_optimizer_state_dict(checkpoint, selective_restore=selective_restore)
+            _beside_their_parameters(hybrids)
         finally:
             for part in parts:
                 del part._set_main_param_and_optimizer_states  # the class's own is seen again
@@ -153,11 +154,26 @@ class AnchoredStrategy(MegatronStrategy):
 def _state_where_it_is() -> Iterator[None]:
     """Keeps NeMo from moving a loaded optimizer's whole state to the device (`load_optimizer_state_dict`, nemo 2.7.3).
 
-    The hybrid optimizer has put each part where it belongs (`_move_new_state_to_right_device`, megatron-core 0.15.3), and its optimizer of
-    the CPU has these very dicts: the share in host memory would fill the device, and the next step would find parameters and moments apart.
+    The hybrid optimizer's part of the CPU has these very dicts: the share in host memory would fill the device, and the next step would
+    find parameters and moments apart.
     """
     with mock.patch.object(megatron_strategy, "_optimizer_to_device", return_value=None):
         yield
+
+
+def _beside_their_parameters(hybrids: Iterable[HybridDeviceOptimizer]) -> None:
+    """Moves loaded moments to where their parameters are.
+
+    `_move_new_state_to_right_device` (megatron-core 0.15.3) does so where the device has an Adam of its own; where both parts have torch's,
+    it takes both for the CPU's.
+    """
+    for hybrid in hybrids:
+        for part in hybrid.sub_optimizers:
+            for parameter, state in part.state.items():
+                moved = {
+                    k: v.to(parameter.device) for k, v in state.items() if k != "step" and torch.is_tensor(v)
+                }
+                state.update(moved)
 
 
 @contextlib.contextmanager
