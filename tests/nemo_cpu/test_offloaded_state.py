@@ -40,7 +40,7 @@ def loaded(optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         SimpleNamespace(mcore_optimizer=part, state=optimizer.state, load_state_dict=given.append)
     ]
     monkeypatch.setattr("megatron.core.parallel_state.get_data_parallel_group", lambda: None)
-    monkeypatch.setattr(torch.distributed.DeviceMesh, "from_group", lambda *_: None)
+    monkeypatch.setattr("torch.distributed.device_mesh.DeviceMesh.from_group", lambda *_: None)
     strategy.load_optimizer_state_dict({"optimizer": ["state"]})
     assert given == ["state"]
 
