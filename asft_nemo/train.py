@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from asft_nemo.config import rules
+from asft_nemo.config import machine, rules
 from asft_nemo.config.schema import RunConfig, from_dict, to_dict
 from asft_nemo.errors import ConfigError
 
@@ -124,6 +124,7 @@ def _checked(run: RunConfig) -> RunConfig:
     run = from_dict(to_dict(run))
     rules.check(run)
     _check_world(run)
+    machine.order_kernels_on_the_device(run.parallel)
     return run
 
 

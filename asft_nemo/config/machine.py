@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from asft_nemo.config.schema import ParallelConfig
+
 
 class Part(NamedTuple):
     """A package that may be missing.
@@ -123,3 +125,14 @@ def forced_to_cpu() -> bool:
 def gpu_count() -> int:
     """GPUs that the driver shows; 0 with ASFT_DEVICE=cpu."""
     return 0 if forced_to_cpu() else len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def order_kernels_on_the_device(layout: ParallelConfig) -> None:
+    """One hardware queue, where tensor or context parallelism hides communication behind a GEMM; unless the environment says otherwise.
+
+    Up to Hopper Megatron relies on it: the communication must be scheduled before the GEMM that fills the device
+    (`LinearWithGradAccumulationAndAsyncCommunication`, megatron-core 0.15.3). CUDA reads it when the device is first used, which importing
+    Transformer Engine or asking torch whether there is one may do.
+    """
+    if layout.tp_size > 1 or layout.cp_size > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

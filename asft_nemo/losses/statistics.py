@@ -164,7 +164,7 @@ def local_statistics(
 
     Args:
         objective: says which statistics are needed.
-        logits_NV: [N, V] policy logits of the rows that count, accumulation dtype; consumed.
+        logits_NV: [N, V] policy logits of the rows that count, at least one, accumulation dtype; consumed.
         ref_logits_NV: the reference's, consumed; None where the objective has no divergence.
         own_N, label_index_N: from `VocabShard.local_index`.
         scratch_NV: from `scratch_for`, for the difference of the logits where there is a divergence; None
@@ -223,7 +223,7 @@ def _exponentials(
                 objective, logits_NV[rows], ref_rows_NV, difference_NV, own_N[rows], label_index_N[rows]
             )
         )
-    packed_NK = torch.cat(parts) if parts else logits_NV.new_empty(0, 6 if objective.divergence else 3)
+    packed_NK = torch.cat(parts)
     left = Exponentials(logits_NV, packed_NK[:, 0])
     if objective.divergence is not None:
         left.ref_shift_N = packed_NK[:, 3]

@@ -15,6 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
+from asft_nemo.config import machine
 from asft_nemo.config.model_shape import read_model_shape
 from asft_nemo.config.schema import RunConfig
 from asft_nemo.config.tables import OPTIONS
@@ -198,7 +199,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
     Raises:
         ConfigError: the run's precision needs kernels that are not here.
     """
-    switches.order_kernels_on_the_device(run)
+    machine.order_kernels_on_the_device(run.parallel)  # for who comes by another way than `train`
     require_kernels(run.precision)
     run_dir = Path(run.run.dir)
     config = model_config(run, spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from megatron.core.optimizer import OptimizerConfig
@@ -120,14 +119,3 @@ def tensor_overlap(run: RunConfig) -> list[MegatronCommOverlapCallback]:
             bucket_size=max(40_000_000, 1_000_000 * data_parallel_size(run)),
         )
     ]
-
-
-def order_kernels_on_the_device(run: RunConfig) -> None:
-    """One hardware queue, where tensor or context parallelism hides communication behind a GEMM; unless the environment says otherwise.
-
-    Up to Hopper Megatron relies on it: the communication must be scheduled before the GEMM that fills the device
-    (`LinearWithGradAccumulationAndAsyncCommunication`, megatron-core 0.15.3). It must be set before the device is first used.
-    """
-    layout = run.parallel
-    if not backend.active() and (layout.tp_size > 1 or layout.cp_size > 1):
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -25,6 +25,7 @@ from asft_nemo.losses import (
     fused_label_logprob,
     fused_linear_loss,
     fused_linear_token_losses,
+    row_blocks,
 )
 from asft_nemo.objectives import objective
 
@@ -45,6 +46,36 @@ def test_equals_the_definition(name, direction, gradients_in, chunk_tokens):
     assert ours.output.num_tokens == expected.num_tokens
     assert (ours.head[-3:] == 0).all(), "padded rows have no gradient"
     assert (ours.hidden[~case.loss_mask_T] == 0).all(), "masked tokens have no gradient"
+
+
+@pytest.mark.parametrize(("name", "direction"), VARIANTS, ids=VARIANT_IDS)
+@pytest.mark.parametrize("gradients_in", ["forward", "backward"])
+def test_a_chunk_of_several_blocks_of_rows(name, direction, gradients_in, monkeypatch):
+    """17 valid tokens, 5 rows at a time: what a visit leaves behind for its gradient is that of all of them."""
+    case, chosen = make_case(), variant_objective(name, direction)
+    monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 5 * case.vocab_size * 8)
+    expected, _, hidden_gradient, head_gradient = case.dense(chosen)
+    ours = fused(case, chosen, gradients_in=gradients_in)
+    assert worst((ours.output.loss_sum, expected.loss_sum)) <= 1e-12
+    assert worst((ours.hidden, hidden_gradient), (ours.head, head_gradient)) <= 1e-12
+    assert worst(*metric_pairs(ours.output, expected)) <= 1e-12
+
+
+@pytest.mark.parametrize("missing", ["ref_hidden_TH", "ref_head_VH"])
+def test_half_a_reference_is_none(missing):
+    case, chosen = make_case(), variant_objective("asft", "forward")
+    given = {"ref_hidden_TH": case.ref_hidden_TH, "ref_head_VH": case.ref_head_VH, missing: None}
+    shard = VocabShard.full(case.vocab_size)
+    with pytest.raises(ObjectiveError, match="reference"):
+        fused_linear_loss(
+            case.hidden_TH,
+            case.head_VH,
+            case.labels_T,
+            case.loss_mask_T,
+            objective=chosen,
+            shard=shard,
+            **given,
+        )
 
 
 @pytest.mark.parametrize(("name", "direction"), VARIANTS, ids=VARIANT_IDS)

@@ -13,15 +13,18 @@ CHOSEN = variant_objective("asft", "forward")
     ("gradients_in", "known_scale"),
     [("forward", 0.3), ("forward", 1.0), ("forward", 2.0), ("forward", None), ("backward", None)],
 )
-def test_gradients_add_up_over_micro_batches(gradients_in, known_scale):
+@pytest.mark.parametrize(
+    "chosen", [CHOSEN, variant_objective("iw_sft", None)], ids=["a token's weight", "a sequence's"]
+)
+def test_gradients_add_up_over_micro_batches(gradients_in, known_scale, chosen):
     scale = known_scale or 0.3  # no number of fp32
     cases = [make_case(seed=1), make_case(seed=2, valid_share=0.2)]
     buffer = torch.full((53, 6), 3.0, dtype=torch.float64)
     expected = buffer.clone()
     sink = HeadGradient(buffer, upstream_scale=known_scale)
     for case in cases:
-        _, _, hidden_gradient, head_gradient = case.dense(CHOSEN)
-        ours = fused(case, CHOSEN, gradients_in=gradients_in, head_gradient=sink, scale=scale, chunk_tokens=5)
+        _, _, hidden_gradient, head_gradient = case.dense(chosen)
+        ours = fused(case, chosen, gradients_in=gradients_in, head_gradient=sink, scale=scale, chunk_tokens=5)
         assert ours.head is None, "autograd gets no gradient of the head"
         assert worst((ours.hidden, scale * hidden_gradient)) <= 1e-12
         expected += scale * head_gradient
