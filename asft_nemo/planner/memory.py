@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from asft_nemo.config import tables
 from asft_nemo.config.schema import RunConfig, data_parallel_size, num_microbatches
@@ -105,7 +105,7 @@ def _stage(
     layer, head = layer_activations(run, spec, widths), any(chunk.head for chunk in chunks)
     micro_batches = num_microbatches(run)
     kept = [chunk_bytes(run, spec, layer, chunk, widths) for chunk in chunks]
-    held, pass_bytes = _reference(run, spec, parameters, chunks)
+    held, pass_bytes, host = _reference(run, spec, parameters, chunks)
     hidden = hidden_state_bytes(run, spec, widths) * micro_batches if head else 0
     flight = {"pp_size": run.parallel.pp_size, "rank": rank, "micro_batches": micro_batches}
     return StageMemory(
@@ -124,7 +124,7 @@ def _stage(
         prepass=pass_bytes + (hidden if reads_reference(run) and not keeps_hidden(run) else 0),
         in_flight=most_in_flight([1] * len(chunks), **flight),
         optimizer_host=moved * (widths.optimizer + _HOST_GRADIENT) // shards,
-        reference_host=pass_bytes + held if pass_bytes else 0,
+        reference_host=host,
     )
 
 
@@ -167,10 +167,10 @@ def hidden_state_bytes(run: RunConfig, spec: ModelSpec, widths: ByteWidths) -> i
 
 def _reference(
     run: RunConfig, spec: ModelSpec, parameters: Parameters, chunks: Sequence[Chunk]
-) -> tuple[int, int]:
-    """Bytes of frozen weights that stay, and that come for the prepass alone."""
+) -> tuple[int, int, int]:
+    """Bytes of frozen weights that stay, that come for the prepass alone, and that wait in host memory."""
     if not reads_reference(run):
-        return 0, 0
+        return 0, 0, 0
     widths = reference_widths(run)
     base = Parameters(*parameters.parts[:-1])
     whole = weight_bytes(base, chunks, widths)
@@ -179,7 +179,11 @@ def _reference(
         head = vocabulary_rows(run, spec) * spec.hidden_size * widths.compute
     form = _form(run)
     held = {"resident": whole, "offloaded": head, "cached": head, "adapter_disabled": 0}[form]
-    return held, whole - head if form == "offloaded" else 0
+    if form != "offloaded":
+        return held, 0, 0
+    # copies in FP8 that are made of wider weights, for the pass, are made again each time
+    stored = replace(widths, linear_weight=min(widths.linear_weight, widths.compute))
+    return held, whole - head, weight_bytes(base, chunks, stored)
 
 
 def _form(run: RunConfig) -> str:

@@ -97,11 +97,25 @@ def test_what_the_reference_costs(settle) -> None:
         head = 2 * resident.parameters.head
         assert offloaded.reference == cached.reference == head
         assert offloaded.prepass == resident.weights - head
+        assert offloaded.reference_host == resident.weights
+        assert resident.reference_host == cached.reference_host == 0
         # a second model has tables of its own
         assert resident.buffers == offloaded.buffers == 2 * plain.buffers == 2 * cached.buffers
         # its weights leave before activations grow: at the peak nothing of them is there
         assert offloaded.peak - offloaded.buffers == cached.peak - cached.buffers
         assert resident.lasting - plain.lasting == resident.weights + plain.buffers
+
+
+def test_an_offloaded_reference_of_an_fp8_policy_waits_in_bf16(settle) -> None:
+    """Its copies in FP8 are made of the weights when they have come."""
+    fp8, bf16 = (
+        stages(settle(**LAYOUT, objective__name="asft", reference__form="offloaded", precision=precision))
+        for precision in ("fp8_current", "bf16")
+    )
+    for ours, wide in zip(fp8, bf16, strict=True):
+        assert ours.reference_host == wide.reference_host > 0
+        copies = ours.prepass - wide.prepass  # of all but the edge layers
+        assert 0.9 * ours.parameters.linear < copies <= ours.parameters.linear
 
 
 def test_attention_that_keeps_its_scores_takes_them_once_more_for_all_layers_and_several_times_in_backward(
