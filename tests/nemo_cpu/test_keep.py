@@ -58,5 +58,7 @@ def test_best_is_on_the_disk_before_the_best_so_far_goes(
 
     monkeypatch.setattr(Path, "rename", renamed)
     monkeypatch.setattr(os, "fsync", synced)
-    Keep("best:validation_loss", run_dir).tidy(3, best=True)
+    keep = Keep("best:validation_loss", run_dir)
+    assert keep.is_best(1.0)
+    keep.tidy(3, best=True)
     assert done == ["synced: best is step_3", "gone: step_1", "gone: step_2"]
