@@ -6,6 +6,7 @@ environment has beside that of this process. The ranks' process ids go into the 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -35,7 +36,8 @@ def import_everything() -> None:
 def leave(code: int) -> NoReturn:
     """Ends this rank at once, and the helpers of checkpoint writing, which nothing else ends."""
     for helper in psutil.Process().children(recursive=True):
-        helper.kill()
+        with contextlib.suppress(psutil.Error):  # it may end by itself meanwhile
+            helper.kill()
     os._exit(code)
 
 

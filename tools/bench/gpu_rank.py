@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -37,7 +38,8 @@ def leave(code: int) -> NoReturn:
         import psutil
 
         for helper in psutil.Process().children(recursive=True):
-            helper.kill()
+            with contextlib.suppress(psutil.Error):  # it may end by itself meanwhile
+                helper.kill()
     except ImportError:
         pass
     sys.stderr.flush()

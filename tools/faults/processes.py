@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import psutil
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _libc = ctypes.CDLL(None, use_errno=True)
+Answer = TypeVar("Answer")
 
 
 class NotReached(Exception):
@@ -39,10 +41,7 @@ def chosen(whom: str, everyone: list[psutil.Process]) -> list[psutil.Process]:
     """Those of a run's processes that are meant."""
 
     def says(one: psutil.Process, word: str) -> bool:
-        try:
-            return word in " ".join(one.cmdline())
-        except psutil.NoSuchProcess:
-            return False
+        return word in " ".join(_asked(one, one.cmdline, []))
 
     if whom == "all":
         return everyone
@@ -51,17 +50,25 @@ def chosen(whom: str, everyone: list[psutil.Process]) -> list[psutil.Process]:
     torchruns = [one for one in everyone if says(one, "torch.distributed.run")]
     if whom == "torchrun":
         return torchruns
+    launchers = {one.pid for one in torchruns}
     ranks = [
         one
         for one in everyone
-        if one.is_running() and one.environ().get("RANK") == whom.removeprefix("rank ")
-    ]
-    ranks = [
-        one for one in ranks if says(one, "asft_nemo.ranks") and one.ppid() in {x.pid for x in torchruns}
+        if _asked(one, one.environ, {}).get("RANK") == whom.removeprefix("rank ")
+        and says(one, "asft_nemo.ranks")
+        and _asked(one, one.ppid, None) in launchers
     ]
     if not ranks:
         raise NotReached(f"there is no {whom}")
     return ranks
+
+
+def _asked(one: psutil.Process, question: Callable[[], Answer], ended: Answer) -> Answer:
+    """What a process says of itself; `ended` where it ends meanwhile, as helpers of a run do at any moment."""
+    try:
+        return question() if one.is_running() else ended
+    except psutil.Error:  # one that is just ending may also refuse to be read
+        return ended
 
 
 def send(one: psutil.Process, number: signal.Signals) -> None:
