@@ -50,7 +50,7 @@ def main(words: Sequence[str]) -> int:
     """Runs a campaign; 1 with violations."""
     given = _parser().parse_args(words)
     if given.scratch is None:
-        with tempfile.TemporaryDirectory(prefix="asft-faults-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="asft-faults-", ignore_cleanup_errors=True) as scratch:
             return _campaign(given, Path(scratch).resolve())
     return _campaign(given, given.scratch.resolve())
 

@@ -15,13 +15,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "slurm_sandbox"
-SECONDS = 300.0
+SECONDS = 600.0
 TINY = (
     "experiment=tiny",
     "cluster=slurm_sandbox",
 )  # a whole run: two data-parallel and two tensor-parallel ranks
 STEPS = 8  # of it
 _TIMED = re.compile("second|tflops|mfu")
+_GOES_ON = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "UNKNOWN"}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -61,12 +62,12 @@ class Cluster:
         record = json.loads((run_dir / "launch.json").read_text())
         return {job["stage"]: job["job_id"] for job in record["jobs"]}
 
-    def wait_for(self, what: str, run_dir: Path, true: Callable[[], bool]) -> None:
+    def wait_for(self, what: str, run_dir: Path, true: Callable[[], bool], *, pause: float = 0.5) -> None:
         """Waits until something is true; the logs of the run tell why it is not."""
         deadline = time.monotonic() + SECONDS
         while not true():
             assert time.monotonic() < deadline, f"{what} did not come true:\n{self.logs(run_dir)}"
-            time.sleep(0.5)
+            time.sleep(pause)
 
     def wait(self, run_dir: Path) -> dict[str, dict[str, Any]]:
         """Waits until every job has ended; their states."""
@@ -74,9 +75,13 @@ class Cluster:
 
         def ended() -> bool:
             done = self.run("squeue", "--noheader", "--states=all", "--job", ids, "--format=%T")
-            return not {"PENDING", "RUNNING", "COMPLETING", "REQUEUED"} & set(done.stdout.split())
+            return not _GOES_ON & set(done.stdout.split())
+
+        def accounted() -> bool:  # the controller knows it before the accounts do
+            return not _GOES_ON & {stage["state"] for stage in self.status(run_dir).values()}
 
         self.wait_for("the end of all jobs", run_dir, ended)
+        self.wait_for("the end of all jobs in the accounts", run_dir, accounted)
         return self.status(run_dir)
 
     def wait_for_step(self, run_dir: Path, step: int) -> None:
@@ -103,5 +108,6 @@ class Cluster:
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The steps of a run, without what depends on the machine's speed."""
     path = run_dir / "metrics.jsonl"
-    steps = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be half written
+    steps = [json.loads(line) for line in whole]
     return [{key: value for key, value in step.items() if not _TIMED.search(key)} for step in steps]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from cluster import TINY, TOOL, Cluster
 
-PORT = 30000 + 100 * (os.getpid() % 200)  # two sessions of tests on one machine are in nobody's way
+# Two sessions of tests on one machine are in nobody's way, nor are connections, whose ports Linux takes from 32768 on.
+PORT = 19000 + 60 * (os.getpid() % 200)
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -28,11 +29,11 @@ def started(folder: Path, **shape: int) -> Iterator[Cluster]:
     settings = {f"SLURM_SANDBOX_{name.upper()}": str(value) for name, value in shape.items()}
     environment = {**os.environ, **settings, "PATH": PATH, "SLURM_SANDBOX_DIR": str(folder)}
     try:
-        done = subprocess.run([TOOL, "start"], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([TOOL, "start"], env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         yield Cluster({**environment, "SLURM_CONF": str(folder / "slurm.conf")}, folder)
     finally:
-        subprocess.run([TOOL, "stop"], env=environment, timeout=120, check=True)
+        subprocess.run([TOOL, "stop"], env=environment, timeout=300, check=True)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +46,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def h100(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Four nodes that say of themselves what H100 nodes do: 8 GPUs, 112 cores, 2 TB."""
-    shape = {"nodes": 4, "gpus": 8, "cpus": 112, "memory_mb": 2_000_000, "port": PORT + 50}
+    shape = {"nodes": 4, "gpus": 8, "cpus": 112, "memory_mb": 2_000_000, "port": PORT + 30}
     with started(tmp_path_factory.mktemp("h100"), **shape) as cluster:
         yield cluster
 

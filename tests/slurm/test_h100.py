@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 WORDS = [
     *("experiment=medical_qwen25_72b", "model.path=/models/Qwen2.5-72B", "data.train=[/data/medmcqa.jsonl]"),

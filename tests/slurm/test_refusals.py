@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize(

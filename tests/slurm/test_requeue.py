@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 from cluster import TINY, Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
+# Accounts may have the end of an attempt before the next one.
+_GOES_ON = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", ""}
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Says that it runs, waits to be asked to stop unless DOES says otherwise, leaves word and ends as DOES says.
 RANK = """#!/usr/bin/env bash
 touch "$RUNS/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$SLURM_PROCID"
 [ "$DOES" = succeed ] && exit 0
 [ "$DOES" = return ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && exit 0
-[ -z "${ASFT_STOP_FILE:-}" ] && exec sleep 300  # no rank: it knows no signal
+[ -z "${ASFT_STOP_FILE:-}" ] && exec sleep 3000  # no rank: it knows no signal
 trap 'asked=1' USR1 TERM
 touch "$RUNS/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$SLURM_PROCID-listens"
 until [ -n "${asked:-}" ]; do sleep 0.2; done
@@ -70,7 +72,7 @@ class Jobs:
 
     def ended(self, job: str) -> list[str]:
         """How each attempt ended, once the last has."""
-        self.wait(f"the end of {job}", lambda: not set(self.states(job)[-1:]) & {"PENDING", "RUNNING", ""})
+        self.wait(f"the end of {job}", lambda: not set(self.states(job)[-1:]) & _GOES_ON)
         return self.states(job)
 
     def states(self, job: str) -> list[str]:

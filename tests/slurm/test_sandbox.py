@@ -8,7 +8,7 @@ import signal
 import pytest
 from cluster import TOOL, Cluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 def daemons(cluster: Cluster) -> dict[str, int]:

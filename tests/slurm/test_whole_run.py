@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from cluster import STEPS, TINY, Cluster, metrics
 
 from asft_nemo.launching.settings import settings_file
 
-pytestmark = [pytest.mark.slurm, pytest.mark.nemo, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.nemo, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_a_run_that_is_stopped_and_killed_has_the_numbers_of_one_that_is_not(
@@ -35,9 +36,18 @@ def test_a_run_that_is_stopped_and_killed_has_the_numbers_of_one_that_is_not(
     job = sandbox.jobs(folder)["train"]
 
     writing = folder / "checkpoints" / "partial_step_2"
-    sandbox.wait_for("a checkpoint that is being written", folder, writing.exists)
-    for name in ("TERM", "USR1"):  # its helper processes get them, too
-        sandbox.run("scancel", f"--signal={name}", job)
+    sandbox.wait_for("a checkpoint that is being written", folder, writing.exists, pause=0.02)
+    held = _a_rank(folder)
+    os.kill(
+        held, signal.SIGSTOP
+    )  # no checkpoint is whole without all ranks: the signals come while it is being written
+    try:
+        for name in ("TERM", "USR1"):  # its helper processes get them, too
+            sandbox.run("scancel", f"--signal={name}", job)
+        time.sleep(2.0)  # scancel only hands them over
+        assert writing.exists()
+    finally:
+        os.kill(held, signal.SIGCONT)
     requeued = lambda: attempts(sandbox, job)[0] == "REQUEUED"  # noqa: E731
     sandbox.wait_for("a job that goes back to the queue", folder, requeued)
     assert [path.name for path in folder.glob("checkpoints/*step_*")] == ["step_2"]
@@ -78,14 +88,17 @@ def attempts(sandbox: Cluster, job: str) -> list[str]:
 
 
 def _a_rank(folder: Path) -> int:
-    """The process of a rank other than rank 0 of the run."""
+    """The process of a rank other than rank 0 of the run; its helpers are forks of it, with its command and environment."""
+    found: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes().split(b"\0")
             variables = (entry / "environ").read_bytes().split(b"\0")
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:  # it has gone
             continue
         mine = str(settings_file(folder)).encode() in command
         if mine and b"train" in command and b"SLURM_PROCID=3" in variables:
-            return int(entry.name)
-    raise AssertionError(f"no rank 3 of {folder} runs")
+            found[int(entry.name)] = parent
+    (rank,) = [pid for pid, parent in found.items() if parent not in found]
+    return rank

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from faults.artefacts import Undisturbed, changed
 from faults.checks import CHECKS, Check, answer_of, perform
@@ -156,14 +157,19 @@ def _twice(kill: Kill, check: Check, yard: Yard, chance: random.Random, usual: f
     """Stops the first once it has begun to write, so that the second surely meets it."""
     target = yard.here / check.makes[0]
     partial = target.with_name(f".{target.name}.partial")  # what is in it is written behind its lock
-    first = Running(check.job(yard), cwd=yard.here)
-    deadline = time.monotonic() + LIMIT
-    while not (target / "unfinished").exists() and not list(partial.glob("*")):
-        if time.monotonic() > deadline or not first.alive():
-            first.send(signal.SIGKILL)
-            return "", "the first never began to write", " / ".join(first.wait(LIMIT).sentences)
-        time.sleep(0.0005)
-    first.send(signal.SIGSTOP)
+    for _ in range(_ATTEMPTS):
+        first = Running(check.job(yard), cwd=yard.here)
+        deadline = time.monotonic() + LIMIT
+        while first.alive() and not _writes(target, partial) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        first.send(signal.SIGSTOP)
+        if first.alive() and _writes(target, partial):  # and had not written the last of it in between
+            break
+        first.send(signal.SIGKILL)
+        unseen = first.wait(LIMIT)
+        yard.restore()
+    else:
+        return "", f"{_ATTEMPTS} times the first was not seen to write", " / ".join(unseen.sentences)
     second = perform(check, yard)
     first.send(signal.SIGCONT)
     ended = first.wait(LIMIT)
@@ -173,3 +179,11 @@ def _twice(kill: Kill, check: Check, yard: Yard, chance: random.Random, usual: f
     if second.code != 2 or "Traceback" in second.err or len(second.sentences) != 1:
         return "", f"the second ends with {second.code}", sentence
     return "while the first was writing", "", sentence
+
+
+def _writes(target: Path, partial: Path) -> bool:
+    """Whether something is half written there."""
+    try:
+        return (target / "unfinished").exists() or any(partial.iterdir())
+    except FileNotFoundError:  # it is not there yet, or no longer
+        return False

@@ -149,9 +149,11 @@ class Disk:
 
 
 def can_mount(folder: Path) -> bool:
-    """Whether this user may mount one."""
+    """Whether this user may mount one, and change it."""
     try:
-        with Disk(folder / "mount_is_tried"):
+        with Disk(folder / "mount_is_tried") as disk:
+            disk.become("size=8192")
+            disk.become("ro")
             return True
     except (OSError, subprocess.CalledProcessError):
         return False

@@ -33,7 +33,7 @@ def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     try:
         launcher = psutil.Process(process.pid)
         return [launcher, *launcher.children(recursive=True)]
-    except psutil.NoSuchProcess:
+    except (psutil.Error, OSError):
         return []
 
 
@@ -67,12 +67,12 @@ def _asked(one: psutil.Process, question: Callable[[], Answer], ended: Answer) -
     """What a process says of itself; `ended` where it ends meanwhile, as helpers of a run do at any moment."""
     try:
         return question() if one.is_running() else ended
-    except psutil.Error:  # one that is just ending may also refuse to be read
+    except (psutil.Error, OSError):  # one that is just ending may also refuse to be read
         return ended
 
 
 def send(one: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.Error):
         one.send_signal(number)
 
 

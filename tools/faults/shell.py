@@ -76,10 +76,15 @@ class Running:
         sys.stdout.flush()
         sys.stderr.flush()
         campaign = os.getpid()
-        self.pid = os.fork()
-        if self.pid == 0:
-            end_with(campaign)
-            _be_command(job, (self._out.fileno(), self._err.fileno()), cwd, bound, largest_file)
+        # Until it is the command, a signal to it would find the campaign's handler, which clears away what the campaign has made.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                end_with(campaign)
+                _be_command(job, (self._out.fileno(), self._err.fileno()), cwd, bound, largest_file)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def alive(self) -> bool:
         """Whether it still runs."""
@@ -124,7 +129,9 @@ def _be_command(job: Job, streams: tuple[int, int], cwd: Path, bound: bool, larg
     """Never returns."""
     code = 1
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(streams[0], 1)
         os.dup2(streams[1], 2)
