@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,9 @@ from asft_nemo.reference.cache_shard import (
 logger = logging.getLogger(__name__)
 
 PREFETCH_BYTES = 1 << 30
+# Each map holds an open file (Python keeps a descriptor of its own), of which a process often may have 1024: a quarter leaves room for
+# data loaders and sockets. A shard that is mapped again costs one open, next to nothing beside reading its rows.
+MAPPED_SHARDS = 256
 
 
 class CacheReader:
@@ -41,7 +45,7 @@ class CacheReader:
 
     The index lies in memory: 8 bytes an example and 28 a run of neighbouring valid tokens. Rows are mapped and read when asked for;
     each row's checksum is checked every time it is read. Where an example was stored twice, the first by shard name counts.
-    Not thread safe. An input-output error of the disk under a mapped page, or a file cut between the check of its size and
+    At most `MAPPED_SHARDS` files are mapped at a time, those read last. Not thread safe. An input-output error of the disk under a mapped page, or a file cut between the check of its size and
     the read, ends the process with SIGBUS, as with every memory map; a wrong row is never returned.
 
     Args:
@@ -54,7 +58,7 @@ class CacheReader:
         bytes: size of all shards on disk.
 
     Raises:
-        CacheError: no cache, another identity, or a shard whose header or index is damaged.
+        CacheError: no cache, another identity, or a shard whose header or index is damaged or cannot be read.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class CacheReader:
         check_identity(directory, identity)
         indices = [read_index(path, identity) for path in shard_paths(self.directory)]
         self._files = [index.file for index in indices]
-        self._maps: dict[int, ShardMap] = {}
+        self._maps: OrderedDict[int, ShardMap] = OrderedDict()  # the one read last is the last
         self._prefetcher = Prefetcher(max_bytes=prefetch_bytes)
         self.bytes = sum(file.bytes for file in self._files)
         self._index(indices)
@@ -127,6 +131,7 @@ class CacheReader:
         Raises:
             CacheError: a sample or token is not stored.
             DamagedShard: a row's checksum does not match, or a file is gone or cut.
+            UnreadableShard: the system refuses to hand out a file.
         """
         ids_N, offsets_N = as_int64(sample_ids), as_int64(offsets)
         shards_N, rows_N = self._locate(ids_N, offsets_N)
@@ -161,7 +166,7 @@ class CacheReader:
                     mapped.file.path,
                     f"the checksum of sample {ids_N[at]}, token offset {offsets_N[at]} does not match",
                 )
-        for shard in touched:
+        for shard in touched & self._maps.keys():
             self._maps[shard].forget()
         return out
 
@@ -244,11 +249,17 @@ class CacheReader:
         return self._run_shards[runs].astype(np.int64), self._run_rows[runs] + within
 
     def _mapped(self, shard: int, *, first_touch: bool) -> ShardMap:
-        if shard not in self._maps:
-            self._maps[shard] = ShardMap(self._files[shard])
+        """The shard's map, checked once in each `read`; in place of the one that was not read for longest where there are enough."""
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            while len(self._maps) >= MAPPED_SHARDS:
+                # Only the name is dropped: the file is unmapped when nobody looks at its rows any more.
+                self._maps.popitem(last=False)
+            mapped = self._maps[shard] = ShardMap(self._files[shard])
         elif first_touch:
-            self._maps[shard].check_size()
-        return self._maps[shard]
+            mapped.check_size()
+        self._maps.move_to_end(shard)
+        return mapped
 
     def close(self) -> None:
         """Ends the prefetch thread and unmaps the files."""

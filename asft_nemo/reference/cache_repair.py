@@ -26,6 +26,7 @@ from asft_nemo.reference.cache_shard import (
     ForeignShard,
     ShardIndex,
     read_index,
+    refused,
     row_checksums,
     row_seeds,
     shard_paths,
@@ -64,7 +65,7 @@ def verify_cache(
         The damaged shards, each with what is wrong first; empty where all is well.
 
     Raises:
-        CacheError: no cache, a damaged manifest, or another identity.
+        CacheError: no cache, a damaged manifest, another identity, or a shard that cannot be read.
     """
     check_identity(directory, identity)
     return _damaged_shards(Path(directory), identity, progress)
@@ -138,7 +139,8 @@ def _check_rows(index: ShardIndex) -> None:
     """Compares every row with its checksum.
 
     Raises:
-        DamagedShard: one differs, or the file cannot be read.
+        DamagedShard: one differs, or the file is gone or cut.
+        UnreadableShard: the system refuses to hand it out.
     """
     file = index.file
     ids, offsets = index.row_keys()
@@ -162,5 +164,7 @@ def _check_rows(index: ShardIndex) -> None:
                         file.path,
                         f"the checksum of sample {ids[at]}, token offset {offsets[at]} does not match",
                     )
-    except (OSError, ValueError) as error:  # a file that is cut meanwhile gives too few bytes for its rows
-        raise DamagedShard(file.path, f"it cannot be read: {error}") from error
+    except OSError as error:
+        raise refused(file.path, error) from error
+    except ValueError as error:  # a file that is cut meanwhile gives too few bytes for its rows
+        raise DamagedShard(file.path, f"it is shorter than it was: {error}") from error

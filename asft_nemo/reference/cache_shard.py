@@ -19,6 +19,7 @@ A shard gets its final name once it is complete and synced.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -45,6 +46,7 @@ _NAME = re.compile(r"rows-(\d{5,})-(\d{6,})-[0-9a-f]{8}\.safetensors")
 _PER_SAMPLE = ("sample_ids", "row_counts", "run_counts")
 _PER_RUN = ("run_starts", "run_lengths")
 _INDEX = (*_PER_SAMPLE, *_PER_RUN)
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 Int64s: TypeAlias = npt.NDArray[np.int64]
 Integers: TypeAlias = "Sequence[int] | Int64s | Tensor"
@@ -67,6 +69,25 @@ class DamagedShard(CacheError):
 
 class ForeignShard(DamagedShard):
     """A shard of another cache: its header is intact and names other fingerprints."""
+
+
+class UnreadableShard(CacheError):
+    """A shard that the system does not hand out now. Whether it is as it was written is not known, so it is not set aside."""
+
+
+def refused(path: Path, error: OSError) -> CacheError:
+    """What a failed call on a shard says: damage where there is no such file, else that it could not be read."""
+    words = error.strerror or str(error)
+    if error.errno in _NO_FILE:
+        what = "is gone" if error.errno == errno.ENOENT else "is no file"
+        return DamagedShard(path, f"it {what}: {words}")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        cure = "raise the limit of open files (ulimit -n)"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        cure = "give read permission"
+    else:
+        cure = "look after that disk or mount; where the file is lost, remove it, and what it held is computed again"
+    return UnreadableShard(f"{path} cannot be read ({words}), which says nothing of its rows: {cure}")
 
 
 def shard_name(writer_id: int, sequence: int, token: str) -> str:
@@ -217,8 +238,9 @@ def read_index(path: Path, identity: CacheIdentity) -> ShardIndex:
     """Reads and checks header and index of a complete shard; rows are not looked at.
 
     Raises:
-        DamagedShard: the file cannot be read, is shorter or longer than its header says, a byte of header or index differs
+        DamagedShard: the file is gone, is shorter or longer than its header says, a byte of header or index differs
             from what was written, or it belongs to another cache.
+        UnreadableShard: the system refuses to hand it out.
     """
     try:
         with path.open("rb") as stream:
@@ -234,7 +256,7 @@ def read_index(path: Path, identity: CacheIdentity) -> ShardIndex:
             index = stream.read(index_bytes)
             stored = stream.read(4)
     except OSError as error:
-        raise DamagedShard(path, f"it cannot be read: {error.strerror or error}") from error
+        raise refused(path, error) from error
     if struct.pack("<I", zlib.crc32(index, zlib.crc32(header))) != stored:
         raise DamagedShard(path, "the checksum of its index does not match")
     lengths = [samples, samples, samples, runs, runs]
@@ -280,6 +302,7 @@ class ShardMap:
 
         Raises:
             DamagedShard: it is gone, or no longer has the size it had when its index was read.
+            UnreadableShard: the system refuses to open or to map it.
         """
         self.file = file
         try:
@@ -287,7 +310,7 @@ class ShardMap:
                 self._check_size(os.fstat(stream.fileno()).st_size)
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise DamagedShard(file.path, f"it cannot be mapped: {error.strerror or error}") from error
+            raise refused(file.path, error) from error
         # Readahead would fetch the neighbours of scattered rows, too: what is wanted is announced instead.
         self._map.madvise(mmap.MADV_RANDOM)
         rows: Bytes = np.frombuffer(self._map, np.uint8, file.num_rows * file.row_bytes, HEADER_BYTES)
@@ -305,7 +328,7 @@ class ShardMap:
         try:
             self._check_size(self.file.path.stat().st_size)
         except OSError as error:
-            raise DamagedShard(self.file.path, f"it is gone: {error.strerror or error}") from error
+            raise refused(self.file.path, error) from error
 
     def announce(self, first: int, count: int) -> None:
         """Asks the kernel to start reading these rows."""
