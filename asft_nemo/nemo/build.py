@@ -42,6 +42,7 @@ from asft_nemo.nemo.profiling import RangesCallback, profiler_of
 from asft_nemo.nemo.references import Frozen, reference_builder, snapshot_builder
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.nemo.speed import SpeedMeter
+from asft_nemo.nemo.start import SameStart
 from asft_nemo.nemo.stragglers import straggler_callbacks
 from asft_nemo.nemo.summary import SummaryCallback
 from asft_nemo.run_dir import adapter_description, initial_adapters
@@ -264,6 +265,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         plugins=precision_plugin(run.precision),
         callbacks=[
             HangCallback(),
+            SameStart(resume),
             *adapters,
             *switches.tensor_overlap(run),
             prepass,

@@ -210,6 +210,23 @@ def train_steps(settings: dict[str, Any], *, valid: list[int], validation: int =
     fit(settings, valid=valid, validation=validation)
 
 
+def resume_with_an_old_link(settings: dict[str, Any], *, valid: list[int], found: list[int | None]) -> str:
+    """Resumes where each rank sees the checkpoint of another step, None for none yet; returns what is said against it."""
+    import os
+
+    from asft_nemo import run_dir
+    from asft_nemo.errors import CheckpointError
+
+    step = found[int(os.environ["RANK"])]
+    seen = None if step is None else Path(settings["run.dir"]) / "checkpoints" / f"step_{step}"
+    run_dir.resume_from = lambda run: seen
+    try:
+        fit(settings, valid=valid)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
 def megatron_logits(settings: dict[str, Any], *, out: str) -> None:
     """One training step's policy at step 0: its logits of examples 0 to 3, gathered over tensor-parallel ranks, saved by one rank."""
     from lightning.pytorch import Callback
