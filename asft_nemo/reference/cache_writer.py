@@ -225,17 +225,23 @@ class _OpenShard:
         self._write(memoryview(header))
         os.fsync(self._descriptor)
         os.rename(self._partial, self._path)
-        os.close(self._descriptor)
+        self._close()
         sync_directory(self._path.parent)
 
     def _write(self, view: memoryview) -> None:
         while view:
             view = view[os.write(self._descriptor, view) :]
 
+    def _close(self) -> None:
+        """Once: its number may be another file's afterwards, also where the call fails."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
     def discard(self) -> None:
         """Removes the temporary file."""
         with contextlib.suppress(OSError):
-            os.close(self._descriptor)
+            self._close()
         with contextlib.suppress(OSError):
             self._partial.unlink()
 

@@ -9,13 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_cases import IDENTITY, WRITTEN_BY, check_prefix, hidden, in_child, make, pairs, same_bits, shards
+from cache_cases import (
+    IDENTITY,
+    WRITTEN_BY,
+    add,
+    check_prefix,
+    hidden,
+    in_child,
+    make,
+    pairs,
+    same_bits,
+    shards,
+)
 
 from asft_nemo.errors import CacheError
-from asft_nemo.reference import cache_reader, cache_shard
+from asft_nemo.reference import cache_reader, cache_shard, cache_writer
 from asft_nemo.reference.cache_store import (
     CacheReader,
+    CacheWriter,
     DamagedShard,
+    open_or_create,
     repair_cache,
     verify_cache,
 )
@@ -140,4 +153,25 @@ def test_what_is_no_file_is_damaged(tmp_path):
     folder.mkdir()
     (found,) = repair_cache(tmp_path, IDENTITY, written_by=WRITTEN_BY).damaged
     assert (found.path, found.reason) == (folder, "it is no file: Is a directory")
+    assert check_prefix(tmp_path) == {1}
+
+
+def test_a_folder_that_cannot_be_synced_closes_no_other_file(tmp_path, monkeypatch):
+    """The shard is closed by then, and its descriptor's number is given to the next file that anybody opens."""
+    open_or_create(tmp_path, IDENTITY, written_by=WRITTEN_BY)
+    writer = CacheWriter(tmp_path, 0, IDENTITY)
+    add(writer, [1])
+    others = []
+
+    def refuse(directory):
+        others.append(os.open(os.devnull, os.O_RDONLY))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_writer, "sync_directory", refuse)
+        with pytest.raises(CacheError, match="Input/output error"):
+            writer.flush()
+    os.fstat(others[0])
+    os.close(others[0])
+    writer.close()
     assert check_prefix(tmp_path) == {1}
