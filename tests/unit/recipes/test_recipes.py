@@ -137,6 +137,21 @@ def test_it_fits_the_gpus_of_its_name_with_a_margin(name: str) -> None:
     assert fits == (expected | {4096: False} if name in SHORT else expected)
 
 
+#: Minutes between two checkpoints, by the plan at the recipe's own length: what a failed node costs at most, and what the writing is a share of.
+LEAST_MINUTES, MOST_MINUTES = 15, 60
+A_NODE = 8
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if Told.by(name).gpus > A_NODE])
+def test_a_failed_node_costs_an_hour_at_most(name: str) -> None:
+    run, spec = run_of(name), spec_of_recipe(name)
+    assert spec is not None
+    every = run.trainer.checkpoint_every
+    assert every is not None, "one failed node of several loses the whole run"
+    minutes = every * plan_of(run, spec, gpu(Told.by(name).gpu)).step.seconds / 60
+    assert LEAST_MINUTES <= minutes <= MOST_MINUTES
+
+
 PAGE = project_dir() / "docs" / "planner.md"
 
 
