@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from asft_eval.backends.placement import FOR_WEIGHTS, ITEMSIZES, gpus_for, stored_dtype
+from asft_eval.backends.placement import FOR_WEIGHTS, FOR_WEIGHTS_ALONE, ITEMSIZES, gpus_for, stored_dtype
 from asft_eval.errors import EvaluationError
 
 from asft_nemo.config.recipes import recipe_gpu
@@ -57,4 +57,4 @@ def free_memory(run: RunConfig) -> int:
 def held_by_a_node(run: RunConfig) -> int:
     """Bytes of weights that transformers puts on the GPUs of a node; see `asft_eval.backends.placement.spread`."""
     number, free = run.cluster.gpus_per_node, free_memory(run)
-    return free if number == 1 else number * int(FOR_WEIGHTS * free)
+    return number * int((FOR_WEIGHTS_ALONE if number == 1 else FOR_WEIGHTS) * free)

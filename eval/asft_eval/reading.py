@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from asft_eval.backends.hf import load_model, right_padded
+from asft_eval.backends.memory import memory_for
 from asft_eval.backends.placement import stored_dtype
 from asft_eval.backends.tokens import not_numbers
 from asft_eval.divergence import entropies, token_kls
@@ -97,6 +98,7 @@ def reading_dtype(model_dir: Path) -> torch.dtype:
 
 
 @torch.inference_mode()
+@memory_for("to read held-out text")
 def read_texts(
     policy_dir: Path | str,
     ref_dir: Path | str | None,
@@ -119,8 +121,8 @@ def read_texts(
         dtype: of both models' weights and layers.
 
     Raises:
-        EvaluationError: a directory that cannot be loaded, vocabularies of different size, a family whose logits are more than its head's product, or
-            logits that are not numbers.
+        EvaluationError: a directory that cannot be loaded, vocabularies of different size, a family whose logits are more than its head's product,
+            logits that are not numbers, or too little memory.
     """
     order = sorted(range(len(encoded)), key=lambda place: len(encoded[place][0]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 
 from asft_eval.backends import Done, LogLikelihood, ignore
 from asft_eval.backends.drawing import SeededDraw
+from asft_eval.backends.memory import memory_for, out_of_memory
 from asft_eval.backends.placement import spread, weight_bytes
 from asft_eval.backends.tokens import (
     MEND,
@@ -45,12 +47,17 @@ def load_model(model_dir: Path | str, *, dtype: torch.dtype | None = None, devic
             first cannot hold the model.
 
     Raises:
-        EvaluationError: no such directory, no config or weights in it, transformers cannot read them, or the GPUs are too small.
+        EvaluationError: no such directory, no config or weights in it, transformers cannot read them, or the GPUs or the memory are too small.
     """
-    from transformers import AutoModelForCausalLM
-
     model_dir = Path(model_dir)
     require_model(model_dir)
+    with memory_for(f"to load {model_dir}"):
+        return _loaded(model_dir, dtype, device)
+
+
+def _loaded(model_dir: Path, dtype: torch.dtype | None, device: str | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
     room = None if device or not torch.cuda.is_available() else _room(model_dir, dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
@@ -62,6 +69,8 @@ def load_model(model_dir: Path | str, *, dtype: torch.dtype | None = None, devic
             model_dir, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **where
         )
     except (ImportError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise EvaluationError(f"transformers cannot load {model_dir} ({one_line(error)}): {MEND}") from error
     # transformers fills what is missing with random numbers and goes on.
     if told["missing_keys"]:
@@ -223,20 +232,21 @@ class HfBackend:
                 [starts[i] for i in places], pad_id=self.tokenizer.pad_token_id, device=self.model.device
             )
             numbers = _Numbers()
-            out = self.model.generate(
-                **batch,
-                max_new_tokens=limits[places[0]],
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                logits_processor=[
-                    numbers,
-                    *_drawing(protocol, [seeds[i] for i in places] if seeds else []),
-                ],
-            )
+            with self._memory_for(len(places)):
+                out = self.model.generate(
+                    **batch,
+                    max_new_tokens=limits[places[0]],
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    logits_processor=[
+                        numbers,
+                        *_drawing(protocol, [seeds[i] for i in places] if seeds else []),
+                    ],
+                )
             numbers.require(self._name)
             for place, row in zip(places, out[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 completions[place] = completion(self.tokenizer, row)
@@ -267,7 +277,8 @@ class HfBackend:
         short = [i for i, row in enumerate(tails) if all(len(tail) == 1 for tail in row)]
         for places in self._batches([len(starts[i]) for i in short]):
             batch = [short[i] for i in places]
-            logprobs_BV = self._after([starts[i] for i in batch])
+            with self._memory_for(len(batch)):
+                logprobs_BV = self._after([starts[i] for i in batch])
             for row, i in enumerate(batch):
                 found[i] = [float(logprobs_BV[row, tail[0]]) for tail in tails[i]]
                 require_numbers(found[i], self._name)
@@ -307,14 +318,24 @@ class HfBackend:
             tokens_BS, attention_BS, labels_BS, mask_BS = right_padded(
                 [encoded[i] for i in places], pad_id=self.tokenizer.pad_token_id, device=self.model.device
             )
-            logits_BSV = self.model(input_ids=tokens_BS, attention_mask=attention_BS, use_cache=False).logits
-            logprobs_BSV = logits_BSV.float().log_softmax(-1)
+            with self._memory_for(len(places)):
+                logits_BSV = self.model(
+                    input_ids=tokens_BS, attention_mask=attention_BS, use_cache=False
+                ).logits
+                logprobs_BSV = logits_BSV.float().log_softmax(-1)
             logprob_BS = logprobs_BSV.gather(-1, labels_BS.unsqueeze(-1)).squeeze(-1)
             sums_B, counts_B = (logprob_BS * mask_BS).sum(-1), mask_BS.sum(-1)
             for row, place in enumerate(places):
                 answers[place] = LogLikelihood(float(sums_B[row]), int(counts_B[row]))
                 require_numbers([answers[place].logprob], self._name)
         return [answers[i] for i in range(len(encoded))]
+
+    def _memory_for(self, texts: int) -> AbstractContextManager[None]:
+        return memory_for(
+            f"for {self._name} and {texts} text{'s at once' if texts > 1 else ''}",
+            before=f"give a smaller --batch-size (it is {self.batch_size})" if texts > 1 else "",
+            instead="choose --backend vllm",
+        )
 
     def _batches(self, lengths: Sequence[int], limits: Sequence[int] = ()) -> Iterator[list[int]]:
         # The longest first: what does not fit the memory shows at once, and the time left is not understated.

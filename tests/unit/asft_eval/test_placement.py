@@ -27,15 +27,39 @@ def test_a_model_asks_for_the_gpus_that_hold_it(weights: int, memory: int, numbe
 def test_layers_are_spread_only_where_one_gpu_is_too_small() -> None:
     model, free = Path("model"), [79 * GIB] * 4
     assert spread(model, 59 * GIB, free) is None
-    assert spread(model, 78 * GIB, free[:1]) is None, "the only GPU holds it, with little beside it"
     room = spread(model, 136 * GIB, free)
     assert room is not None
     assert list(room) == [0, 1, 2, 3]
     assert all(0 < room[number] < free[number] for number in room)
-    with pytest.raises(EvaluationError, match=r"136\.0 GiB, and 1 visible GPU has 79\.0 GiB free: run where"):
+    with pytest.raises(
+        EvaluationError, match=r"136\.0 GiB, and 1 visible GPU has 79\.0 GiB free, .*: run where"
+    ):
         spread(model, 136 * GIB, free[:1])
     with pytest.raises(EvaluationError, match="2 visible GPUs have 158"):
         spread(model, 136 * GIB, free[:2])
+
+
+@pytest.mark.parametrize(
+    ("weights", "free", "says"),
+    [(14.2, 23.2, None), (61, 79, "77 %"), (71, 79, "89 %"), (72, 79, "refused"), (78, 79, "refused")],
+    ids=["7B on 24 GB", "32B on 80 GB", "nearly full", "too full", "no pass fits beside it"],
+)
+def test_the_only_gpu_keeps_room_for_a_pass(
+    weights: float, free: float, says: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes: tuple[int, list[int]] = (int(weights * GIB), [int(free * GIB)])
+    if says == "refused":
+        with pytest.raises(
+            EvaluationError, match="79\\.0 GiB free, for what a pass needs, too: run where more"
+        ):
+            spread(Path("model"), *sizes)
+        return
+    assert spread(Path("model"), *sizes) is None
+    if says is None:
+        assert not caplog.messages
+    else:
+        assert f"take {says} of what the only visible GPU has free" in caplog.messages[0]
+        assert "--batch-size" in caplog.messages[0]
 
 
 def test_weights_are_counted_from_the_files(model_dir: Path, tmp_path: Path) -> None:
