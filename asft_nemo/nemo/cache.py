@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +21,8 @@ from asft_nemo.reference.fingerprint import weights_fingerprint
 from asft_nemo.reference.resident import ResidentReference
 from asft_nemo.reference.source import ReferenceSource
 from asft_nemo.run_dir import cache_dir, hf_dir
+
+Found = TypeVar("Found")
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -76,21 +79,22 @@ def writes(place: Place) -> bool:
     return place.last_stage and place.tp_rank == place.cp_rank == 0
 
 
-def on_first_rank(action: Callable[[], object]) -> None:
-    """Does something on rank 0 while the others wait. Collective over all ranks.
+def on_first_rank(action: Callable[[], Found]) -> Found:
+    """Does something on rank 0 while the others wait, and returns on every rank what came of it. Collective over all ranks.
 
     Raises:
         CacheError: what rank 0 met, on every rank.
     """
-    said: list[str | None] = [None]
+    told: list[Any] = [None, None]  # what went wrong, what was found
     if torch.distributed.get_rank() == 0:
         try:
-            action()
+            told[1] = action()
         except CacheError as error:
-            said[0] = str(error)
-    torch.distributed.broadcast_object_list(said, src=0)  # on the group's own device: NCCL's has no other
-    if said[0] is not None:
-        raise CacheError(said[0])
+            told[0] = str(error)
+    torch.distributed.broadcast_object_list(told, src=0)  # on the group's own device: NCCL's has no other
+    if told[0] is not None:
+        raise CacheError(told[0])
+    return told[1]
 
 
 def _cached(run: RunConfig, spec: ModelSpec, identity: CacheIdentity, base_dir: Path) -> CachedReference:

@@ -101,10 +101,9 @@ def micro_batches(
 
 
 def missing_items(
-    data: Prepared, reader: CacheReader, *, dp_rank: int, dp_size: int
+    data: Prepared, missing: set[int], *, dp_rank: int, dp_size: int
 ) -> list[tuple[Items, int]]:
-    """(dataset, index) of the rows this data-parallel rank computes: every dp_size-th of those with an example that is not stored."""
-    missing = set(reader.missing(all_sample_ids(data)))
+    """(dataset, index) of the rows this data-parallel rank computes: every dp_size-th of those with an example that is missing."""
     found: list[tuple[Items, int]] = []
     for dataset in (data.train, data.validation):
         if isinstance(dataset, PackedDataset):
@@ -115,8 +114,14 @@ def missing_items(
     return found[dp_rank::dp_size]
 
 
-def _open(directory: Path, identity: CacheIdentity, run: RunConfig, data: Prepared, *, repair: bool) -> None:
-    """On one rank: makes or checks the folder, repairs it where asked, and looks whether the rest fits on the disk."""
+def _open(
+    directory: Path, identity: CacheIdentity, run: RunConfig, data: Prepared, *, repair: bool
+) -> list[int]:
+    """On one rank: makes or checks the folder, repairs it where asked, and looks whether the rest fits on the disk.
+
+    Returns:
+        The examples that are not stored.
+    """
     if repair:
         report = repair_cache(directory, identity, written_by=layout_of(run))
         logger.info("repair of %s: %s", directory, report)
@@ -127,6 +132,7 @@ def _open(directory: Path, identity: CacheIdentity, run: RunConfig, data: Prepar
         dataset.learned_tokens(missing) for dataset in (data.train, data.validation) if dataset is not None
     ]
     require_space(directory, identity, rows=sum(rows))
+    return missing
 
 
 def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir: Path, repair: bool) -> None:
@@ -146,13 +152,12 @@ def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir
     at("looking at the cache", may_take_long=True)
     directory = cache_dir(run)
     identity = cache_identity(run, spec=spec, data=data, base_dir=base_dir)
-    on_first_rank(lambda: _open(directory, identity, run, data, repair=repair))
+    # One look for all: the ranks of a pipeline must compute the same, and another job may finish a shard between two looks.
+    missing = on_first_rank(lambda: _open(directory, identity, run, data, repair=repair))
     place, dp_rank = this_place(run), parallel_state.get_data_parallel_rank()
-    with CacheReader(directory, identity) as reader:
-        items = missing_items(
-            data, reader, dp_rank=dp_rank, dp_size=parallel_state.get_data_parallel_world_size()
-        )
-    torch.distributed.barrier()  # every rank has read what was there before any writes
+    items = missing_items(
+        data, set(missing), dp_rank=dp_rank, dp_size=parallel_state.get_data_parallel_world_size()
+    )
     at("loading the base", may_take_long=True)
     config = frozen_model_config(run, spec)
     reference = ResidentReference(
