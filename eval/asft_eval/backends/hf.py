@@ -36,6 +36,9 @@ from asft_eval.types import Completion, Protocol
 
 log = logging.getLogger(__name__)
 
+_LOGITS_AT_ONCE = 2**25
+"""Numbers in a block of logits: 128 MiB in fp32."""
+
 
 def load_model(model_dir: Path | str, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
     """A causal language model in evaluation mode.
@@ -138,6 +141,17 @@ def right_padded(
         loss_mask[row, prompt_length - 1 : len(ids) - 1] = True
     labels = tokens.roll(-1, dims=1)
     return tokens.to(device), attention.to(device), labels.to(device), loss_mask.to(device)
+
+
+def _label_logprob(logits_KV: torch.Tensor, columns: Sequence[int], labels: Sequence[int]) -> float:
+    """The sum of the labels' log probabilities in fp32, one label a column; a block of logits at a time is in fp32."""
+    size = max(1, _LOGITS_AT_ONCE // logits_KV.shape[-1])
+    total = 0.0
+    for at in range(0, len(labels), size):
+        logprobs_TV = logits_KV[columns[at : at + size]].float().log_softmax(-1)
+        own = torch.tensor(labels[at : at + size], device=logprobs_TV.device)
+        total += float(logprobs_TV.gather(-1, own[:, None]).sum())
+    return total
 
 
 class _Numbers:
@@ -297,13 +311,18 @@ class HfBackend:
         )
         last_B = [len(ids) - 1 for ids in encoded]
         places = sorted(set(last_B))
-        # Only the last positions go through the head: [b, s, v] would be gigabytes.
-        keep = {"logits_to_keep": torch.tensor(places)} if self._keeps_logits else {}
-        logits_BKV = self.model(
-            input_ids=tokens_BS, attention_mask=attention_BS, use_cache=False, **keep
-        ).logits
-        columns = [places.index(last) for last in last_B] if keep else last_B
+        logits_BKV = self._logits(tokens_BS, attention_BS, places)
+        columns = [places.index(last) for last in last_B]
         return logits_BKV[range(len(encoded)), columns].float().log_softmax(-1)
+
+    def _logits(
+        self, tokens_BS: torch.Tensor, attention_BS: torch.Tensor, places: Sequence[int]
+    ) -> torch.Tensor:
+        """Logits `[b, k, v]` at these places of the texts: those of all, `[b, s, v]`, would be gigabytes, so no other goes through the head."""
+        places_K = torch.tensor(places, dtype=torch.int64)
+        keep = {"logits_to_keep": places_K} if self._keeps_logits else {}
+        logits = self.model(input_ids=tokens_BS, attention_mask=attention_BS, use_cache=False, **keep).logits
+        return logits if keep else logits[:, places_K]
 
     @torch.inference_mode()
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
@@ -315,18 +334,19 @@ class HfBackend:
     def _scores(self, encoded: Sequence[tuple[list[int], int]]) -> list[LogLikelihood]:
         answers: dict[int, LogLikelihood] = {}
         for places in self._batches([len(ids) for ids, _ in encoded]):
-            tokens_BS, attention_BS, labels_BS, mask_BS = right_padded(
+            tokens_BS, attention_BS, _, _ = right_padded(
                 [encoded[i] for i in places], pad_id=self.tokenizer.pad_token_id, device=self.model.device
             )
+            scored_B = [range(encoded[i][1] - 1, len(encoded[i][0]) - 1) for i in places]
+            kept = sorted(set().union(*scored_B))
+            column = {place: number for number, place in enumerate(kept)}
             with self._memory_for(len(places)):
-                logits_BSV = self.model(
-                    input_ids=tokens_BS, attention_mask=attention_BS, use_cache=False
-                ).logits
-                logprobs_BSV = logits_BSV.float().log_softmax(-1)
-            logprob_BS = logprobs_BSV.gather(-1, labels_BS.unsqueeze(-1)).squeeze(-1)
-            sums_B, counts_B = (logprob_BS * mask_BS).sum(-1), mask_BS.sum(-1)
-            for row, place in enumerate(places):
-                answers[place] = LogLikelihood(float(sums_B[row]), int(counts_B[row]))
+                logits_BKV = self._logits(tokens_BS, attention_BS, kept)
+                for row, (place, scored) in enumerate(zip(places, scored_B, strict=True)):
+                    labels = encoded[place][0][encoded[place][1] :]
+                    total = _label_logprob(logits_BKV[row], [column[x] for x in scored], labels)
+                    answers[place] = LogLikelihood(total, len(labels))
+            for place in places:
                 require_numbers([answers[place].logprob], self._name)
         return [answers[i] for i in range(len(encoded))]
 

@@ -11,6 +11,7 @@ import torch
 from asft_eval import EvaluationError, Protocol
 from asft_eval.backends.drawing import SeededDraw
 from asft_eval.backends.hf import HfBackend
+from asft_eval.backends.tokens import encode_pair
 from asft_eval.kl import kl_sums, measure_drift
 from asft_eval.run import evaluate
 from asft_eval.suites import suite_from_pairs
@@ -59,6 +60,37 @@ def test_loglikelihood_equals_a_plain_computation(model_dir: Path, backend: HfBa
         expected = sum(logprobs[i - 1, ids[i]].item() for i in range(start, len(ids)))
         assert answer.logprob == pytest.approx(expected, abs=1e-4)
         assert answer.num_tokens == len(ids) - start
+
+
+@pytest.mark.parametrize("at_once", [1, 150, 2**25], ids=["a token", "some tokens", "all"])
+@pytest.mark.parametrize("keeps", [True, False], ids=["places", "all logits"])
+def test_only_scored_places_go_through_the_head(
+    keeps: bool, at_once: int, backend: HfBackend, monkeypatch: pytest.MonkeyPatch
+):
+    """The same numbers to fp32 rounding, whether the family can leave logits out, and however few are in fp32 at once."""
+    monkeypatch.setattr("asft_eval.backends.hf._LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(backend, "_keeps_logits", keeps)
+    pairs = [*TEXTS, ("copy KTAB: and a long prompt before", "K"), ("nothing follows", "")]
+    encoded = [encode_pair(backend.tokenizer, *pair, end=False) for pair in pairs]
+    expected: list[float] = []
+    with torch.inference_mode():
+        for ids, start in encoded:
+            logprobs_SV = backend.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            expected.append(sum(float(logprobs_SV[at - 1, ids[at]]) for at in range(start, len(ids))))
+    places: list[int] = []
+    head = backend.model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: places.append(given[0].shape[1]))
+    try:
+        found = backend.loglikelihood(pairs)
+    finally:
+        hook.remove()
+    assert [one.logprob for one in found] == pytest.approx(expected, rel=1e-6, abs=1e-5)
+    assert [one.num_tokens for one in found] == [len(ids) - start for ids, start in encoded]
+    batches = [[encoded[i] for i in batch] for batch in backend._batches([len(ids) for ids, _ in encoded])]
+    scored = [len({at for ids, start in batch for at in range(start, len(ids))}) for batch in batches]
+    whole = [max(len(ids) for ids, _ in batch) for batch in batches]
+    assert places == (scored if keeps else whole)
+    assert sum(scored) < sum(whole) / 2
 
 
 def test_choices_of_one_token_are_a_distribution(backend: HfBackend):
