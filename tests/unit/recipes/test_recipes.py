@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from asft_nemo.config.model_shape import read_model_shape
 from asft_nemo.config.paths import project_dir
 from asft_nemo.config.recipes import known_recipes, recipe_fragment, recipe_gpu, recipe_model
 from asft_nemo.config.rules import check
-from asft_nemo.config.schema import RunConfig, data_parallel_size, replace, walk
+from asft_nemo.config.schema import RunConfig, data_parallel_size, num_microbatches, replace, walk
 from asft_nemo.planner.gpus import gpu
 from asft_nemo.planner.plan import plan_of
 from asft_nemo.planner.published import spec_of_recipe
@@ -150,6 +151,19 @@ def test_a_failed_node_costs_an_hour_at_most(name: str) -> None:
     assert every is not None, "one failed node of several loses the whole run"
     minutes = every * plan_of(run, spec, gpu(Told.by(name).gpu)).step.seconds / 60
     assert LEAST_MINUTES <= minutes <= MOST_MINUTES
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if run_of(name).data.packing])
+def test_a_packed_batch_leaves_an_epoch_its_steps_and_the_pipeline_its_work(name: str) -> None:
+    """A recipe that packs counts rows of many examples: 100,000 of 300 tokens are fifty steps and more, most of them behind the warm-up."""
+    run, spec = run_of(name), spec_of_recipe(name)
+    assert spec is not None
+    rows = math.ceil(100_000 * 300 / run.data.sequence_length)
+    assert rows / run.trainer.global_batch_size >= 50
+    # one more data-parallel rank divides it still
+    assert num_microbatches(run) % (2 * run.parallel.pp_size) == 0
+    step = plan_of(run, spec, gpu(Told.by(name).gpu)).step
+    assert step.bubble / (step.training + step.bubble) < 0.05
 
 
 PAGE = project_dir() / "docs" / "planner.md"
