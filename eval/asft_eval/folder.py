@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 LOCK = "results.lock"
 
 _TAKEN = (errno.EACCES, errno.EAGAIN)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _ours: set[Path] = set()
 """Folders that this process holds: the kernel's lock is between processes alone."""
@@ -52,9 +53,12 @@ def held(folder: Path, *models: Path | None) -> Generator[None, None, None]:
         lock = _locked(folder)
     except OSError as error:
         _unmade(made)
-        raise EvaluationError(
-            f"{folder} cannot be written ({error.strerror}): give --out a folder of yours"
-        ) from error
+        cure = (
+            "make room, or give --out a folder on another disk"
+            if error.errno in _FULL
+            else "give --out a folder of yours"
+        )
+        raise EvaluationError(f"{folder} cannot be written ({error.strerror}): {cure}") from error
     except EvaluationError:
         _unmade(made)
         raise
@@ -105,8 +109,7 @@ def _locked(folder: Path) -> int:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its former holder may have removed the file between our two calls: then it is nobody's.
             if os.path.exists(path) and os.path.samestat(os.fstat(lock), os.stat(path)):
-                os.ftruncate(lock, 0)
-                os.write(lock, _who().encode())
+                _sign(lock, path)
                 return lock
         except OSError as error:
             if error.errno in _TAKEN:
@@ -121,6 +124,16 @@ def _locked(folder: Path) -> int:
             os.close(lock)
             raise
         os.close(lock)
+
+
+def _sign(lock: int, path: Path) -> None:
+    """Says in the lock's file whose it is; the file goes where it cannot be written."""
+    try:
+        os.ftruncate(lock, 0)
+        os.write(lock, _who().encode())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _who() -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from asft_eval.graders import JUDGED
-from asft_eval.result import SAMPLES, constant, write_whole
+from asft_eval.result import SAMPLES, constant, named, write_whole
 from asft_eval.types import Completion, Example, Protocol, Suite
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class Journal:
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write down answers; they survive what comes after."""
         self.rows.update((row["request"], dict(row)) for row in rows)
-        with self._path.open("a", encoding="utf-8") as file:
+        with named(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_lines(rows))
             file.flush()
             os.fsync(file.fileno())

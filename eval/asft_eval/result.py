@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,31 @@ def write_result(out_dir: Path, result: Result, samples: Iterable[Mapping[str, A
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there complete or not at all."""
+    """Write a file that is there complete or not at all.
+
+    Raises:
+        OSError: it cannot be written; it is named.
+    """
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with named(path):
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, path)
+        except OSError:  # most likely a full disk, where a part of a file takes room from the next one
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """The system names no file when writing to an open one fails, for example on a full disk: within, its error names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read_result(result_dir: Path | str) -> Result:
