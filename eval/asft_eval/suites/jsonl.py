@@ -110,6 +110,10 @@ def _example(line: str, number: int, prompt_field: str, answer_field: str) -> tu
     texts: list[str] = []
     for field in (prompt_field, answer_field):
         value = fields.get(field)
+        if isinstance(value, bool):  # Python's word for it, True, is no answer that anybody asked for
+            raise ValueError(
+                f"field {field!r} is {json.dumps(value)}, neither a text nor a number (put it in quotes where the word is meant)"
+            )
         if not isinstance(value, str | int | float) or not str(value).strip():
             raise ValueError(f"field {field!r} is missing or empty")
         texts.append(str(value))

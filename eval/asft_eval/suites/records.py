@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ def multiple_choice(question: str, options: Sequence[str]) -> str:
 
 def math500(row: Record) -> Asked:
     """`problem`, `answer`, `unique_id`."""
-    return Asked(row["unique_id"], row["problem"], row["answer"])
+    return Asked(row["unique_id"], row["problem"], _answer(row["answer"]))
 
 
 def gsm8k(row: Record) -> Asked:
@@ -49,19 +50,19 @@ def gsm8k(row: Record) -> Asked:
 
 def aime24(row: Record) -> Asked:
     """`id`, `problem`, `answer`."""
-    return Asked(str(row["id"]), row["problem"], str(row["answer"]))
+    return Asked(str(row["id"]), row["problem"], _answer(row["answer"]))
 
 
 def aime25(row: Record) -> Asked:
     """`problem`, `answer`."""
-    return Asked(str(row.get("id", "")), row["problem"], str(row["answer"]))
+    return Asked(str(row.get("id", "")), row["problem"], _answer(row["answer"]))
 
 
 def amc23(row: Record) -> Asked:
     """`id`, `question` (or `problem`), `answer`, which the publisher writes as a float."""
     answer = row["answer"]
     whole = isinstance(answer, float) and answer.is_integer()
-    text = str(int(answer)) if whole else str(answer)
+    text = str(int(answer)) if whole else _answer(answer)
     return Asked(str(row.get("id", "")), row["question"] if "question" in row else row["problem"], text)
 
 
@@ -72,22 +73,21 @@ def minerva(row: Record) -> Asked:
     answer = row["answer"] if "answer" in row else last_boxed(row["solution"])
     if answer is None:
         raise ValueError("no \\boxed answer in the solution")
-    return Asked(str(row.get("idx", "")), row["problem"], answer)
+    return Asked(str(row.get("idx", "")), row["problem"], _answer(answer))
 
 
 def olympiad(row: Record) -> Asked:
     """`question`, `final_answer` (a list of one text), `id`."""
     answers = row["final_answer"]
-    return Asked(
-        str(row.get("id", "")), row["question"], answers[0] if isinstance(answers, list) else answers
-    )
+    answer = answers[0] if isinstance(answers, list) else answers
+    return Asked(str(row.get("id", "")), row["question"], _answer(answer))
 
 
 def medqa(row: Record) -> Asked:
     """`question`, `options` by letter, `answer_idx`."""
     options: Mapping[str, str] = row["options"]
     text = multiple_choice(row["question"], [options[letter] for letter in LETTERS])
-    return Asked("", text, row["answer_idx"])
+    return Asked("", text, _answer(row["answer_idx"]))
 
 
 def medmcqa(row: Record) -> Asked:
@@ -107,7 +107,13 @@ def alpaca_eval(row: Record) -> Asked:
     return Asked(f"{row['dataset']}/{digest[:8]}", row["instruction"], row["output"])
 
 
+def _answer(answer: object) -> str:
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise ValueError(f"the answer is {json.dumps(answer)}, neither a text nor a number")
+    return str(answer)
+
+
 def _place(place: object) -> int:
-    if not isinstance(place, int) or not 0 <= place < len(LETTERS):
+    if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < len(LETTERS):
         raise ValueError(f"the right option is {place!r}, not 0 to {len(LETTERS) - 1}")
     return place

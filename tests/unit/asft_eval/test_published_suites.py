@@ -148,6 +148,30 @@ def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content:
 
 
 @pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("math500", {"unique_id": "7", "problem": "Is it so?", "answer": True}),
+        ("aime25", {"problem": "Is it so?", "answer": True}),
+        ("amc23", {"question": "Is it so?", "answer": True}),
+        ("minerva", {"problem": "Is it so?", "answer": True}),
+        ("olympiadbench", {"question": "Is it so?", "final_answer": [True]}),
+        ("mmlu_medical", {"question": "Is it so?", "choices": ["a", "b", "c", "d"], "answer": True}),
+    ],
+)
+def test_a_truth_value_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, row: dict[str, object]
+):
+    """Python would have written it as True, or taken it for the number 1."""
+    monkeypatch.setenv("ASFT_DATA_DIR", str(tmp_path))
+    file = tmp_path / SUITES[name].file
+    file.parent.mkdir()
+    file.write_text(json.dumps(row))
+    said = rf"row 1 of .*{file.name} is no row of {name} .*(the answer is true, neither a text nor a number|right option is True)"
+    with pytest.raises(EvaluationError, match=said):
+        load_suite(name)
+
+
+@pytest.mark.parametrize(
     ("name", "row", "answer"),
     [
         ("minerva", {"problem": "p", "solution": r"so \boxed{3} then \boxed{4.5e14}"}, "4.5e14"),

@@ -49,6 +49,8 @@ def test_a_limited_suite_has_another_hash():
     [
         ('{"prompt": "a", "answer": "b"}\nnonsense\n[1]\n{"prompt": "a"}\n', "3 bad line.*line 2"),
         ('{"prompt": "a", "answer": " "}\n', "'answer' is missing or empty"),
+        ('{"prompt": "a", "answer": "b"}\n{"prompt": "is it?", "answer": true}', "line 2: field 'answer' is true, neither a text nor a number .*quotes"),
+        ('{"prompt": false, "answer": "b"}', "line 1: field 'prompt' is false, neither"),
         ("\n", "no example"),
         ('{"id": 7, "prompt": "a", "answer": "b"}\n' * 2, "id 7 in lines 1 and 2: make ids unique"),
         ('{"id": [7], "prompt": "a", "answer": "b"}\n', "line 1: the id is neither a text nor a number"),
