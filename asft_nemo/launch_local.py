@@ -83,7 +83,7 @@ def _start(work: list[dict[str, object]], world_size: int) -> None:
             ),
             *("-m", "asft_nemo.ranks", str(jobs)),
         ]
-        code = subprocess.run(command, env=_environment(error)).returncode
+        code = subprocess.run(command, env=_environment(error, world_size)).returncode
         if error.exists():
             raise UserError(json.loads(error.read_text())["message"])
         if code:
@@ -133,8 +133,9 @@ def _prepare(run: RunConfig, held: ExitStack) -> bool:
     return True
 
 
-def _environment(error: Path) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // 4)
+def _environment(error: Path, world_size: int) -> dict[str, str]:
+    # a quarter of the cores, as long as all ranks together have no more threads than there are cores
+    threads = max(1, (os.cpu_count() or 1) // max(4, world_size))
     return {
         **os.environ,
         "ASFT_ERROR_FILE": str(error),
