@@ -15,7 +15,14 @@ from asft_nemo.data.fingerprint import files_fingerprint, template_fingerprint, 
 from asft_nemo.errors import CacheError
 from asft_nemo.model import ModelSpec, padded_vocab_size
 from asft_nemo.nemo.precision import precision_row, reference_precision
-from asft_nemo.reference.cache_store import CacheIdentity, CacheWriter, check_identity, open_or_create
+from asft_nemo.reference.cache_store import (
+    CacheIdentity,
+    CacheReader,
+    CacheWriter,
+    check_identity,
+    open_or_create,
+    require_space,
+)
 from asft_nemo.reference.cached import CachedReference, FillingReference, Place, read_head
 from asft_nemo.reference.fingerprint import weights_fingerprint
 from asft_nemo.reference.resident import ResidentReference
@@ -97,6 +104,26 @@ def on_first_rank(action: Callable[[], Found]) -> Found:
     return told[1]
 
 
+def open_with_room(run: RunConfig, identity: CacheIdentity, data: Prepared) -> list[int]:
+    """On one rank: makes or checks the folder, and looks whether what it lacks fits on its disk.
+
+    Returns:
+        The examples that are not stored.
+
+    Raises:
+        CacheError: the folder holds another cache or a damaged one, cannot be written, or is too small.
+    """
+    directory = cache_dir(run)
+    open_or_create(directory, identity, written_by=layout_of(run))
+    with CacheReader(directory, identity) as reader:
+        missing = reader.missing(all_sample_ids(data))
+    rows = [
+        dataset.learned_tokens(missing) for dataset in (data.train, data.validation) if dataset is not None
+    ]
+    require_space(directory, identity, rows=sum(rows))
+    return missing
+
+
 def _cached(run: RunConfig, spec: ModelSpec, identity: CacheIdentity, base_dir: Path) -> CachedReference:
     place = this_place(run)
     head_VH = None
@@ -142,10 +169,10 @@ def filling_reference(
     """The reference of `reference=cached`, `reference.fill=first_epoch`. Collective over all ranks.
 
     Raises:
-        CacheError: the folder holds another cache, or cannot be written.
+        CacheError: the folder holds another cache, cannot be written, or is too small.
     """
     identity = cache_identity(run, spec=spec, data=data, base_dir=base_dir)
-    on_first_rank(lambda: open_or_create(cache_dir(run), identity, written_by=layout_of(run)))
+    on_first_rank(lambda: open_with_room(run, identity, data))
     cached = _cached(run, spec, identity, base_dir)
     dp_rank = parallel_state.get_data_parallel_rank()
     writer = CacheWriter(cache_dir(run), dp_rank, identity) if writes(cached.place) else None

@@ -24,7 +24,14 @@ from asft_nemo.data import FILLER, PackedDataset, Prepared, SupervisedDataset
 from asft_nemo.hang_watch import at
 from asft_nemo.model import ModelSpec
 from asft_nemo.nemo.build import model_config
-from asft_nemo.nemo.cache import all_sample_ids, cache_identity, layout_of, on_first_rank, this_place, writes
+from asft_nemo.nemo.cache import (
+    cache_identity,
+    layout_of,
+    on_first_rank,
+    open_with_room,
+    this_place,
+    writes,
+)
 from asft_nemo.nemo.compat import end_groups
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig
 from asft_nemo.nemo.precision import precision_plugin, precision_row, reference_precision
@@ -32,11 +39,8 @@ from asft_nemo.nemo.references import alike, reference_config
 from asft_nemo.nemo.steps import data_step
 from asft_nemo.reference.cache_store import (
     CacheIdentity,
-    CacheReader,
     CacheWriter,
-    open_or_create,
     repair_cache,
-    require_space,
 )
 from asft_nemo.reference.cached import store, whole_micro_batch
 from asft_nemo.reference.resident import ResidentReference
@@ -114,25 +118,12 @@ def missing_items(
     return found[dp_rank::dp_size]
 
 
-def _open(
-    directory: Path, identity: CacheIdentity, run: RunConfig, data: Prepared, *, repair: bool
-) -> list[int]:
-    """On one rank: makes or checks the folder, repairs it where asked, and looks whether the rest fits on the disk.
-
-    Returns:
-        The examples that are not stored.
-    """
+def _open(run: RunConfig, identity: CacheIdentity, data: Prepared, *, repair: bool) -> list[int]:
+    """On one rank: repairs the cache where asked; then as `open_with_room`."""
     if repair:
-        report = repair_cache(directory, identity, written_by=layout_of(run))
-        logger.info("repair of %s: %s", directory, report)
-    open_or_create(directory, identity, written_by=layout_of(run))
-    with CacheReader(directory, identity) as reader:
-        missing = reader.missing(all_sample_ids(data))
-    rows = [
-        dataset.learned_tokens(missing) for dataset in (data.train, data.validation) if dataset is not None
-    ]
-    require_space(directory, identity, rows=sum(rows))
-    return missing
+        report = repair_cache(cache_dir(run), identity, written_by=layout_of(run))
+        logger.info("repair of %s: %s", cache_dir(run), report)
+    return open_with_room(run, identity, data)
 
 
 def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir: Path, repair: bool) -> None:
@@ -153,7 +144,7 @@ def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir
     directory = cache_dir(run)
     identity = cache_identity(run, spec=spec, data=data, base_dir=base_dir)
     # One look for all: the ranks of a pipeline must compute the same, and another job may finish a shard between two looks.
-    missing = on_first_rank(lambda: _open(directory, identity, run, data, repair=repair))
+    missing = on_first_rank(lambda: _open(run, identity, data, repair=repair))
     place, dp_rank = this_place(run), parallel_state.get_data_parallel_rank()
     items = missing_items(
         data, set(missing), dp_rank=dp_rank, dp_size=parallel_state.get_data_parallel_world_size()

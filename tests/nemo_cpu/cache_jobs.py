@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from jobs import refusal
 from reference_jobs import cache_itself
 
 
@@ -21,3 +23,12 @@ def cache_amid_another_job(settings: dict[str, Any]) -> None:
 
     with mock.patch.object(CacheReader, "missing", later):
         cache_itself(settings, repair=False)
+
+
+def refusal_on_a_small_disk(settings: dict[str, Any], *, free: int) -> str:
+    """The sentence a run is refused with where the disk of its cache has so many bytes left."""
+    from asft_nemo.reference import cache_manifest
+
+    small = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=free))
+    with mock.patch.object(cache_manifest, "shutil", small):
+        return refusal(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,20 @@ def test_the_ranks_of_a_pipeline_compute_the_same_whatever_each_would_find(
     alone, amid = (rows(cache) for cache in caches)
     assert sorted(alone) == list(range(20))
     assert amid == alone
+
+
+def test_a_first_epoch_that_would_fill_the_disk_does_not_begin(
+    ranks2: RankGroup, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Every rank says so, before the first step."""
+    given = {
+        **settings,
+        "reference.cache_dir": str(tmp_path / "cache"),
+        "reference.fill": "first_epoch",
+        "run.dir": str(tmp_path / "run"),
+    }
+    said = set(ranks2.run("cache_jobs:refusal_on_a_small_disk", timeout=120, settings=given, free=1000))
+    assert len(said) == 1, said
+    assert re.search(r"/cache needs .* GB more where 1e-06 GB are free: make room, or set ref", said.pop())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not rows(tmp_path / "cache")
