@@ -43,6 +43,7 @@ HEADER_BYTES = (
 )
 PARTIAL_SUFFIX = ".partial"
 _NAME = re.compile(r"rows-(\d{5,})-(\d{6,})-[0-9a-f]{8}\.safetensors")
+_PARTIAL = re.compile(rf"{_NAME.pattern}(?:\.([0-9a-f]{{8}}))?{re.escape(PARTIAL_SUFFIX)}")
 _PER_SAMPLE = ("sample_ids", "row_counts", "run_counts")
 _PER_RUN = ("run_starts", "run_lengths")
 _INDEX = (*_PER_SAMPLE, *_PER_RUN)
@@ -95,6 +96,17 @@ def shard_name(writer_id: int, sequence: int, token: str) -> str:
     return f"rows-{writer_id:05d}-{sequence:06d}-{token}.safetensors"
 
 
+def partial_path(path: Path, machine: str) -> Path:
+    """Where a shard is while it is written; `machine`, 8 hexadecimal digits or nothing, says on which."""
+    return path.with_name(f"{path.name}.{machine}{PARTIAL_SUFFIX}" if machine else path.name + PARTIAL_SUFFIX)
+
+
+def machine_of(partial: Path) -> str:
+    """What `partial_path` was told."""
+    match = _PARTIAL.fullmatch(partial.name)
+    return "" if match is None else match[3] or ""
+
+
 def shard_paths(directory: Path) -> list[Path]:
     """Complete shards, sorted by name.
 
@@ -112,12 +124,8 @@ def shard_paths(directory: Path) -> list[Path]:
 
 def partial_paths(directory: Path, writer_id: int | None = None) -> list[Path]:
     """Files of shards that are being written, or that a killed writer left: of one writer, or of all."""
-    found = [(path, _NAME.fullmatch(path.name.removesuffix(PARTIAL_SUFFIX))) for path in directory.iterdir()]
-    return sorted(
-        path
-        for path, match in found
-        if match and path.name.endswith(PARTIAL_SUFFIX) and writer_id in (None, int(match[1]))
-    )
+    found = [(path, _PARTIAL.fullmatch(path.name)) for path in directory.iterdir()]
+    return sorted(path for path, match in found if match and writer_id in (None, int(match[1])))
 
 
 def next_sequence(directory: Path, writer_id: int) -> int:

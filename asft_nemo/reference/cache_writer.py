@@ -19,13 +19,14 @@ from asft_nemo.errors import CacheError
 from asft_nemo.reference.cache_manifest import CacheIdentity, check_identity, disk_errors, sync_directory
 from asft_nemo.reference.cache_shard import (
     HEADER_BYTES,
-    PARTIAL_SUFFIX,
     Int64s,
     Integers,
     UInt32s,
     as_int64,
     encode_index,
+    machine_of,
     next_sequence,
+    partial_path,
     partial_paths,
     row_checksums,
     row_seeds,
@@ -37,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 << 20  # a writer killed loses at most this much
 SHARD_SECONDS = 60.0  # or what it computed in this time
+# Longer than a living writer leaves a shard alone: ranks wait for each other up to their group's time-out, 30 minutes, and as long again is
+# left for a validation and a checkpoint between two steps of a first epoch, and for clocks that differ.
+ABANDONED_SECONDS = 3600.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CacheWriter:
@@ -178,7 +183,7 @@ class _OpenShard:
 
     def __init__(self, path: Path, identity: CacheIdentity):
         self._path, self._identity = path, identity
-        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
+        self._partial = partial_path(path, this_machine())
         self._bytes = 0
         self._started = time.monotonic()
         self._sample_ids: list[int] = []
@@ -249,10 +254,12 @@ class _OpenShard:
 def remove_partial_shards(directory: Path, writer_id: int | None = None) -> int:
     """Removes partial shards of killed writers; those of living ones are locked and stay.
 
+    A lock may not be seen from another machine (Lustre's `localflock`, some FUSE file systems), so what another machine left, or
+    this one before it was started anew, goes only once nothing has been written into it for `ABANDONED_SECONDS`.
+
     Args:
         directory: the cache.
-        writer_id: whose; None for all, which is safe only where no other machine writes (not every file system carries
-            locks from machine to machine).
+        writer_id: whose; None for all.
 
     Returns:
         How many were removed.
@@ -260,18 +267,42 @@ def remove_partial_shards(directory: Path, writer_id: int | None = None) -> int:
     removed = 0
     for path in partial_paths(directory, writer_id):
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            # NFS grants a lock that keeps others away only on a file that is open for writing.
+            descriptor = os.open(path, os.O_RDWR)
         except FileNotFoundError:
             continue  # finished or removed since it was listed
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("%s is being written by another process", path)
         except OSError as error:
-            logger.info("%s stays: this file system cannot tell whether its writer lives (%s)", path, error)
-        else:
-            path.unlink(missing_ok=True)
-            removed += 1
+            logger.info("%s stays: it cannot be opened (%s)", path, error)
+            continue
+        try:
+            if _is_abandoned(path, descriptor):
+                path.unlink(missing_ok=True)
+                removed += 1
         finally:
             os.close(descriptor)
     return removed
+
+
+def _is_abandoned(path: Path, descriptor: int) -> bool:
+    """Whether no writer has this partial shard any more; locks it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.warning("%s is being written by another process", path)
+        return False
+    except OSError as error:
+        logger.info("%s stays: this file system cannot tell whether its writer lives (%s)", path, error)
+        return False
+    here, age = this_machine(), time.time() - os.fstat(descriptor).st_mtime
+    if age >= ABANDONED_SECONDS or (here and here == machine_of(path)):
+        return True
+    logger.info("%s stays: another machine wrote into it %.0f s ago and may go on", path, age)
+    return False
+
+
+def this_machine() -> str:
+    """What all processes under this kernel agree on, 8 hexadecimal digits; empty where it says nothing."""
+    try:
+        return _BOOT_ID.read_text()[:8]
+    except OSError:
+        return ""

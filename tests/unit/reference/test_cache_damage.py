@@ -140,7 +140,10 @@ def test_repair_sets_aside_what_is_damaged_and_only_that_is_lost(tmp_path):
     flip(in_rows, HEADER_BYTES + 5)
     flip(in_index, in_index.stat().st_size - 4 * 60)
     os.truncate(cut, cut.stat().st_size - 1)
-    (tmp_path / "rows-00003-000000-0123abcd.safetensors.partial").write_bytes(b"a killed writer's")
+    partial = tmp_path / "rows-00003-000000-0123abcd.safetensors.partial"
+    partial.write_bytes(b"a killed writer's on another machine")
+    an_hour_ago = partial.stat().st_mtime - 3600
+    os.utime(partial, (an_hour_ago, an_hour_ago))
 
     seen = []
     damaged = verify_cache(tmp_path, IDENTITY, progress=lambda *now: seen.append(now))

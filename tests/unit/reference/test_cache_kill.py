@@ -1,12 +1,15 @@
 """Writers killed by SIGKILL: at random moments, and before and inside every single call that changes the disk."""
 
+import fcntl
 import os
 import random
 import signal
 import time
 
+import pytest
 from cache_cases import FORK, IDENTITY, WRITTEN_BY, add, check_prefix, in_child, leftovers, make
 
+from asft_nemo.reference import cache_writer
 from asft_nemo.reference.cache_store import CacheReader, CacheWriter, open_or_create, verify_cache
 
 ALL = range(IDENTITY.num_samples)
@@ -145,3 +148,48 @@ def test_the_next_writer_removes_what_a_killed_one_left_and_no_living_one_s(tmp_
     living.close()
     assert not leftovers(tmp_path)
     assert check_prefix(tmp_path) == {1}
+
+
+@pytest.mark.parametrize("left_by", ["another machine", "a kernel that does not say who it is"])
+def test_what_another_machine_may_still_write_stays_for_an_hour(tmp_path, monkeypatch, left_by):
+    """There the file is not locked where a file system keeps locks to each machine."""
+    name = tmp_path / "boot_id"
+    if left_by == "another machine":
+        name.write_text("0123abcd-0123-4567-89ab-0123456789ab\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_writer, "_BOOT_ID", name)
+        patch.setattr(cache_writer.fcntl, "flock", lambda *_: None)
+        open_or_create(tmp_path / "cache", IDENTITY, written_by=WRITTEN_BY)
+        there = CacheWriter(tmp_path / "cache", 0, IDENTITY)
+        add(there, [1, 2])
+        if left_by != "another machine":
+            CacheWriter(tmp_path / "cache", 0, IDENTITY).close()  # here, too, nobody knows
+    CacheWriter(tmp_path / "cache", 0, IDENTITY).close()
+    (left,) = leftovers(tmp_path / "cache")
+    assert (".0123abcd.partial" in left) == (left_by == "another machine")
+    there.close()
+    assert check_prefix(tmp_path / "cache") == {1, 2}
+
+    partial = tmp_path / "cache" / left
+    partial.write_bytes(b"some rows")
+    for seconds, stays in ((3500, True), (3600, False)):
+        os.utime(partial, (time.time() - seconds,) * 2)
+        CacheWriter(tmp_path / "cache", 0, IDENTITY).close()
+        assert partial.exists() is stays
+
+
+def test_a_partial_shard_is_locked_through_a_file_open_for_writing(tmp_path, monkeypatch):
+    """NFS grants no exclusive lock through any other, and what killed writers left would stay for ever."""
+    open_or_create(tmp_path, IDENTITY, written_by=WRITTEN_BY)
+    here = cache_writer.this_machine()
+    (tmp_path / f"rows-00000-000000-0123abcd.safetensors.{here}.partial").touch()
+    real, modes = fcntl.flock, []
+
+    def flock(descriptor, operation):
+        modes.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(cache_writer.fcntl, "flock", flock)
+    CacheWriter(tmp_path, 0, IDENTITY).close()
+    assert modes == [os.O_RDWR]
+    assert not leftovers(tmp_path)
