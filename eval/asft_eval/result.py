@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,7 +123,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Generator[None, None, None]:
     """The system names no file when writing to an open one fails, for example on a full disk: within, its error names this one."""
     try:
         yield

@@ -338,7 +338,7 @@ class HfBackend:
                 [encoded[i] for i in places], pad_id=self.tokenizer.pad_token_id, device=self.model.device
             )
             scored_B = [range(encoded[i][1] - 1, len(encoded[i][0]) - 1) for i in places]
-            kept = sorted(set().union(*scored_B))
+            kept = sorted(set[int]().union(*scored_B))
             column = {place: number for number, place in enumerate(kept)}
             with self._memory_for(len(places)):
                 logits_BKV = self._logits(tokens_BS, attention_BS, kept)

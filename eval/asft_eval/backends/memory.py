@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,7 @@ _OF_A_GPU = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextmanager
-def memory_for(what: str, *, before: str = "", instead: str = "") -> Iterator[None]:
+def memory_for(what: str, *, before: str = "", instead: str = "") -> Generator[None, None, None]:
     """Memory that runs out within becomes a sentence, whose cure is more GPUs, or more memory where there is none.
 
     Args:

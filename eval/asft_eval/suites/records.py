@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 LETTERS = "ABCD"
 
@@ -78,9 +78,10 @@ def minerva(row: Record) -> Asked:
 
 def olympiad(row: Record) -> Asked:
     """`question`, `final_answer` (a list of one text), `id`."""
-    answers = row["final_answer"]
-    answer = answers[0] if isinstance(answers, list) else answers
-    return Asked(str(row.get("id", "")), row["question"], _answer(answer))
+    answers: Any = row["final_answer"]
+    if isinstance(answers, list):
+        (answers, *_) = cast(list[object], answers)
+    return Asked(str(row.get("id", "")), row["question"], _answer(answers))
 
 
 def medqa(row: Record) -> Asked:
