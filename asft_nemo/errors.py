@@ -74,6 +74,19 @@ def mendable(error: OSError) -> UserError | None:
     return UserError(f"{where} ({error.strerror}): {cure}")
 
 
+def full_gpu(error: Exception) -> UserError | None:
+    """The sentence for torch's error of a full GPU; None for any other. By its name, so that saying it needs no torch."""
+    if type(error).__name__ != "OutOfMemoryError":
+        return None
+    said = "; ".join(
+        " ".join(str(error).split()).split(". ")[:3]
+    )  # behind that torch lists processes and settings
+    return UserError(
+        f"a GPU's memory is too small for this layout ({said}): lower trainer.micro_batch_size or data.sequence_length, set recompute.granularity, or divide the model "
+        "over more GPUs; asft plan says what fits"
+    )
+
+
 def _of_copies(failed: list[Any]) -> UserError | None:
     """`shutil.copytree` says what failed as a list of source, target and words."""
     for _, target, words in failed:

@@ -25,7 +25,7 @@ WATCH_SECONDS = 1.0
 def main(argv: list[str]) -> int:
     """Does the jobs; a `UserError` goes to the file named by ``ASFT_ERROR_FILE`` for the launcher to say once."""
     from asft_nemo.config.schema import from_dict
-    from asft_nemo.errors import UserError, mendable
+    from asft_nemo.errors import UserError, full_gpu, mendable
     from asft_nemo.logs import set_up_logging
     from asft_nemo.train import cache_reference, train, write_logits
 
@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
             logging.getLogger(__name__).error(
                 "rank %s failed:\n%s", os.environ.get("RANK", "0"), traceback.format_exc()
             )
+            if (told := full_gpu(error)) is not None:
+                give_up(told)
             leave(1)
     return 0
 

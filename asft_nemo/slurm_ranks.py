@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from asft_nemo import stop_signal
 from asft_nemo.config.schema import RunConfig
-from asft_nemo.errors import ConfigError, UserError, mendable
+from asft_nemo.errors import ConfigError, UserError, full_gpu, mendable
 from asft_nemo.logs import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,9 @@ def run_rank(run: RunConfig, job: str) -> NoReturn:
             # The collective may have failed because another rank left as asked: this one hears the same in a moment, and leaves like it.
             stop_signal.heard(within=_OTHERS_WAIT)
         _say(f"rank {os.environ.get('RANK')} failed:\n{traceback.format_exc()}")
+        if (told := full_gpu(error)) is not None:
+            _say(str(told))
+            leave(USER_ERROR_EXIT)
         leave(1)
     leave(0)
 
