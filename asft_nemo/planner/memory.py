@@ -15,6 +15,7 @@ from asft_nemo.planner.activations import (
     most_in_flight,
     recomputed_bytes,
 )
+from asft_nemo.planner.host import optimizer_host_bytes
 from asft_nemo.planner.local_attention import shared_buffer_bytes
 from asft_nemo.planner.parameters import Parameters, rank_parameters
 from asft_nemo.planner.precision import ByteWidths, reference_widths
@@ -25,7 +26,6 @@ from asft_nemo.planner.tokens import Tokens
 CHUNK_BYTES = 512 * 2**20
 LEAST_CHUNK_TOKENS = 512
 _ANGLE = 4  # bytes: fp32, `RotaryEmbedding` (megatron-core 0.15.3)
-_HOST_GRADIENT = 4  # bytes: an fp32 copy for the CPUs' Adam (`HybridDeviceOptimizer`, megatron-core 0.15.3)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class StageMemory:
         prepass: what the reference's pass adds for its time, before activations grow.
         in_flight: micro batches' chunks that are alive at once, at most.
         optimizer_host, reference_host: bytes in host memory for each GPU: under `optim.cpu_offload` masters, moments and gradients of a
-            share of the parameters; an offloaded reference.
+            share of the parameters, with what pinned memory loses; an offloaded reference but its head, whose pinned memory loses nothing.
     """
 
     rank: int
@@ -123,7 +123,9 @@ def _stage(
         buffers=_buffers(run, spec, widths, chunks),
         prepass=pass_bytes + (hidden if reads_reference(run) and not keeps_hidden(run) else 0),
         in_flight=most_in_flight([1] * len(chunks), **flight),
-        optimizer_host=moved * (widths.optimizer + _HOST_GRADIENT) // shards,
+        optimizer_host=optimizer_host_bytes(
+            run, spec, chunks, moved=moved, state=widths.optimizer, shards=shards
+        ),
         reference_host=host,
     )
 
@@ -183,7 +185,7 @@ def _reference(
         return held, 0, 0
     # copies in FP8 that are made of wider weights, for the pass, are made again each time
     stored = replace(widths, linear_weight=min(widths.linear_weight, widths.compute))
-    return held, whole - head, weight_bytes(base, chunks, stored)
+    return held, whole - head, weight_bytes(base, chunks, stored) - head
 
 
 def _form(run: RunConfig) -> str:

@@ -88,3 +88,22 @@ def rank_parameters(
         head=vocabulary if head and not shared else 0,
     )
     return Parameters(*(layers * part for part in layer.parts)) + beside
+
+
+def rank_tensors(
+    spec: ModelSpec, peft: PeftConfig, chunks: Iterable[Chunk], *, tp_size: int
+) -> list[tuple[int, int]]:
+    """The trained tensors of one pipeline rank, on one tensor-parallel rank: (numbers, how many there are of them)."""
+    chunks = tuple(chunks)
+    layers, rows = sum(chunk.layers for chunk in chunks), linear_rows(spec)
+    if peft.name == "lora":
+        ends = [end for target in peft.targets for end in rows[target]]
+        return [(peft.rank * end // tp_size, layers) for end in ends]
+    hidden = spec.hidden_size
+    of_layer = [inputs * outputs // tp_size for inputs, outputs in rows.values()] + [hidden, hidden]
+    of_layer += [rows["linear_qkv"][1] // tp_size] if spec.qkv_bias else []
+    of_layer += [spec.head_dim, spec.head_dim] if spec.qk_norm else []
+    embedding, head = any(chunk.embedding for chunk in chunks), any(chunk.head for chunk in chunks)
+    vocabularies = embedding + head - (spec.tie_word_embeddings and embedding and head)
+    beside = [(vocabulary_parameters(spec, tp_size), int(vocabularies)), (hidden, int(head))]
+    return [*((numbers, layers) for numbers in of_layer), *beside]

@@ -23,6 +23,7 @@ from asft_nemo.nemo.simulate.meter import META, AsOnGpu, WithoutData
 from asft_nemo.nemo.simulate.stage import Stage, Traced, build_stage, hidden_states, trace
 from asft_nemo.nemo.simulate.stand_ins import rotary_kernel
 from asft_nemo.nemo.simulate.world import first_rank_of_stage
+from asft_nemo.planner.host import pinned_bytes
 from asft_nemo.planner.time import shape_of
 
 _FP32 = 4
@@ -198,9 +199,10 @@ def _optimizer_bytes(stage: Stage, parameters: Sequence[Tensor]) -> tuple[int, i
         own = [p for group in part.param_groups for p in group["params"]]
         numbers = sum(p.numel() for p in own)
         if isinstance(part.optimizer, HybridDeviceOptimizer):  # its fp32 masters are not those of its groups
-            moved = sum(p.numel() for p in part.optimizer.gpu_params_map_cpu_copy)
-            device += (1 + _MOMENTS) * _FP32 * (numbers - moved)
-            host += (1 + _MOMENTS + 1) * _FP32 * moved  # and a copy of the gradients
+            moved = [p.numel() for p in part.optimizer.gpu_params_map_cpu_copy]
+            device += (1 + _MOMENTS) * _FP32 * (numbers - sum(moved))
+            # and a copy of the gradients, pinned tensor by tensor
+            host += (1 + _MOMENTS) * _FP32 * sum(moved) + sum(pinned_bytes(_FP32 * n) for n in moved)
         else:
             device += _storages([*parameters, *own]) - _storages(parameters) + _MOMENTS * _FP32 * numbers
     return device, host
@@ -223,7 +225,8 @@ def _reference_bytes(stage: Stage, whole: int) -> tuple[int, int]:
     if form == "resident" or filling or not whole:
         return whole, 0
     head = stage.copies["reference"].head()
-    return (0 if head is None else head.nbytes), (whole if form == "offloaded" else 0)
+    stays = 0 if head is None else head.nbytes
+    return stays, (whole - stays if form == "offloaded" else 0)
 
 
 def _reference_hidden(stage: Stage, number: int) -> int:

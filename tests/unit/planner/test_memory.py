@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ def test_what_the_reference_costs(settle) -> None:
         head = 2 * resident.parameters.head
         assert offloaded.reference == cached.reference == head
         assert offloaded.prepass == resident.weights - head
-        assert offloaded.reference_host == resident.weights
+        assert offloaded.reference_host == resident.weights - head
         assert resident.reference_host == cached.reference_host == 0
         # a second model has tables of its own
         assert resident.buffers == offloaded.buffers == 2 * plain.buffers == 2 * cached.buffers
@@ -116,6 +117,26 @@ def test_an_offloaded_reference_of_an_fp8_policy_waits_in_bf16(settle) -> None:
         assert ours.reference_host == wide.reference_host > 0
         copies = ours.prepass - wide.prepass  # of all but the edge layers
         assert 0.9 * ours.parameters.linear < copies <= ours.parameters.linear
+
+
+def test_pinned_gradients_of_offloaded_state_are_powers_of_two(settle) -> None:
+    """Qwen2.5-1.5B in one piece, tensor by tensor: a layer's seven and two norms' worth, the tied embedding, the last norm."""
+    run = settle(optim__distributed=True, optim__cpu_offload=1.0, precision="bf16")
+    spec = published_spec("Qwen/Qwen2.5-1.5B")
+    [stage] = memory_of(run, spec, widths_of(run))
+    layer = [2048 * 1536, 2048, 1536 * 1536, 17_920 * 1536, 8960 * 1536, 1536, 1536]
+    tensors = [*layer * 28, 151_936 * 1536, 1536]
+    assert sum(tensors) == stage.parameters.total
+    pinned = sum(2 ** math.ceil(math.log2(4 * numbers)) for numbers in tensors)
+    assert stage.optimizer_host == 12 * sum(tensors) + pinned
+    assert pinned > 1.1 * 4 * sum(tensors)
+
+
+def test_data_parallel_ranks_share_offloaded_state(settle) -> None:
+    changes = LAYOUT | {"optim__cpu_offload": 0.5}
+    one, two = (stages(settle(**changes, run__world_size=32 * dp))[1] for dp in (1, 2))
+    assert one.optimizer_host == pytest.approx(2 * two.optimizer_host, abs=2)
+    assert 16 < one.optimizer_host / (0.5 * one.parameters.total) < 20
 
 
 def test_attention_that_keeps_its_scores_takes_them_once_more_for_all_layers_and_several_times_in_backward(

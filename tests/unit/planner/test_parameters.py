@@ -6,7 +6,7 @@ import pytest
 
 from asft_nemo.config.schema import ParallelConfig, PeftConfig
 from asft_nemo.model import padded_vocab_size, parameter_count
-from asft_nemo.planner.parameters import layer_parameters, rank_parameters
+from asft_nemo.planner.parameters import layer_parameters, rank_parameters, rank_tensors
 from asft_nemo.planner.published import PUBLISHED, published_spec
 from asft_nemo.planner.stages import pipeline_chunks
 
@@ -45,6 +45,20 @@ def test_ranks_of_72b_as_megatron_builds_them() -> None:
     layout = ParallelConfig(tp_size=8, pp_size=4, vpp_size=5)
     counts = [rank_parameters(spec, FULL, chunks, tp_size=8).total for chunks in pipeline_chunks(layout, 80)]
     assert counts == [2_350_736_384, 2_194_498_560, 2_194_498_560, 2_350_744_576]
+
+
+@pytest.mark.parametrize("peft", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("layout", [ParallelConfig(), ParallelConfig(tp_size=2, pp_size=4)], ids=str)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_trained_tensors_are_the_trained_parameters(
+    name: str, layout: ParallelConfig, peft: PeftConfig
+) -> None:
+    spec = published_spec(name)
+    for chunks in pipeline_chunks(layout, spec.num_layers):
+        counted = rank_parameters(spec, peft, chunks, tp_size=layout.tp_size)
+        tensors = rank_tensors(spec, peft, chunks, tp_size=layout.tp_size)
+        trained = counted.adapters if peft is LORA else counted.total
+        assert sum(numbers * count for numbers, count in tensors) == trained
 
 
 @pytest.mark.parametrize(
