@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from asft_nemo.reference.frozen import FrozenBase, stored_tensors
+from asft_nemo.reference.pinned import PinnedMemory, bytes_of
 from asft_nemo.reference.source import ReferenceBytes
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Parked:
-    """One module's own parameters, as the tensors that hold them, and their copies in host memory.
+    """One module's own parameters, as the bytes of the tensors that hold them, and their copies in host memory, each in one part or more.
 
     The tensors stay what they are and lose their storage: an FP8 weight cannot be given another tensor without being quantised again.
 
@@ -29,18 +30,28 @@ class _Parked:
 
     module: nn.Module
     device: list[Tensor]
-    host: list[Tensor]
+    host: list[list[Tensor]]
     arrived: torch.cuda.Event | None = None
+
+    def fill(self) -> None:
+        """Copies what the device holds to host memory."""
+        for there, here in self._parts():
+            here.copy_(there)
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every part's bytes on the device and in host memory."""
+        for tensor, host in zip(self.device, self.host, strict=True):
+            yield from zip(tensor.split([part.nbytes for part in host]), host, strict=True)
 
     def allocate(self) -> None:
         """Makes room on the device, from the current stream's memory."""
-        for tensor, host in zip(self.device, self.host, strict=True):
-            tensor.untyped_storage().resize_(host.nbytes)
+        for tensor in self.device:
+            tensor.untyped_storage().resize_(tensor.nbytes)
 
     def send(self, stream: torch.cuda.Stream) -> None:
         """Starts the copies to the device on `stream`, the current one."""
-        for tensor, host in zip(self.device, self.host, strict=True):
-            tensor.copy_(host, non_blocking=True)
+        for there, here in self._parts():
+            there.copy_(here, non_blocking=True)
         self.arrived = torch.cuda.Event()
         self.arrived.record(stream)
 
@@ -67,8 +78,8 @@ class OffloadedReference(FrozenBase):
     (`tools/gpu_check.py` measures it; no GPU has yet). The
     head stays on the device (last stage only), for the loss reads it during the step.
 
-    Host memory: 2 (bf16), 4 (fp32) or 1 (FP8) bytes per parameter of this rank. The copies are exact: hidden states equal a resident
-    reference's bit for bit.
+    Host memory: 2 (bf16), 4 (fp32) or 1 (FP8) bytes per parameter of this rank but the head's, rounded up to a page (`PinnedMemory`). The
+    copies are exact: hidden states equal a resident reference's bit for bit.
 
     Args:
         build_chunk, vp_size, weights_dir, dtype: see `FrozenBase`.
@@ -87,7 +98,9 @@ class OffloadedReference(FrozenBase):
         self._head_VH: Tensor | None = last.head_weight() if last.post_process else None
         self._copies = torch.cuda.Stream()
         with torch.no_grad():
-            self._parked = [self._park(module) for module in self._modules()]
+            modules = list(self._modules())
+            self._memory = PinnedMemory(sum(t.nbytes for module in modules for t in self._stored(module)))
+            self._parked = [self._park(module, self._memory) for module in modules]
             for parked in self._parked:
                 parked.leave()
         held = self.held()
@@ -108,14 +121,17 @@ class OffloadedReference(FrozenBase):
         """A module's own parameters without the head, which in a tied model is the embedding."""
         return [p for p in module.parameters(recurse=False) if p is not self._head_VH]
 
-    def _park(self, module: nn.Module) -> _Parked:
-        device = [tensor for parameter in self._own(module) for tensor in stored_tensors(parameter)]
-        if any(tensor.untyped_storage().nbytes() != tensor.nbytes for tensor in device):
+    def _stored(self, module: nn.Module) -> list[Tensor]:
+        return [tensor for parameter in self._own(module) for tensor in stored_tensors(parameter)]
+
+    def _park(self, module: nn.Module, memory: PinnedMemory) -> _Parked:
+        stored = self._stored(module)
+        if any(tensor.untyped_storage().nbytes() != tensor.nbytes for tensor in stored):
             raise RuntimeError(
                 f"a parameter of {type(module).__name__} shares its memory: it cannot be offloaded"
             )
-        host = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t) for t in device]
-        parked = _Parked(module, device, host)
+        parked = _Parked(module, [bytes_of(t) for t in stored], [memory.take(t.nbytes) for t in stored])
+        parked.fill()
         module.register_forward_pre_hook(lambda *_: parked.wait())
         return parked
 
@@ -146,5 +162,4 @@ class OffloadedReference(FrozenBase):
     def held(self) -> ReferenceBytes:
         """See `ReferenceSource.held`."""
         head = 0 if self._head_VH is None else self._head_VH.nbytes
-        host = sum(tensor.nbytes for parked in self._parked for tensor in parked.host)
-        return ReferenceBytes(device=head, host=host)
+        return ReferenceBytes(device=head, host=self._memory.nbytes)

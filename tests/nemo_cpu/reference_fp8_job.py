@@ -124,15 +124,19 @@ def parking() -> dict[str, Any]:
     """A weight that stands for bf16 and holds one byte a number, as Transformer Engine's do, leaves the device and comes back."""
     from asft_nemo.reference.frozen import stored_tensors
     from asft_nemo.reference.offloaded import OffloadedReference
+    from asft_nemo.reference.pinned import PinnedMemory
 
-    raw = torch.randint(0, 255, (16, 32), dtype=torch.uint8)
+    raw = torch.randint(
+        0, 255, (320, 32), dtype=torch.uint8
+    )  # with the bias two pages and a half: two blocks of host memory
     wanted = raw.clone()
-    layer = nn.Linear(32, 16, dtype=torch.bfloat16)
+    layer = nn.Linear(32, 320, dtype=torch.bfloat16)
     layer.weight.get_data_tensors = lambda: (raw, None)  # type: ignore[attr-defined]
     bias = layer.bias.detach().clone()
     reference: Any = object.__new__(OffloadedReference)
     reference._head_VH = None
-    parked = reference._park(layer)
+    memory = PinnedMemory(raw.nbytes + layer.bias.nbytes)
+    parked = reference._park(layer, memory)
     # where Transformer Engine keeps FP8 copies of weights from one micro batch to the next
     layer._fp8_workspaces = {"weight": torch.zeros_like(raw)}  # type: ignore[assignment]
     parked.leave()
@@ -144,7 +148,8 @@ def parking() -> dict[str, Any]:
     parked.wait()
     return {
         "stored_bytes": [sum(t.nbytes for t in stored_tensors(p)) for p in (layer.weight, layer.bias)],
-        "host_bytes": sum(tensor.nbytes for tensor in parked.host),
+        "host_bytes": [[part.nbytes for part in parts] for parts in parked.host],
+        "host_blocks": memory.nbytes,
         "left_on_device": left,
         "back": torch.equal(raw, wanted) and torch.equal(layer.bias, bias),
     }

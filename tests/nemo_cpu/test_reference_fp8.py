@@ -73,7 +73,8 @@ def test_a_base_without_extra_state_loads(found: dict[str, Any]) -> None:
 
 def test_one_byte_a_weight_is_counted_and_moved(found: dict[str, Any]) -> None:
     parking = found["parking"]
-    assert parking["stored_bytes"] == [16 * 32, 2 * 16]
-    assert parking["host_bytes"] == 16 * 32 + 2 * 16
+    assert parking["stored_bytes"] == [320 * 32, 2 * 320]
+    assert parking["host_bytes"] == [[8192, 2048], [640]]
+    assert parking["host_blocks"] == 3 * 4096
     assert parking["left_on_device"] == 0
     assert parking["back"]
