@@ -104,6 +104,25 @@ def on_first_rank(action: Callable[[], Found]) -> Found:
     return told[1]
 
 
+def on_every_rank(action: Callable[[], Found]) -> list[Found]:
+    """Does something on every rank, and returns on each what came of it, by rank. Collective over all ranks.
+
+    Raises:
+        CacheError: what the first rank met that met one, on every rank.
+    """
+    told: list[Any] = [None, None]
+    try:
+        told[1] = action()
+    except CacheError as error:
+        told[0] = str(error)
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, told)
+    for wrong, _ in everyone:
+        if wrong is not None:
+            raise CacheError(wrong)
+    return [found for _, found in everyone]
+
+
 def open_with_room(run: RunConfig, identity: CacheIdentity, data: Prepared) -> list[int]:
     """On one rank: makes or checks the folder, and looks whether what it lacks fits on its disk.
 

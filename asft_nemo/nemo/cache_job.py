@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -27,6 +28,7 @@ from asft_nemo.nemo.build import model_config
 from asft_nemo.nemo.cache import (
     cache_identity,
     layout_of,
+    on_every_rank,
     on_first_rank,
     open_with_room,
     this_place,
@@ -40,7 +42,10 @@ from asft_nemo.nemo.steps import data_step
 from asft_nemo.reference.cache_store import (
     CacheIdentity,
     CacheWriter,
-    repair_cache,
+    RepairReport,
+    begin_repair,
+    end_repair,
+    set_damaged_aside,
 )
 from asft_nemo.reference.cached import store, whole_micro_batch
 from asft_nemo.reference.resident import ResidentReference
@@ -118,12 +123,23 @@ def missing_items(
     return found[dp_rank::dp_size]
 
 
-def _open(run: RunConfig, identity: CacheIdentity, data: Prepared, *, repair: bool) -> list[int]:
-    """On one rank: repairs the cache where asked; then as `open_with_room`."""
-    if repair:
-        report = repair_cache(cache_dir(run), identity, written_by=layout_of(run))
-        logger.info("repair of %s: %s", cache_dir(run), report)
-    return open_with_room(run, identity, data)
+def repair_together(run: RunConfig, identity: CacheIdentity) -> RepairReport:
+    """As `repair_cache`; each rank checks an equal part of the shards, so that none waits long for another. Collective over all ranks.
+
+    Raises:
+        CacheError: as `repair_cache`, on every rank.
+    """
+    directory = cache_dir(run)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    plan = on_first_rank(lambda: begin_repair(directory, identity))
+    progress = _Checked() if rank == 0 else None
+    found = on_every_rank(
+        lambda: set_damaged_aside(directory, identity, plan.shards[rank::ranks], progress=progress)
+    )
+    damaged = sorted(itertools.chain.from_iterable(found), key=lambda shard: shard.path)
+    report = on_first_rank(lambda: end_repair(directory, identity, plan, damaged, written_by=layout_of(run)))
+    logger.info("repair of %s: %s", directory, report)
+    return report
 
 
 def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir: Path, repair: bool) -> None:
@@ -143,8 +159,10 @@ def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir
     at("looking at the cache", may_take_long=True)
     directory = cache_dir(run)
     identity = cache_identity(run, spec=spec, data=data, base_dir=base_dir)
+    if repair:
+        repair_together(run, identity)
     # One look for all: the ranks of a pipeline must compute the same, and another job may finish a shard between two looks.
-    missing = on_first_rank(lambda: _open(run, identity, data, repair=repair))
+    missing = on_first_rank(lambda: open_with_room(run, identity, data))
     place, dp_rank = this_place(run), parallel_state.get_data_parallel_rank()
     items = missing_items(
         data, set(missing), dp_rank=dp_rank, dp_size=parallel_state.get_data_parallel_world_size()
@@ -178,6 +196,20 @@ def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir
     progress.close()
     at("waiting for the others' parts", waits=True)
     torch.distributed.barrier()
+
+
+class _Checked:
+    """A line now and then of how far a repair has come on this rank."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        """See `Progress` of `asft_nemo.reference.cache_repair`."""
+        now = time.monotonic()
+        if now - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = now
+            logger.info("repair: %.1f GB of this rank's %.1f GB are checked", done / 1e9, total / 1e9)
 
 
 class _Progress:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,19 @@ Progress = Callable[[int, int, str], None]  # bytes checked, bytes in all, file
 
 
 @dataclass(frozen=True)
+class RepairPlan:
+    """What a repair has to do.
+
+    Attributes:
+        rewrite_manifest: it is damaged or missing.
+        shards: names of the files to check.
+    """
+
+    rewrite_manifest: bool
+    shards: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class RepairReport:
     """What a repair found and did.
 
@@ -68,7 +83,7 @@ def verify_cache(
         CacheError: no cache, a damaged manifest, another identity, or a shard that cannot be read.
     """
     check_identity(directory, identity)
-    return _damaged_shards(Path(directory), identity, progress)
+    return list(_damaged_among(shard_paths(Path(directory)), identity, progress))
 
 
 def repair_cache(
@@ -80,7 +95,8 @@ def repair_cache(
 ) -> RepairReport:
     """Sets damaged shards aside, rewrites a damaged or missing manifest, and removes partial shards.
 
-    What was lost is then `missing` for a reader. No process may be writing into the cache from another machine.
+    What was lost is then `missing` for a reader. No process may be writing into the cache from another machine. Several processes
+    share the work by `begin_repair` on one of them, `set_damaged_aside` on each for a part of the shards, `end_repair` on one.
 
     Args:
         directory: `reference.cache_dir`.
@@ -89,10 +105,21 @@ def repair_cache(
         progress: called as the bytes are checked.
 
     Raises:
-        CacheError: no cache, or rows of another identity, or the folder cannot be written.
+        CacheError: no cache, or rows of another identity, or a shard cannot be read, or the folder cannot be written. Shards that
+            were found to be damaged before are set aside.
+    """
+    plan = begin_repair(directory, identity)
+    damaged = set_damaged_aside(directory, identity, plan.shards, progress=progress)
+    return end_repair(directory, identity, plan, damaged, written_by=written_by)
+
+
+def begin_repair(directory: str | Path, identity: CacheIdentity) -> RepairPlan:
+    """Looks what there is to check, and changes nothing.
+
+    Raises:
+        CacheError: no cache, or rows of another identity.
     """
     directory = Path(directory)
-    rewrite = False
     try:
         check_identity(directory, identity)
     except DamagedManifest:
@@ -101,38 +128,85 @@ def repair_cache(
         if (directory / MANIFEST_NAME).exists() or not directory.is_dir() or not shard_paths(directory):
             raise
         rewrite = True
-    damaged = _damaged_shards(directory, identity, progress)
-    foreign = [shard for shard in damaged if isinstance(shard, ForeignShard)]
-    if rewrite and foreign:
-        # Without a manifest nothing says whether these rows or this run's settings are the wrong ones.
-        raise CacheError(
-            f"{foreign[0].path}: {foreign[0].reason}: set another reference.cache_dir, or remove this one"
-        )
-    with disk_errors(directory):
-        for shard in damaged:
+    else:
+        rewrite = False
+    paths = shard_paths(directory)
+    for path in paths if rewrite else ():
+        try:
+            read_index(path, identity)
+        except ForeignShard as shard:
+            # Without a manifest nothing says whether these rows or this run's settings are the wrong ones.
+            raise CacheError(
+                f"{path}: {shard.reason}: set another reference.cache_dir, or remove this one"
+            ) from shard
+        except DamagedShard:
+            continue
+    return RepairPlan(rewrite, tuple(path.name for path in paths))
+
+
+def set_damaged_aside(
+    directory: str | Path, identity: CacheIdentity, names: Sequence[str], *, progress: Progress | None = None
+) -> list[DamagedShard]:
+    """Checks these shards, and sets each damaged one aside at once: a repair that is interrupted need not find it again.
+
+    Returns:
+        What was set aside.
+
+    Raises:
+        CacheError: a shard cannot be read, or the folder cannot be written.
+    """
+    directory = Path(directory)
+    damaged: list[DamagedShard] = []
+    for shard in _damaged_among([directory / name for name in names], identity, progress):
+        with disk_errors(directory), contextlib.suppress(FileNotFoundError):
             shard.path.rename(shard.path.with_name(shard.path.name + DAMAGED_SUFFIX))
-            logger.warning("%s: %s; set aside", shard.path, shard.reason)
-        if rewrite:
+        logger.warning("%s: %s; set aside", shard.path, shard.reason)
+        damaged.append(shard)
+    return damaged
+
+
+def end_repair(
+    directory: str | Path,
+    identity: CacheIdentity,
+    plan: RepairPlan,
+    damaged: Sequence[DamagedShard],
+    *,
+    written_by: Mapping[str, Any],
+) -> RepairReport:
+    """Rewrites the manifest where the plan says so, removes partial shards, and makes durable what was done.
+
+    Raises:
+        CacheError: the folder cannot be written.
+    """
+    directory = Path(directory)
+    with disk_errors(directory):
+        if plan.rewrite_manifest:
             write_manifest(directory, identity, written_by=written_by)
         removed = remove_partial_shards(directory)
         sync_directory(directory)
-    return RepairReport(tuple(damaged), rewrite, removed)
+    return RepairReport(tuple(damaged), plan.rewrite_manifest, removed)
 
 
-def _damaged_shards(
-    directory: Path, identity: CacheIdentity, progress: Progress | None
-) -> list[DamagedShard]:
-    paths = shard_paths(directory)
-    sizes = [path.stat().st_size for path in paths]
-    damaged: list[DamagedShard] = []
-    for number, path in enumerate(paths):
+def _damaged_among(
+    paths: Sequence[Path], identity: CacheIdentity, progress: Progress | None
+) -> Iterator[DamagedShard]:
+    """The damaged ones, each as soon as it is found."""
+    sizes = [_size(path) for path in paths]
+    for path, done in zip(paths, itertools.accumulate(sizes), strict=True):
         try:
             _check_rows(read_index(path, identity))
         except DamagedShard as error:
-            damaged.append(error)
+            yield error
         if progress is not None:
-            progress(sum(sizes[: number + 1]), sum(sizes), path.name)
-    return damaged
+            progress(done, sum(sizes), path.name)
+
+
+def _size(path: Path) -> int:
+    """Bytes, for the progress that is shown; of a file that is not there, none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _check_rows(index: ShardIndex) -> None:

@@ -67,6 +67,10 @@ class DamagedShard(CacheError):
         super().__init__(f"{path} is damaged ({reason}): {REPAIR}")
         self.path, self.reason = path, reason
 
+    def __reduce__(self) -> tuple[type[DamagedShard], tuple[Path, str]]:
+        """Ranks tell each other what they found."""
+        return type(self), (self.path, self.reason)
+
 
 class ForeignShard(DamagedShard):
     """A shard of another cache: its header is intact and names other fingerprints."""

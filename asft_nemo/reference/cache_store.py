@@ -26,7 +26,14 @@ from asft_nemo.reference.cache_manifest import (
     require_space,
 )
 from asft_nemo.reference.cache_reader import CacheReader
-from asft_nemo.reference.cache_repair import RepairReport, repair_cache, verify_cache
+from asft_nemo.reference.cache_repair import (
+    RepairReport,
+    begin_repair,
+    end_repair,
+    repair_cache,
+    set_damaged_aside,
+    verify_cache,
+)
 from asft_nemo.reference.cache_shard import DamagedShard
 from asft_nemo.reference.cache_writer import CacheWriter
 
@@ -36,10 +43,13 @@ __all__ = [
     "CacheWriter",
     "DamagedShard",
     "RepairReport",
+    "begin_repair",
     "check_identity",
+    "end_repair",
     "open_or_create",
     "read_manifest",
     "repair_cache",
     "require_space",
+    "set_damaged_aside",
     "verify_cache",
 ]

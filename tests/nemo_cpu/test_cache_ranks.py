@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import make_model_with_tokenizer
 from ranks import RankGroup
 from real_runs import settings_of
 from safetensors.numpy import load_file
+
+from asft_nemo.reference.cache_shard import HEADER_BYTES
+from asft_nemo.reference.cache_store import CacheIdentity, CacheReader, CacheWriter, open_or_create
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -75,3 +80,77 @@ def test_a_first_epoch_that_would_fill_the_disk_does_not_begin(
     assert re.search(r"/cache needs .* GB more where 1e-06 GB are free: make room, or set ref", said.pop())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert not rows(tmp_path / "cache")
+
+
+IDENTITY = CacheIdentity(
+    base="b",
+    tokenizer="t",
+    template="x",
+    data="d",
+    sequence_length=16,
+    hidden_size=8,
+    vocab_size=10,
+    num_samples=8,
+    dtype="bf16",
+    precision="bf16",
+)
+
+
+def made_up_cache(directory: Path) -> list[Path]:
+    """Eight examples, each in a shard of its own, which are returned; in the third and the sixth a byte is wrong."""
+    open_or_create(directory, IDENTITY, written_by={})
+    with CacheWriter(directory, 0, IDENTITY, shard_bytes=1) as writer:
+        for sample in range(8):
+            writer.add(sample, [0, 1], torch.full((2, 8), sample, dtype=torch.bfloat16))
+    shards = sorted(directory.glob("rows-*.safetensors"))
+    for shard in (shards[2], shards[5]):
+        raw = bytearray(shard.read_bytes())
+        raw[HEADER_BYTES] ^= 1
+        shard.write_bytes(raw)
+    return shards
+
+
+def test_every_rank_checks_a_part_of_a_cache_that_is_repaired(ranks2: RankGroup, tmp_path: Path) -> None:
+    """Alone, one rank would keep the others waiting for longer than they do where a cache is large."""
+    given = {"identity": asdict(IDENTITY), "settings": settings_of_repair(tmp_path / "cache")}
+    shards = made_up_cache(tmp_path / "cache")
+    names = [shard.name for shard in shards]
+    (tmp_path / "cache" / "manifest.json").write_text("")
+    said = "the checksum of sample {}, token offset 0 does not match"
+    found = ranks2.run("cache_jobs:repair", timeout=60, **given)
+    assert found[0]["checked"] == [*names, *names[0::2]]  # all for whose they are, as there is no manifest
+    assert found[1]["checked"] == names[1::2]
+    for one in found:
+        assert one["damaged"] == [[names[2], said.format(2)], [names[5], said.format(5)]]
+        assert one["rewritten"]
+    left = {path.name for path in (tmp_path / "cache").glob("rows-*")}
+    aside = {f"{names[2]}.damaged", f"{names[5]}.damaged"}
+    assert left == {*names, *aside} - {names[2], names[5]}
+    with CacheReader(tmp_path / "cache", IDENTITY) as reader:
+        assert reader.missing(list(range(8))) == [2, 5]
+
+
+def test_a_repair_that_one_rank_cannot_go_on_with_keeps_what_it_found(
+    ranks2: RankGroup, tmp_path: Path
+) -> None:
+    """All ranks say the same, and the next repair has less to do."""
+    given = {"identity": asdict(IDENTITY), "settings": settings_of_repair(tmp_path / "cache")}
+    shards = made_up_cache(tmp_path / "cache")
+    found = ranks2.run("cache_jobs:repair", timeout=60, refused=shards[7].name, **given)
+    (said,) = {one["said"] for one in found}
+    assert re.search(rf"{shards[7]} cannot be read \(Input/output error\), which says nothing", said)
+    assert [shard.exists() for shard in shards] == [number not in (2, 5) for number in range(8)]
+    for one in ranks2.run("cache_jobs:repair", timeout=60, **given):
+        assert one["damaged"] == []
+        assert len(one["checked"]) == 3
+
+
+def settings_of_repair(cache: Path) -> dict[str, Any]:
+    """Of two ranks; no model is read."""
+    return {
+        **settings_of(cache / "no model", cache / "no run"),
+        "run.world_size": 2,
+        "parallel.tp_size": 1,
+        "parallel.pp_size": 1,
+        "reference.cache_dir": str(cache),
+    }

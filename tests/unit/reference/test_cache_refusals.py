@@ -4,6 +4,7 @@ import errno
 import gc
 import io
 import os
+import pickle
 import resource
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cache_cases import (
     WRITTEN_BY,
     add,
     check_prefix,
+    flip,
     hidden,
     in_child,
     make,
@@ -175,3 +177,24 @@ def test_a_folder_that_cannot_be_synced_closes_no_other_file(tmp_path, monkeypat
     os.close(others[0])
     writer.close()
     assert check_prefix(tmp_path) == {1}
+
+
+def test_a_repair_that_is_interrupted_keeps_what_it_did(tmp_path, monkeypatch):
+    make(tmp_path, [1, 2, 4], shard_bytes=1)
+    first, last = shards(tmp_path)[0], shards(tmp_path)[2]
+    flip(first, cache_shard.HEADER_BYTES)
+    with monkeypatch.context() as patch:
+        _refuse(patch, last, errno.EIO, call=1)
+        with pytest.raises(CacheError, match=f"^{last} cannot be read"):
+            repair_cache(tmp_path, IDENTITY, written_by=WRITTEN_BY)
+    assert first.with_name(first.name + ".damaged").is_file()
+    assert repair_cache(tmp_path, IDENTITY, written_by=WRITTEN_BY).damaged == ()
+    assert check_prefix(tmp_path) == {2, 4}
+
+
+@pytest.mark.parametrize("kind", [DamagedShard, cache_shard.ForeignShard])
+def test_what_one_rank_finds_can_be_told_to_another(kind):
+    told = pickle.loads(pickle.dumps(kind(Path("/cache/rows"), "it is gone")))
+    assert type(told) is kind
+    assert (told.path, told.reason) == (Path("/cache/rows"), "it is gone")
+    assert str(told) == str(kind(Path("/cache/rows"), "it is gone"))
