@@ -74,17 +74,28 @@ def mendable(error: OSError) -> UserError | None:
     return UserError(f"{where} ({error.strerror}): {cure}")
 
 
-def full_gpu(error: Exception) -> UserError | None:
-    """The sentence for torch's error of a full GPU; None for any other. By its name, so that saying it needs no torch."""
+_LESS_MEMORY = {
+    "train": "lower trainer.micro_batch_size or data.sequence_length, set recompute.granularity, or divide the model over more GPUs; asft plan says what fits",
+    # neither other lengths, of which the cache would be another one, nor recomputing: nothing is kept for backward
+    "cache": "lower reference.micro_batch_size (or trainer.micro_batch_size where it is not set), or divide the model over more GPUs",
+    "logits": "divide the model over more GPUs",
+}
+
+
+def full_gpu(error: Exception, *, job: str) -> UserError | None:
+    """The sentence for torch's error of a full GPU; None for any other. By its name, so that saying it needs no torch.
+
+    Args:
+        error: what ended the job.
+        job: ``train``, ``cache``, ``repair`` or ``logits``.
+    """
     if type(error).__name__ != "OutOfMemoryError":
         return None
     said = "; ".join(
         " ".join(str(error).split()).split(". ")[:3]
     )  # behind that torch lists processes and settings
-    return UserError(
-        f"a GPU's memory is too small for this layout ({said}): lower trainer.micro_batch_size or data.sequence_length, set recompute.granularity, or divide the model "
-        "over more GPUs; asft plan says what fits"
-    )
+    cure = _LESS_MEMORY["cache" if job == "repair" else job]
+    return UserError(f"a GPU's memory is too small for this layout ({said}): {cure}")
 
 
 def _of_copies(failed: list[Any]) -> UserError | None:

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
             logging.getLogger(__name__).error(
                 "rank %s failed:\n%s", os.environ.get("RANK", "0"), traceback.format_exc()
             )
-            if (told := full_gpu(error)) is not None:
+            if (told := full_gpu(error, job=job["job"])) is not None:
                 give_up(told)
             leave(1)
     return 0

@@ -67,7 +67,7 @@ def run_rank(run: RunConfig, job: str) -> NoReturn:
             # The collective may have failed because another rank left as asked: this one hears the same in a moment, and leaves like it.
             stop_signal.heard(within=_OTHERS_WAIT)
         _say(f"rank {os.environ.get('RANK')} failed:\n{traceback.format_exc()}")
-        if (told := full_gpu(error)) is not None:
+        if (told := full_gpu(error, job=job)) is not None:
             _say(str(told))
             leave(USER_ERROR_EXIT)
         leave(1)

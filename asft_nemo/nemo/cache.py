@@ -123,8 +123,14 @@ def on_every_rank(action: Callable[[], Found]) -> list[Found]:
     return [found for _, found in everyone]
 
 
-def open_with_room(run: RunConfig, identity: CacheIdentity, data: Prepared) -> list[int]:
+def open_with_room(
+    run: RunConfig, identity: CacheIdentity, data: Prepared, *, share: float = 1.0
+) -> list[int]:
     """On one rank: makes or checks the folder, and looks whether what it lacks fits on its disk.
+
+    Args:
+        run, identity, data: settings, what the cache is valid for, examples.
+        share: of the training examples that will be stored.
 
     Returns:
         The examples that are not stored.
@@ -136,11 +142,16 @@ def open_with_room(run: RunConfig, identity: CacheIdentity, data: Prepared) -> l
     open_or_create(directory, identity, written_by=layout_of(run))
     with CacheReader(directory, identity) as reader:
         missing = reader.missing(all_sample_ids(data))
-    rows = [
-        dataset.learned_tokens(missing) for dataset in (data.train, data.validation) if dataset is not None
-    ]
-    require_space(directory, identity, rows=sum(rows))
+    rows = share * data.train.learned_tokens(missing)
+    if data.validation is not None:
+        rows += data.validation.learned_tokens(missing)
+    require_space(directory, identity, rows=int(rows))
     return missing
+
+
+def first_epochs_share(run: RunConfig, data: Prepared) -> float:
+    """Of the training examples, those that a run comes by in its first epoch: fewer than all where it is shorter."""
+    return min(1.0, data.max_steps * run.trainer.global_batch_size / len(data.train))
 
 
 def _cached(run: RunConfig, spec: ModelSpec, identity: CacheIdentity, base_dir: Path) -> CachedReference:
@@ -191,7 +202,7 @@ def filling_reference(
         CacheError: the folder holds another cache, cannot be written, or is too small.
     """
     identity = cache_identity(run, spec=spec, data=data, base_dir=base_dir)
-    on_first_rank(lambda: open_with_room(run, identity, data))
+    on_first_rank(lambda: open_with_room(run, identity, data, share=first_epochs_share(run, data)))
     cached = _cached(run, spec, identity, base_dir)
     dp_rank = parallel_state.get_data_parallel_rank()
     writer = CacheWriter(cache_dir(run), dp_rank, identity) if writes(cached.place) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,7 +94,7 @@ def repair_cache(
 ) -> RepairReport:
     """Sets damaged shards aside, rewrites a damaged or missing manifest, and removes partial shards.
 
-    What was lost is then `missing` for a reader. No process may be writing into the cache from another machine. Several processes
+    What was lost is then `missing` for a reader. Several processes
     share the work by `begin_repair` on one of them, `set_damaged_aside` on each for a part of the shards, `end_repair` on one.
 
     Args:
@@ -158,8 +157,12 @@ def set_damaged_aside(
     directory = Path(directory)
     damaged: list[DamagedShard] = []
     for shard in _damaged_among([directory / name for name in names], identity, progress):
-        with disk_errors(directory), contextlib.suppress(FileNotFoundError):
-            shard.path.rename(shard.path.with_name(shard.path.name + DAMAGED_SUFFIX))
+        with disk_errors(directory):
+            try:
+                shard.path.rename(shard.path.with_name(shard.path.name + DAMAGED_SUFFIX))
+            except FileNotFoundError:
+                logger.warning("%s has gone meanwhile", shard.path)
+                continue
         logger.warning("%s: %s; set aside", shard.path, shard.reason)
         damaged.append(shard)
     return damaged

@@ -7,15 +7,20 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from jobs import run_config
 from models import make_model_with_tokenizer
 from ranks import RankGroup
 from real_runs import settings_of
 from safetensors.numpy import load_file
 
+from asft_nemo.errors import CacheError
+from asft_nemo.nemo.cache import first_epochs_share, open_with_room
 from asft_nemo.reference.cache_shard import HEADER_BYTES
 from asft_nemo.reference.cache_store import CacheIdentity, CacheReader, CacheWriter, open_or_create
 
@@ -100,6 +105,28 @@ def test_a_first_epoch_that_would_fill_the_disk_does_not_begin(
     assert re.search(r"/cache needs .* GB more where 1e-06 GB are free: make room, or set ref", said.pop())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert not rows(tmp_path / "cache")
+
+
+def test_a_run_shorter_than_an_epoch_asks_for_the_room_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_config(settings_of_repair(tmp_path / "cache") | {"trainer.global_batch_size": 2})
+    rows = SimpleNamespace(sample_ids=np.arange(8), learned_tokens=lambda ids: 1000 * len(ids))
+    data: Any = SimpleNamespace(train=rows, validation=None)
+    half = 4000 * (IDENTITY.row_bytes + 4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=half))
+    with pytest.raises(CacheError, match="make room"):
+        open_with_room(run, IDENTITY, data)
+    assert len(open_with_room(run, IDENTITY, data, share=0.5)) == 8
+    with pytest.raises(CacheError, match="make room"):
+        open_with_room(run, IDENTITY, data, share=0.51)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(1, 0.25), (3, 0.75), (4, 1.0), (100, 1.0)])
+def test_what_a_first_epoch_comes_by(steps: int, share: float, tmp_path: Path) -> None:
+    run = run_config(settings_of_repair(tmp_path) | {"trainer.global_batch_size": 2})
+    data: Any = SimpleNamespace(train=range(8), max_steps=steps)
+    assert first_epochs_share(run, data) == share
 
 
 IDENTITY = CacheIdentity(

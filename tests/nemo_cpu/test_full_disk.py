@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,18 +33,6 @@ def test_another_failure_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     room(monkeypatch, 1 << 40)
     with pytest.raises(RuntimeError, match="unexpected pos"), full_disk_named(tmp_path / "partial_step_3"):
         raise RuntimeError("unexpected pos")
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty file system of its own, in memory."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "asft-tests", str(folder)], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no right to mount a file system: {made.stderr}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")

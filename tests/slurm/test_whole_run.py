@@ -35,9 +35,10 @@ def test_a_run_that_is_stopped_and_killed_has_the_numbers_of_one_that_is_not(
     sandbox.asft("launch", *mine, "trainer.checkpoint_every=2", "--stages=train,export")
     job = sandbox.jobs(folder)["train"]
 
+    sandbox.wait_for("rank 3", folder, lambda: len(_rank_3(folder)) == 1)
+    (held,) = _rank_3(folder)
     writing = folder / "checkpoints" / "partial_step_2"
-    sandbox.wait_for("a checkpoint that is being written", folder, writing.exists, pause=0.02)
-    held = _a_rank(folder)
+    sandbox.wait_for("a checkpoint that is being written", folder, writing.exists, pause=0.01)
     os.kill(
         held, signal.SIGSTOP
     )  # no checkpoint is whole without all ranks: the signals come while it is being written
@@ -53,7 +54,8 @@ def test_a_run_that_is_stopped_and_killed_has_the_numbers_of_one_that_is_not(
     assert [path.name for path in folder.glob("checkpoints/*step_*")] == ["step_2"]
 
     sandbox.wait_for_step(folder, 3)
-    os.kill(_a_rank(folder), signal.SIGKILL)
+    (rank,) = _rank_3(folder)
+    os.kill(rank, signal.SIGKILL)
     states = sandbox.wait(folder)
     assert attempts(sandbox, job) == ["REQUEUED", "FAILED"]  # and does not come back
     assert states["export"]["state"] == "CANCELLED"  # it would wait for ever
@@ -87,8 +89,8 @@ def attempts(sandbox: Cluster, job: str) -> list[str]:
     return sandbox.run("sacct", "-X", "-n", "-P", "-D", "-j", job, "-o", "State").stdout.split()
 
 
-def _a_rank(folder: Path) -> int:
-    """The process of a rank other than rank 0 of the run; its helpers are forks of it, with its command and environment."""
+def _rank_3(folder: Path) -> list[int]:
+    """The process of the run's last rank where it runs; its helpers are forks of it, with its command and environment."""
     found: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -100,5 +102,4 @@ def _a_rank(folder: Path) -> int:
         mine = str(settings_file(folder)).encode() in command
         if mine and b"train" in command and b"SLURM_PROCID=3" in variables:
             found[int(entry.name)] = parent
-    (rank,) = [pid for pid, parent in found.items() if parent not in found]
-    return rank
+    return [pid for pid, parent in found.items() if parent not in found]

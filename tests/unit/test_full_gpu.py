@@ -44,8 +44,16 @@ def full(*_: Any) -> NoReturn:
 
 
 def test_only_a_full_gpu_is_one() -> None:
-    assert str(full_gpu(torch.OutOfMemoryError(FULL))) == SENTENCE
-    assert full_gpu(RuntimeError("size mismatch")) is None
+    assert str(full_gpu(torch.OutOfMemoryError(FULL), job="train")) == SENTENCE
+    assert full_gpu(RuntimeError("size mismatch"), job="train") is None
+
+
+@pytest.mark.parametrize("job", ["cache", "repair"])
+def test_a_cache_is_given_no_cure_that_would_make_it_another_one(job: str) -> None:
+    said = str(full_gpu(torch.OutOfMemoryError(FULL), job=job))
+    assert said.endswith(
+        "): lower reference.micro_batch_size (or trainer.micro_batch_size where it is not set), or divide the model over more GPUs"
+    )
 
 
 @pytest.mark.timeout(120)

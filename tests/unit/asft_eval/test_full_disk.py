@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +19,6 @@ pytestmark = pytest.mark.usefixtures("keep_logging_and_warnings")
 FULL = Path("/dev/full")  # every write fails as on a full disk
 PAGE = os.sysconf("SC_PAGE_SIZE")  # what each file takes at least
 ROW = {"request": "1", "completion": "an answer"}
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty file system of its own, in memory."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "asft-tests", str(folder)], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"no right to mount a file system: {made.stderr}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def become(disk: Path, nbytes: int) -> None:
