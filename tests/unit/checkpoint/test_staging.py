@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from asft_nemo.checkpoint.staging import staged_directory
+from asft_nemo.checkpoint.staging import staged_directory, sync_small_files
 from asft_nemo.errors import CheckpointError
 
 
@@ -109,3 +109,20 @@ def test_a_writer_that_another_overtakes_is_refused_with_the_same_words(tmp_path
         with staged_directory(tmp_path / "out", needed_bytes=0):
             pytest.fail("it has no lock")
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_small_files_and_every_name_reach_the_disk(tmp_path, monkeypatch):
+    for name in ("weights/0.distcp", "weights/.metadata", "context/deep/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    )
+    sync_small_files(tmp_path, but=".distcp")
+    files, folders = (
+        ["weights/.metadata", "context/deep/config.json"],
+        ["weights", "context/deep", "context", ""],
+    )
+    assert sorted(synced) == sorted(str(tmp_path / name).rstrip("/") for name in files + folders)
+    assert synced[-1] == str(tmp_path), "the names of what lies deeper come first"
