@@ -265,7 +265,7 @@ def build(run: RunConfig, *, spec: ModelSpec, base_dir: Path, data: Prepared, re
         plugins=precision_plugin(run.precision),
         callbacks=[
             HangCallback(),
-            SameStart(resume),
+            SameStart(resume, data),
             *adapters,
             *switches.tensor_overlap(run),
             prepass,

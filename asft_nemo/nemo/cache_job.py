@@ -38,6 +38,7 @@ from asft_nemo.nemo.compat import end_groups
 from asft_nemo.nemo.gpt_model import AnchoredGPTConfig
 from asft_nemo.nemo.precision import precision_plugin, precision_row, reference_precision
 from asft_nemo.nemo.references import alike, reference_config
+from asft_nemo.nemo.start import check_same_data
 from asft_nemo.nemo.steps import data_step
 from asft_nemo.reference.cache_store import (
     CacheIdentity,
@@ -154,8 +155,10 @@ def cache_reference(run: RunConfig, *, spec: ModelSpec, data: Prepared, base_dir
 
     Raises:
         CacheError: the folder holds another cache or a damaged one, cannot be written, or is too small.
+        DataError: other ranks prepared other data.
     """
     start_ranks(run)
+    check_same_data(data)
     at("looking at the cache", may_take_long=True)
     directory = cache_dir(run)
     identity = cache_identity(run, spec=spec, data=data, base_dir=base_dir)

@@ -44,6 +44,8 @@ def write_cache(settings: dict[str, Any], *, valid: list[int], size: int) -> Non
     os.environ.pop("ASFT_LAUNCHER_PID", None)
     run = run_config(settings)
     base_dir = base_checkpoint(run)
-    data: Any = SimpleNamespace(train=examples(run, size, valid), validation=None)
+    data: Any = SimpleNamespace(
+        train=examples(run, size, valid), validation=None, max_steps=1, fingerprint="random tokens"
+    )
     spec = read_model_spec(base_dir / "context" / "hf")
     cache_job.cache_reference(run, spec=spec, data=data, base_dir=base_dir, repair=False)

@@ -131,6 +131,7 @@ def fit(
         train=examples(run, size, valid),
         validation=examples(run, validation, valid) if validation else None,
         max_steps=run.trainer.max_steps,
+        fingerprint="random tokens",
     )
     parts = build(
         run,
@@ -350,3 +351,27 @@ def refusal(settings: dict[str, Any]) -> str:
     except UserError as error:
         return str(error)
     raise AssertionError("the run was not refused")
+
+
+def with_own_data(settings: dict[str, Any], *, files: list[str], job: str) -> str:
+    """Each rank has its own file of examples, as machines without a common file system have; what the job is refused with, if it is.
+
+    Args:
+        files: of the ranks.
+        job: ``train`` or ``cache``.
+    """
+    import os
+
+    from asft_nemo.errors import DataError
+    from asft_nemo.train import cache_reference
+
+    own = {**settings, "data.train": [files[int(os.environ["RANK"])]]}
+    try:
+        if job == "train":
+            train_itself(own)
+        else:
+            os.environ.pop("ASFT_LAUNCHER_PID", None)
+            cache_reference(run_config(own), repair=False)
+    except DataError as error:
+        return str(error)
+    return ""
