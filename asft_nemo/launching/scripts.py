@@ -40,7 +40,7 @@ def stage_script(
             "export ASFT_SLURM_RANKS=1",
             f"export ASFT_STOP_FILE={stop_file(folder)}",
         ]
-    lines += [f"cd {shlex.quote(str(folder))}", *_exports(cluster, variables or {}), *cluster.setup]
+    lines += [f"cd {shlex.quote(str(folder))}", *_exports(cluster, variables or {}), *_setup(cluster)]
     if cluster.executor == "local":
         return "\n".join([*lines, *_local(stage, folder)]) + "\n"
     return "\n".join([*lines, *stage.lines]) + "\n"
@@ -50,6 +50,11 @@ def _exports(cluster: ClusterConfig, variables: Mapping[str, Path]) -> list[str]
     listed = {name: value for name, _, value in (entry.partition("=") for entry in cluster.env)}
     pairs = {name: str(folder) for name, folder in variables.items()} | listed
     return [f"export {name}={shlex.quote(value)}" for name, value in pairs.items()]
+
+
+def _setup(cluster: ClusterConfig) -> Sequence[str]:
+    """Lines of the cluster's own. What they source seldom bears `-u`; one that fails ends the stage all the same."""
+    return ("set +u", *cluster.setup, "set -u") if cluster.setup else ()
 
 
 def done_file(folder: Path, stage: str) -> Path:
