@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from asft_nemo.checkpoint.adapters import ADAPTER_FILE, AdapterDescription
 from asft_nemo.checkpoint.base_weights import nemo_base_sample
+from asft_nemo.checkpoint.dist_metadata import read_metadata
 from asft_nemo.checkpoint.seal import write_seal
 from asft_nemo.checkpoint.staging import sync_directory, sync_small_files
 from asft_nemo.errors import CheckpointError
@@ -22,6 +24,8 @@ from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.run_dir import point_at
 
 _FULL_BYTES = 16 << 20  # what the writers of several ranks may leave of a disk that they filled
+_HIDDEN_SECONDS = 60.0  # how long a network file system may not show what another machine has written: NFS's longest, unless told otherwise
+_LOOK_SECONDS = 1.0
 
 
 @contextlib.contextmanager
@@ -41,6 +45,36 @@ def full_disk_named(partial: Path) -> Iterator[None]:
             f"{partial} cannot be written, for that disk is full ({free} bytes are free): make room, then go on from the checkpoint before it "
             "with trainer.resume=must"
         ) from error
+
+
+def check_all_there(partial: Path, run_dir: Path) -> None:
+    """Waits until this machine sees every file of tensors that some rank has written, in full.
+
+    Where machines do not share the run's folder each writes into its own, nobody fails, and the first rank's is short of the others' files.
+
+    Raises:
+        CheckpointError: a minute later some are still not there.
+    """
+    ends: dict[Path, int] = {}
+    for metadata in partial.rglob(".metadata"):  # of the weights, and of a snapshot
+        for place in read_metadata(metadata.parent).storage_data.values():
+            file = metadata.parent / place.relative_path
+            ends[file] = max(ends.get(file, 0), place.offset + place.length)
+    until = time.monotonic() + _HIDDEN_SECONDS
+    while missing := [file for file, end in ends.items() if not _holds(file, end)]:
+        if time.monotonic() > until:
+            raise CheckpointError(
+                f"{partial} is not a whole checkpoint, and the one before it stays: {len(missing)} of {len(ends)} files that ranks wrote are not "
+                f"in run.dir={run_dir} on the first rank's machine: put run.dir on a file system that all machines share"
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
+def _holds(file: Path, nbytes: int) -> bool:
+    try:
+        return file.stat().st_size >= nbytes
+    except FileNotFoundError:
+        return False
 
 
 class CheckpointCallback(Callback):
@@ -120,7 +154,12 @@ class CheckpointCallback(Callback):
         trainer.strategy.barrier()
 
     def _finish(self, partial: Path) -> None:
-        """What one rank adds to the weights, and the seal; afterwards all of it is on the disk."""
+        """What one rank adds to the weights, and the seal; afterwards all of it is on the disk.
+
+        Raises:
+            CheckpointError: as `check_all_there`; the launcher then ends the other ranks, which wait.
+        """
+        check_all_there(partial, self.dir.parent)
         shutil.copytree(self.base_dir / "context", partial / "context")
         shutil.copy(self.dir.parent / "run.json", partial / "context" / "run.json")
         if self.adapters is not None:

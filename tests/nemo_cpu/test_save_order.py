@@ -1,15 +1,21 @@
-"""In which order a checkpoint reaches the disk: a machine that loses its power at any moment has a whole checkpoint under `latest`."""
+"""In which order a checkpoint reaches the disk, and that a part of one takes nobody's place: whatever happens, `latest` is a whole one."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed import checkpoint as dcp
 
+from asft_nemo.errors import CheckpointError
+from asft_nemo.nemo import checkpoints
 from asft_nemo.nemo.checkpoints import CheckpointCallback
 from asft_nemo.nemo.keep import Keep
 
@@ -63,14 +69,28 @@ def run_dir(tmp_path: Path) -> Path:
     return run
 
 
-def save(run_dir: Path) -> None:
+def save(run_dir: Path, *, afterwards: Callable[[Path], object] = lambda partial: None) -> None:
+    """Saves step 2.
+
+    Args:
+        run_dir: has the checkpoint of step 1.
+        afterwards: happens to the folder once its tensors are written.
+    """
+
     def save_checkpoint(partial: str) -> None:
         weights = Path(partial) / "weights"
-        weights.mkdir()
-        (weights / "__0_0.distcp").write_bytes(b"synced by Megatron's writer")
-        (weights / "common.pt").write_bytes(b"and this one is not")
+        write(weights)
+        (weights / "common.pt").write_bytes(b"torch's writer syncs the other two, and not this one")
 
-    nothing = SimpleNamespace(finish_writing=lambda: None, save_snapshot=lambda partial: None)
+    def write(folder: Path) -> None:
+        writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, thread_count=2)
+        dcp.save({"a": torch.ones(3), "b": torch.ones(5)}, storage_writer=writer, no_dist=True)
+
+    def save_snapshot(partial: Path) -> None:
+        write(partial / "old_policy")
+        afterwards(partial)
+
+    nothing = SimpleNamespace(finish_writing=lambda: None, save_snapshot=save_snapshot)
     saver = CheckpointCallback(
         run_dir,
         run_dir.parent / "base",
@@ -92,9 +112,9 @@ def test_all_of_it_is_on_the_disk_before_latest_moves(run_dir: Path, monkeypatch
     save(run_dir)
     step = run_dir / "checkpoints" / "step_2"
     files = {path.name for path in step.rglob("*") if path.is_file() and path.suffix != ".distcp"}
-    assert files == {"common.pt", "tokenizer.json", "model.yaml", "run.json", "seal.json"}
+    assert files == {".metadata", "common.pt", "tokenizer.json", "model.yaml", "run.json", "seal.json"}
     folders = {path.name for path in step.rglob("*") if path.is_dir()} | {"partial_step_2"}
-    assert folders == {"weights", "context", "nemo_tokenizer", "partial_step_2"}
+    assert folders == {"weights", "old_policy", "context", "nemo_tokenizer", "partial_step_2"}
     assert {("synced", name) for name in files | folders} <= set(disk.before(("moved", "step_2")))
     between = disk.after(("moved", "step_2"))
     assert between.index(("synced", "checkpoints")) < between.index(("moved", "latest"))
@@ -112,3 +132,56 @@ def test_latest_is_on_the_disk_before_the_one_before_it_goes(
     assert gone
     assert later.index(("synced", "checkpoints")) < later.index(gone[0])
     assert not [event for event in disk.before(("moved", "latest")) if "step_1" in event[1]]
+
+
+def shards(partial: Path) -> list[Path]:
+    found = sorted(partial.glob("weights/*.distcp"))
+    assert len(found) == 2
+    return found
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda partial: shards(partial)[1].unlink(),
+        lambda partial: cut(shards(partial)[0]),
+        lambda partial: next(partial.glob("old_policy/*.distcp")).unlink(),
+    ],
+    ids=["a file", "the end of one", "of a snapshot"],
+)
+def test_what_lacks_other_ranks_files_is_no_checkpoint(
+    loss: Callable[[Path], None], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines with a folder each: what the second wrote is not in the first one's."""
+    monkeypatch.setattr(checkpoints, "_HIDDEN_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoints, "_LOOK_SECONDS", 0.02)
+    said = rf"stays: 1 of 4 files that ranks wrote are not in run.dir={run_dir} on .* that all machines share"
+    with pytest.raises(CheckpointError, match=said):
+        save(run_dir, afterwards=loss)
+    folder = run_dir / "checkpoints"
+    assert os.readlink(folder / "latest") == "step_1"
+    assert {path.name for path in folder.iterdir()} == {"latest", "step_1", "partial_step_2"}
+    assert not (folder / "partial_step_2" / "seal.json").exists()
+
+
+def test_a_file_that_shows_late_is_waited_for(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network file system may show one that another machine has written."""
+    monkeypatch.setattr(checkpoints, "_LOOK_SECONDS", 0.02)
+    shown: list[threading.Timer] = []
+
+    def hide(partial: Path) -> None:
+        file = shards(partial)[0]
+        hidden = run_dir / file.name
+        file.rename(hidden)
+        shown.append(threading.Timer(0.3, hidden.rename, [file]))
+        shown[0].start()
+
+    save(run_dir, afterwards=hide)
+    shown[0].join()
+    step = run_dir / "checkpoints" / "latest"
+    assert os.readlink(step) == "step_2"
+    assert len(shards(step.resolve())) == 2
