@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from asft_nemo.losses import VocabShard
 from asft_nemo.nemo.head import LossHead, LossInputs, LossSpec
 from asft_nemo.nemo.layer_spec import layer_spec
-from asft_nemo.nemo.lora import AdapterSpec, add_adapters, checkpointed
+from asft_nemo.nemo.lora import AdapterSpec, add_adapters, only_adapters
 from asft_nemo.nemo.loss_reduction import TokenLossReduction
 from asft_nemo.nemo.steps import data_step, forward_step
 from asft_nemo.objectives import Objective, objective
@@ -37,6 +37,7 @@ class AnchoredGPTModel(MegatronGPTModel):
     def __init__(self, *args: Any, loss_spec: LossSpec, returns_hidden: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.loss_spec = loss_spec
+        self.adapted = False
         self.returns_hidden = returns_hidden
         if self.post_process:
             # Same parameters, flags and hooks as Megatron built them; only forward is ours.
@@ -50,8 +51,9 @@ class AnchoredGPTModel(MegatronGPTModel):
         return weight
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What a checkpoint holds of this chunk: with adapters these alone, for the frozen base is where it came from."""
-        return checkpointed(super().sharded_state_dict(*args, **kwargs))
+        """What a checkpoint holds of this chunk: with adapters these alone, also where it has none, for want of layers."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        return only_adapters(state) if self.adapted else state
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Any = None, **kwargs: Any):
         if not self.post_process:
@@ -131,6 +133,7 @@ class AnchoredGPTConfig(GPTConfig):
         chunk = self.build_chunk(vp_stage=vp_stage, pre_process=pre_process, post_process=post_process)
         if self.adapters is not None:
             add_adapters(chunk, self.adapters)
+            chunk.adapted = True
             if self._recomputes_parameters() and chunk.pre_process:
                 chunk.embedding.register_forward_hook(_with_gradient)
         return chunk

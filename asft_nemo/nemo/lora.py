@@ -133,10 +133,9 @@ def adapters_off(chunks: Sequence[nn.Module]) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def checkpointed(state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds of a chunk's sharded state: the adapters alone where there are any, else everything."""
-    adapters = {key: value for key, value in state.items() if _ADAPTER in key}
-    return adapters or state
+def only_adapters(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds of the sharded state of a chunk with adapters, for the frozen base is where it came from."""
+    return {key: value for key, value in state.items() if _ADAPTER in key}
 
 
 def load_weights(chunks: Sequence[MegatronGPTModel], weights_dir: Path, *, adapters: bool) -> None:

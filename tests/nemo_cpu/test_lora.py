@@ -11,7 +11,7 @@ import torch
 from gradients import BATCH, BOUND, LAYOUTS, LENGTH, second_batch
 from jobs import RandomTokens, run_config
 from kept import some_of
-from models import load64, worst_error
+from models import load64, make_model, worst_error
 from ranks import RankGroup
 from real_runs import VALID, all_tensors, metrics, settings_of, without_times
 from torch import Tensor
@@ -251,3 +251,17 @@ def check_refusals(settings: dict[str, Any]) -> None:
     ):
         with pytest.raises(CheckpointError, match=said):
             resume_from(run_config({**settings, **change}))
+
+
+def test_a_stage_without_layers_saves_none_of_the_base(ranks2: RankGroup, tmp_path: Path) -> None:
+    """The loss counts as a layer: the last of two stages of a model of one layer is the head alone, which no adapter sits on."""
+    base = make_model(tmp_path / "model", tied=False, num_layers=1)
+    settings = {
+        **lora(base, tmp_path / "run", parallel__account_for_loss=True, trainer__max_steps=1),
+        "run.world_size": 2,
+        "parallel.tp_size": 1,
+    }
+    ranks2.run("jobs:train_steps", settings=settings, valid=VALID)
+    assert all(".adapter." in key for key in adapters_in(tmp_path / "run" / "checkpoints" / "latest"))
+    more = {**settings, "trainer.resume": "must"}  # whose check wants the adapters and nothing else
+    assert resume_from(run_config(more)) == (tmp_path / "run" / "checkpoints" / "step_1").resolve()
