@@ -78,7 +78,7 @@ def model_config(run: RunConfig, spec: ModelSpec) -> AnchoredGPTConfig:
     """The model's configuration: architecture from the checkpoint, layout and objective from the run."""
     options = {name: getattr(run.objective, name) for name in OPTIONS}
     layout, dtype = run.parallel, precision_row(run.precision).compute_dtype
-    choose_layers(run.kernels.layers)
+    choose_layers(run.kernels.layers, run.precision)
     return AnchoredGPTConfig(
         **megatron_config_kwargs(spec),
         **switches.layer_kernels(run),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -13,18 +14,31 @@ from asft_nemo.cpu.norm import RMSNorm
 from asft_nemo.nemo.biased_linear import BiasedColumnParallelLinear
 from asft_nemo.nemo.context_parallel import GatheredAttention
 
-_asked = "auto"
+_local_for: str | None = None  # why this process takes no layers of Transformer Engine
 
 
-def choose_layers(asked: str) -> None:
-    """Says what `kernels.layers` is for every model that this process builds from here on: ``auto`` or ``local``."""
-    global _asked
-    _asked = asked
+def choose_layers(asked: str, precision: str) -> None:
+    """Says what every model that this process builds from here on is made for.
+
+    fp32 takes Megatron's own layers: Transformer Engine multiplies fp32 as TF32, whose products have three digits, and has no attention in fp32
+    for packed rows. Nor may torch multiply so then, which NVIDIA's images let it.
+
+    Args:
+        asked: `kernels.layers`, ``auto`` or ``local``.
+        precision: of the run.
+    """
+    global _local_for
+    _local_for = None
+    if asked == "local":
+        _local_for = "kernels.layers=local"
+    if precision == "fp32":
+        _local_for = _local_for or "precision=fp32"
+        torch.set_float32_matmul_precision("highest")
 
 
 def uses_transformer_engine() -> bool:
     """Whether Transformer Engine's layers are used in this process."""
-    if _asked == "local" or backend.active():
+    if _local_for is not None or backend.active():
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -48,7 +62,7 @@ def kernels_line() -> str:
 def _why_local() -> str:
     if backend.active():
         return "CPU ranks"
-    return "kernels.layers=local" if _asked == "local" else "no Transformer Engine"
+    return _local_for or "no Transformer Engine"
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:

@@ -14,7 +14,9 @@ from typing import Any
 from unittest import mock
 
 
-def choices(model: str, folder: str, *, transformer_engine: bool, layers: str = "auto") -> dict[str, Any]:
+def choices(
+    model: str, folder: str, *, transformer_engine: bool, layers: str = "auto", precision: str = "bf16"
+) -> dict[str, Any]:
     """What a process of a GPU machine would choose; only the look at the device is left out.
 
     Args:
@@ -22,6 +24,7 @@ def choices(model: str, folder: str, *, transformer_engine: bool, layers: str = 
         folder: where a run would write.
         transformer_engine: a module of that name can be imported.
         layers: `kernels.layers`.
+        precision: of the run.
     """
     from jobs import run_config
 
@@ -30,18 +33,18 @@ def choices(model: str, folder: str, *, transformer_engine: bool, layers: str = 
     from asft_nemo.errors import ConfigError
     from asft_nemo.nemo import layer_spec, switches
 
-    given = {"model.path": model, "run.dir": folder, "objective.name": "sft", "precision": "bf16"}
+    given = {"model.path": model, "run.dir": folder, "objective.name": "sft", "precision": precision}
     run, asked = (
         run_config({**given, **more}) for more in ({}, {"kernels.gradient_accumulation_fusion": True})
     )
     fakes = {name: fake(name) for name in ("transformer_engine", "transformer_engine.pytorch")}
     with ExitStack() as undo:
-        undo.callback(layer_spec.choose_layers, "auto")
+        undo.callback(layer_spec.choose_layers, "auto", "bf16")
         undo.enter_context(mock.patch.object(backend, "active", return_value=False))
         if transformer_engine:
             undo.enter_context(mock.patch.dict(sys.modules, fakes))
             undo.enter_context(mock.patch.object(layer_spec, "version_of", return_value="2.8.0"))
-        layer_spec.choose_layers(layers)
+        layer_spec.choose_layers(layers, precision)
         kernels = switches.layer_kernels(run)
         refused = ""
         try:

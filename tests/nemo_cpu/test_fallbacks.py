@@ -17,26 +17,34 @@ TORCH = "Adam: torch's AdamW"
 
 
 @pytest.mark.parametrize(
-    ("transformer_engine", "layers", "said"),
+    ("transformer_engine", "layers", "precision", "said"),
     [
-        (False, "auto", "layers: Megatron's local ones (no Transformer Engine)"),
-        (True, "auto", "layers: Transformer Engine 2.8.0"),
-        (True, "local", "layers: Megatron's local ones (kernels.layers=local)"),
+        (False, "auto", "bf16", "layers: Megatron's local ones (no Transformer Engine)"),
+        (True, "auto", "bf16", "layers: Transformer Engine 2.8.0"),
+        (True, "local", "bf16", "layers: Megatron's local ones (kernels.layers=local)"),
+        (True, "auto", "fp32", "layers: Megatron's local ones (precision=fp32)"),
     ],
 )
 def test_layers(
-    ranks2: RankGroup, model: Path, tmp_path: Path, transformer_engine: bool, layers: str, said: str
+    ranks2: RankGroup,
+    model: Path,
+    tmp_path: Path,
+    transformer_engine: bool,
+    layers: str,
+    precision: str,
+    said: str,
 ) -> None:
-    """The rotary embedding's kernel is Transformer Engine's; without apex there is neither fused softmax nor fused gradient."""
+    """The rotary embedding's kernel is Transformer Engine's, which multiplies fp32 as TF32; without apex there is neither fused softmax nor fused gradient."""
     for found in ranks2.run(
         "fallback_jobs:choices",
         model=str(model),
         folder=str(tmp_path),
         transformer_engine=transformer_engine,
         layers=layers,
+        precision=precision,
     ):
         assert found["line"] == f"{said}; {TORCH}"
-        assert found["rope"] is (transformer_engine and layers == "auto")
+        assert found["rope"] is said.startswith("layers: Transformer Engine")
         assert (found["softmax"], found["fused_gradients"]) == (False, False)
         assert "fused_weight_gradient_mlp_cuda of apex cannot be imported" in found["refused"]
 
