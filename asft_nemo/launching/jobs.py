@@ -160,7 +160,7 @@ def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
 
     cluster = run.cluster
     many, each = (nodes(run), ranks_per_node(run)) if stage.ranks else (1, 1)
-    partition = cluster.partition if stage.gpus or cluster.cpu_partition is None else cluster.cpu_partition
+    elsewhere = not stage.gpus and cluster.cpu_partition not in (None, cluster.partition)
     prefix = f"{place.folder.name[:_NAME_LENGTH]}."  # NeMo-Run reads a job's stage behind the last dot
     jobs = place.home / "experiments"
     log = (
@@ -179,9 +179,10 @@ def _slurm(run: RunConfig, stage: Stage, place: Place, experiment: str) -> Any:
     cores = [] if cluster.cpus_per_task is None else [f"--cpus-per-task={cluster.cpus_per_task}"]
     return nemo_run.SlurmExecutor(
         account=str(cluster.account),
-        partition=partition,
-        qos=cluster.qos,
-        constraint=cluster.constraint,
+        partition=cluster.cpu_partition if elsewhere else cluster.partition,
+        # Both are words of the GPUs' partition: sbatch would refuse what asks another one for an h100.
+        qos=None if elsewhere else cluster.qos,
+        constraint=None if elsewhere else cluster.constraint,
         time=cluster.time,
         nodes=many,
         ntasks_per_node=each,
