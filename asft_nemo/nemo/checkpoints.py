@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from asft_nemo.checkpoint.dist_metadata import read_metadata
 from asft_nemo.checkpoint.seal import write_seal
 from asft_nemo.checkpoint.staging import sync_directory, sync_small_files
 from asft_nemo.errors import CheckpointError
-from asft_nemo.nemo.callbacks import MetricsCallback, most_of_ranks
+from asft_nemo.nemo.callbacks import MetricsCallback, is_writer, most_of_ranks
 from asft_nemo.nemo.keep import REMOVED, Keep
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.run_dir import point_at
@@ -124,11 +125,26 @@ class CheckpointCallback(Callback):
             self.save(trainer, step, best=best)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Finds what was best before a resume, and removes what writes that were killed have left: each may be as large as a checkpoint."""
-        self.keep.restore()
+        """Finds what was best before a resume, and removes what writes that were killed have left: each may be as large as a checkpoint.
+
+        Collective where the best stays: two all-reduces of one value.
+        """
+        if self.keep.metric is not None:
+            self._restore_best()
         if trainer.is_global_zero:
             for left in (*self.dir.glob("partial_step_*"), *self.dir.glob(f"{REMOVED}*")):
                 shutil.rmtree(left, ignore_errors=True)
+
+    def _restore_best(self) -> None:
+        """All ranks go on from the same best, or only some of them would take a later step for one and save it.
+
+        A network file system may hide a new link from some machines for a while, so the newest that any rank sees counts. The metrics are read
+        by the one rank that writes them, which has mended them by now.
+        """
+        own = self.keep.best_step()
+        step = int(most_of_ranks(-1 if own is None else own))
+        known = step >= 0 and is_writer()
+        self.keep.restore(-most_of_ranks(-(self.keep.value_at(step) if known else math.inf)))
 
     def save(self, trainer: Any, step: int, *, best: bool) -> None:
         """Writes the checkpoint of `step`. Collective over all ranks."""

@@ -35,17 +35,25 @@ class Keep:
         self._run_dir, self._folder = run_dir, run_dir / "checkpoints"
         self._best: float | None = None
 
-    def restore(self) -> None:
-        """Looks for the best so far, once, when training starts."""
-        if self.metric is None:
-            return
-        step = self._best_step()
-        if step is None:
-            return
+    def best_step(self) -> int | None:
+        """The step that the link to the best leads to on this machine; None without one."""
+        link = self._folder / BEST
+        if self.metric is None or not link.is_dir():
+            return None
+        return int(link.resolve().name.removeprefix("step_"))
+
+    def value_at(self, step: int) -> float:
+        """The metric of a step in metrics.jsonl, as it is once the rank that writes it has dropped a torn end; infinity where it has none."""
+        found = math.inf
         for text in (self._run_dir / "metrics.jsonl").read_text().splitlines():
             line = json.loads(text)
             if line["step"] == step and line.get(self.metric) is not None:
-                self._best = line[self.metric]
+                found = line[self.metric]
+        return found
+
+    def restore(self, value: float) -> None:
+        """Takes a value for the best so far, the same one on every rank, when training starts; infinity for none."""
+        self._best = value if math.isfinite(value) else None
 
     def is_best(self, value: float) -> bool:
         """Whether a validation's value beats all before it, which it then replaces; infinity and NaN never do."""
@@ -60,7 +68,7 @@ class Keep:
             point_at(self._folder, BEST, f"step_{step}")
             sync_directory(self._folder)  # before the best so far goes
             logger.info("step %d is the best so far: %s %.6g", step, self.metric, self._best)
-        kept = self._best_step()
+        kept = self.best_step()
         done = [number for number in checkpoint_steps(self._folder) if number <= step]
         for number in done[: -self._number]:
             if number != kept:
@@ -76,9 +84,3 @@ class Keep:
             logger.warning(
                 "%s could not be removed (%s): remove it when nothing reads it any more", removed, error
             )
-
-    def _best_step(self) -> int | None:
-        link = self._folder / BEST
-        if self.metric is None or not link.is_dir():
-            return None
-        return int(link.resolve().name.removeprefix("step_"))

@@ -1,11 +1,16 @@
-"""Removing checkpoints that do not stay: nothing that is half removed passes for a checkpoint, and what cannot be removed ends no run."""
+"""Removing checkpoints that do not stay: nothing that is half removed passes for a checkpoint, and what cannot be removed ends no run.
+
+Which was the best is the same for all ranks.
+"""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from ranks import RankGroup
 
 from asft_nemo.nemo.keep import Keep
 from asft_nemo.run_dir import checkpoint_steps
@@ -62,3 +67,41 @@ def test_best_is_on_the_disk_before_the_best_so_far_goes(
     assert keep.is_best(1.0)
     keep.tidy(3, best=True)
     assert done == ["synced: best is step_3", "gone: step_1", "gone: step_2"]
+
+
+def view(folder: Path, *, link: int | None, end: str = "") -> str:
+    """A run's folder as a machine shows it: three checkpoints, the second the best, perhaps not the newest link, and an end of metrics.jsonl."""
+    for step in (1, 2, 3):
+        (folder / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    if link is not None:
+        (folder / "checkpoints" / "best").symlink_to(f"step_{link}")
+    values = {1: 2.0, 2: 1.0, 3: 3.0}
+    lines = [json.dumps({"step": step, "validation_nll": value}) for step, value in values.items()]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n" + end)
+    return str(folder)
+
+
+@pytest.mark.multiproc
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("links", "saved"),
+    [((2, 2), [5]), ((2, None), [5]), ((None, 2), [5]), ((1, 2), [5]), ((2, 1), [5]), ((None, None), [4, 5])],
+)
+def test_ranks_go_on_from_the_same_best(
+    ranks2: RankGroup, tmp_path: Path, links: tuple[int | None, int | None], saved: list[int]
+) -> None:
+    """Two machines, of which one may see no link yet, or the one before: 1.5 is no best after 1.0 and 0.5 is, on both."""
+    folders = [view(tmp_path / f"machine_{rank}", link=link) for rank, link in enumerate(links)]
+    found = ranks2.run("keep_jobs:saved_as_best", timeout=120, folders=folders, resumed=3, values=[1.5, 0.5])
+    assert found == [saved, saved]
+
+
+@pytest.mark.multiproc
+@pytest.mark.timeout(300)
+def test_the_rank_that_mends_the_metrics_reads_them(ranks2: RankGroup, tmp_path: Path) -> None:
+    """A kill in the middle of a line: the first rank comes to read what was best before the second, which writes, has dropped that line."""
+    folder = view(tmp_path / "run", link=2, end='{"step": 4, "valida')
+    found = ranks2.run(
+        "keep_jobs:saved_as_best", timeout=120, folders=[folder, folder], resumed=3, values=[1.5, 0.5]
+    )
+    assert found == [[5], [5]]
