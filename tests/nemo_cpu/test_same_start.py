@@ -29,7 +29,10 @@ def settings(ranks2: RankGroup, model: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize(
     ("found", "told"),
-    [((2, 1), "step_1 on rank 1, step_2 on rank 0"), ((None, 2), "step_2 on rank 1, the base on rank 0")],
+    [
+        ((None, 2), "step_2 on rank 1, the base on rank 0"),
+        pytest.param((2, 1), "step_1 on rank 1, step_2 on rank 0", marks=pytest.mark.long),
+    ],
 )
 def test_all_ranks_refuse(settings: dict[str, object], found: tuple[int | None, ...], told: str) -> None:
     before = metrics(Path(str(settings["run.dir"])))
@@ -86,6 +89,7 @@ def test_machines_with_other_rows_are_refused(own_data: dict[str, Any], job: str
     assert not (own_data["folder"] / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.long
 def test_the_same_rows_elsewhere_are_the_same(own_data: dict[str, Any], tmp_path: Path) -> None:
     settings = {**own_data["settings"], "run.dir": str(tmp_path / "run"), "reference.form": "resident"}
     files = [own_data["files"][0], own_data["files"][2]]
