@@ -13,7 +13,7 @@ help:  ## what can be made
 demo: $(STAMP)  ## the whole story on this machine; ends with a report
 	$(BIN)/asft demo $(ARGS)
 
-test: $(STAMP)  ## the suite: every feature and refusal (34 minutes on two cores)
+test: $(STAMP)  ## the suite: every feature and refusal (about 40 minutes on two cores)
 	$(BIN)/lint-imports --config pyproject.toml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
