@@ -148,7 +148,7 @@ class RecomputeConfig(Section):
 class KernelsConfig(Section):
     """Kernels that change nothing but speed."""
 
-    # auto = Transformer Engine's layers where it is installed and a GPU is there, else Megatron's own; local = Megatron's own everywhere
+    # auto = Transformer Engine's layers where it is installed, a GPU is there and precision is not fp32, else Megatron's own; local = those everywhere
     layers: str = "auto"
     # A linear layer's GEMM adds its weight gradient to Megatron's fp32 sum itself; None = where apex's kernel is installed
     gradient_accumulation_fusion: bool | None = None
@@ -240,7 +240,9 @@ class ClusterConfig(Section):
     exclusive: bool = False  # whole nodes for jobs with ranks
     cpus_per_task: int | None = None
     mem: str | None = None  # of a node, as sbatch takes it; "0" = all of it
-    cpu_partition: str | None = None  # for stages that need no GPU; None = partition
+    cpu_partition: str | None = (
+        None  # for stages that need no GPU, without constraint and qos; None = partition
+    )
     pyxis: bool = False  # this cluster's srun has the --container-* options
     container_image: str | None = None  # a registry's image as Docker or pyxis writes it, or a .sqsh file
     eval_image: str | None = None  # likewise, for eval and compare; None = container_image

@@ -125,10 +125,13 @@ def missing_items(
 
 
 def repair_together(run: RunConfig, identity: CacheIdentity) -> RepairReport:
-    """As `repair_cache`; each rank checks an equal part of the shards, so that none waits long for another. Collective over all ranks.
+    """Sets damaged shards aside, rewrites a damaged or missing manifest, and removes partial shards. Collective over all ranks.
+
+    Each rank checks an equal part of the shards, so that none waits long for another.
 
     Raises:
-        CacheError: as `repair_cache`, on every rank.
+        CacheError: no cache, or rows of another identity, or a shard cannot be read, or the folder cannot be written; on every rank. Shards that
+            were found to be damaged before are set aside.
     """
     directory = cache_dir(run)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()

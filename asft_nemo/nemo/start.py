@@ -51,7 +51,7 @@ def check_same_data(data: Prepared) -> None:
     nothing would fail.
 
     Raises:
-        DataError: on every rank, naming one rank of each kind.
+        DataError: on every rank, naming two ranks that differ.
     """
     own = (data.fingerprint, data.max_steps)
     told = _gathered((own, socket.gethostname()))

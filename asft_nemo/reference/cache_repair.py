@@ -85,35 +85,15 @@ def verify_cache(
     return list(_damaged_among(shard_paths(Path(directory)), identity, progress))
 
 
-def repair_cache(
-    directory: str | Path,
-    identity: CacheIdentity,
-    *,
-    written_by: Mapping[str, Any],
-    progress: Progress | None = None,
-) -> RepairReport:
-    """Sets damaged shards aside, rewrites a damaged or missing manifest, and removes partial shards.
+def begin_repair(directory: str | Path, identity: CacheIdentity) -> RepairPlan:
+    """A repair's beginning, on one process: looks what there is to check, and changes nothing.
 
-    What was lost is then `missing` for a reader. Several processes
-    share the work by `begin_repair` on one of them, `set_damaged_aside` on each for a part of the shards, `end_repair` on one.
+    `set_damaged_aside` follows, on as many processes as there are, each with a part of the shards; then `end_repair`, on one. What
+    was lost is `missing` for a reader afterwards.
 
     Args:
         directory: `reference.cache_dir`.
         identity: of this run; an intact cache of another identity is left alone.
-        written_by: for a manifest that has to be written again, as for `open_or_create`.
-        progress: called as the bytes are checked.
-
-    Raises:
-        CacheError: no cache, or rows of another identity, or a shard cannot be read, or the folder cannot be written. Shards that
-            were found to be damaged before are set aside.
-    """
-    plan = begin_repair(directory, identity)
-    damaged = set_damaged_aside(directory, identity, plan.shards, progress=progress)
-    return end_repair(directory, identity, plan, damaged, written_by=written_by)
-
-
-def begin_repair(directory: str | Path, identity: CacheIdentity) -> RepairPlan:
-    """Looks what there is to check, and changes nothing.
 
     Raises:
         CacheError: no cache, or rows of another identity.

@@ -30,7 +30,6 @@ from asft_nemo.reference.cache_repair import (
     RepairReport,
     begin_repair,
     end_repair,
-    repair_cache,
     set_damaged_aside,
     verify_cache,
 )
@@ -48,7 +47,6 @@ __all__ = [
     "end_repair",
     "open_or_create",
     "read_manifest",
-    "repair_cache",
     "require_space",
     "set_damaged_aside",
     "verify_cache",

@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import torch
+
 
 def choices(
     model: str, folder: str, *, transformer_engine: bool, layers: str = "auto", precision: str = "bf16"
@@ -44,6 +46,8 @@ def choices(
         if transformer_engine:
             undo.enter_context(mock.patch.dict(sys.modules, fakes))
             undo.enter_context(mock.patch.object(layer_spec, "version_of", return_value="2.8.0"))
+        undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("high")  # TF32, as NVIDIA's images have it
         layer_spec.choose_layers(layers, precision)
         kernels = switches.layer_kernels(run)
         refused = ""
@@ -53,6 +57,7 @@ def choices(
             refused = str(error)
         return {
             "line": layer_spec.kernels_line(),
+            "matmul": torch.get_float32_matmul_precision(),
             "rope": kernels["apply_rope_fusion"],
             "softmax": kernels["masked_softmax_fusion"],
             "fused_gradients": switches.fused_gradients(run),

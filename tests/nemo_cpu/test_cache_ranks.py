@@ -111,8 +111,8 @@ def test_a_run_shorter_than_an_epoch_asks_for_the_room_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_config(settings_of_repair(tmp_path / "cache") | {"trainer.global_batch_size": 2})
-    rows = SimpleNamespace(sample_ids=np.arange(8), learned_tokens=lambda ids: 1000 * len(ids))
-    data: Any = SimpleNamespace(train=rows, validation=None)
+    examples = SimpleNamespace(sample_ids=np.arange(8), learned_tokens=lambda ids: 1000 * len(ids))
+    data: Any = SimpleNamespace(train=examples, validation=None)
     half = 4000 * (IDENTITY.row_bytes + 4)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=half))
     with pytest.raises(CacheError, match="make room"):

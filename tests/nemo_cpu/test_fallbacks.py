@@ -44,6 +44,7 @@ def test_layers(
         precision=precision,
     ):
         assert found["line"] == f"{said}; {TORCH}"
+        assert found["matmul"] == ("highest" if precision == "fp32" else "high")
         assert found["rope"] is said.startswith("layers: Transformer Engine")
         assert (found["softmax"], found["fused_gradients"]) == (False, False)
         assert "fused_weight_gradient_mlp_cuda of apex cannot be imported" in found["refused"]
@@ -83,6 +84,7 @@ def test_apex(model: Path, tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found == {
         "line": "layers: Megatron's local ones (no Transformer Engine); Adam: apex's FusedAdam",
+        "matmul": "high",
         "rope": False,
         "softmax": True,
         "fused_gradients": True,

@@ -8,7 +8,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from asft_nemo.reference.cache_store import CacheIdentity, CacheReader, CacheWriter, open_or_create
+from asft_nemo.reference.cache_store import (
+    CacheIdentity,
+    CacheReader,
+    CacheWriter,
+    begin_repair,
+    end_repair,
+    open_or_create,
+    set_damaged_aside,
+)
 
 IDENTITY = CacheIdentity(
     base="base-1",
@@ -122,3 +130,10 @@ def in_child(target, *args) -> int:
 
 def other(**changes) -> CacheIdentity:
     return replace(IDENTITY, **changes)
+
+
+def repair(directory, identity):
+    """The whole repair on one process; `asft cache-reference --repair` shares its middle part out over the ranks."""
+    plan = begin_repair(directory, identity)
+    damaged = set_damaged_aside(directory, identity, plan.shards)
+    return end_repair(directory, identity, plan, damaged, written_by=WRITTEN_BY)

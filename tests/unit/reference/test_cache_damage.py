@@ -20,6 +20,7 @@ from cache_cases import (
     make,
     other,
     pairs,
+    repair,
     same_bits,
     shards,
 )
@@ -33,7 +34,6 @@ from asft_nemo.reference.cache_store import (
     CacheWriter,
     DamagedShard,
     open_or_create,
-    repair_cache,
     verify_cache,
 )
 
@@ -151,12 +151,12 @@ def test_repair_sets_aside_what_is_damaged_and_only_that_is_lost(tmp_path):
     assert [name for _, _, name in seen] == [path.name for path in held]
     assert seen[-1][0] == seen[-1][1] == sum(path.stat().st_size for path in held)
 
-    report = repair_cache(tmp_path, IDENTITY, written_by=WRITTEN_BY)
+    report = repair(tmp_path, IDENTITY)
     assert [shard.path for shard in report.damaged] == [in_rows, in_index, cut]
     assert (report.manifest_rewritten, report.partial_shards_removed) == (False, 1)
     lost = held[in_rows] | held[in_index] | held[cut]
     assert check_prefix(tmp_path) == set(ALL) - lost
-    assert repair_cache(tmp_path, IDENTITY, written_by=WRITTEN_BY).damaged == ()
+    assert repair(tmp_path, IDENTITY).damaged == ()
     with CacheReader(tmp_path, IDENTITY) as reader, CacheWriter(tmp_path, 0, IDENTITY) as writer:
         missing = reader.missing(list(ALL))
         assert set(missing) == lost
@@ -174,9 +174,9 @@ def test_repair_writes_the_manifest_again(tmp_path, how):
     # Under other settings the rows would be another cache's: nothing is touched.
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(CacheError, match=r"belongs to another cache: tokenizer \('tokenizer-1' in the cache"):
-        repair_cache(tmp_path, other(tokenizer="tokenizer-2"), written_by=WRITTEN_BY)
+        repair(tmp_path, other(tokenizer="tokenizer-2"))
     assert sorted(os.listdir(tmp_path)) == before
-    assert repair_cache(tmp_path, IDENTITY, written_by=WRITTEN_BY).manifest_rewritten
+    assert repair(tmp_path, IDENTITY).manifest_rewritten
     assert manifest.read_bytes() == whole
     assert check_prefix(tmp_path) == {1, 2}
 
@@ -186,11 +186,11 @@ def test_repair_refuses_what_is_no_cache_or_another(tmp_path):
     (tmp_path / "empty").mkdir()
     flip(shards(tmp_path / "cache")[0], HEADER_BYTES)
     with pytest.raises(CacheError, match="written for another run: base"):
-        repair_cache(tmp_path / "cache", other(base="base-2"), written_by=WRITTEN_BY)
+        repair(tmp_path / "cache", other(base="base-2"))
     assert len(shards(tmp_path / "cache")) == 1
     for name in ("empty", "absent"):
         with pytest.raises(CacheError, match="holds no cache"):
-            repair_cache(tmp_path / name, IDENTITY, written_by=WRITTEN_BY)
+            repair(tmp_path / name, IDENTITY)
 
 
 def test_a_foreign_shard_is_set_aside_by_repair(tmp_path):
@@ -198,7 +198,7 @@ def test_a_foreign_shard_is_set_aside_by_repair(tmp_path):
     make(tmp_path / "b", [2], identity=other(base="base-2"))
     (path,) = shards(tmp_path / "b")
     path.rename(tmp_path / "a" / path.name)
-    assert len(repair_cache(tmp_path / "a", IDENTITY, written_by=WRITTEN_BY).damaged) == 1
+    assert len(repair(tmp_path / "a", IDENTITY).damaged) == 1
     assert check_prefix(tmp_path / "a") == {1}
 
 

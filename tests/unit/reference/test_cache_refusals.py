@@ -20,6 +20,7 @@ from cache_cases import (
     in_child,
     make,
     pairs,
+    repair,
     same_bits,
     shards,
 )
@@ -31,7 +32,6 @@ from asft_nemo.reference.cache_store import (
     CacheWriter,
     DamagedShard,
     open_or_create,
-    repair_cache,
     verify_cache,
 )
 
@@ -125,11 +125,11 @@ def test_a_file_that_the_system_does_not_hand_out_is_not_damaged(tmp_path, monke
     refused(lambda: CacheReader(tmp_path, IDENTITY))
     for call in (1, 2):  # its header, its rows
         refused(lambda: verify_cache(tmp_path, IDENTITY), call=call)
-        refused(lambda: repair_cache(tmp_path, IDENTITY, written_by=WRITTEN_BY), call=call)
+        refused(lambda: repair(tmp_path, IDENTITY), call=call)
     with CacheReader(tmp_path, IDENTITY) as reader:
         refused(lambda: reader.read(*pairs([1, 2, 4])))
         assert same_bits(reader.read(*pairs([1, 2, 4])), hidden(*pairs([1, 2, 4])))
-    assert repair_cache(tmp_path, IDENTITY, written_by=WRITTEN_BY).damaged == ()
+    assert repair(tmp_path, IDENTITY).damaged == ()
     assert check_prefix(tmp_path) == {1, 2, 4}
 
 
@@ -153,7 +153,7 @@ def test_what_is_no_file_is_damaged(tmp_path):
     make(tmp_path, [1])
     folder = shards(tmp_path)[0].with_name("rows-00009-000000-0123abcd.safetensors")
     folder.mkdir()
-    (found,) = repair_cache(tmp_path, IDENTITY, written_by=WRITTEN_BY).damaged
+    (found,) = repair(tmp_path, IDENTITY).damaged
     assert (found.path, found.reason) == (folder, "it is no file: Is a directory")
     assert check_prefix(tmp_path) == {1}
 
@@ -186,9 +186,9 @@ def test_a_repair_that_is_interrupted_keeps_what_it_did(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         _refuse(patch, last, errno.EIO, call=1)
         with pytest.raises(CacheError, match=f"^{last} cannot be read"):
-            repair_cache(tmp_path, IDENTITY, written_by=WRITTEN_BY)
+            repair(tmp_path, IDENTITY)
     assert first.with_name(first.name + ".damaged").is_file()
-    assert repair_cache(tmp_path, IDENTITY, written_by=WRITTEN_BY).damaged == ()
+    assert repair(tmp_path, IDENTITY).damaged == ()
     assert check_prefix(tmp_path) == {2, 4}
 
 
