@@ -72,10 +72,15 @@ def judged(folder: Path, judge: Callable[[], Judge]) -> tuple[dict[str, Any], li
     Returns:
         The content of results.json with that of judge.json under `judge`, and both in words.
     """
+    from asft_eval.backends import close
     from asft_eval.judge import VERDICTS, judge_result, result_for_judge
 
     result_for_judge(folder)
-    result = judge_result(folder, judge())
+    opened = judge()
+    try:
+        result = judge_result(folder, opened)
+    finally:
+        close(opened)
     told: dict[str, Any] = json.loads((folder / VERDICTS).read_text(encoding="utf-8"))
     return {**result.to_json(), "judge": told}, [_line(suite, one) for suite, one in told.items()]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asft_eval.backends import Options, open_backend
+from asft_eval.backends import Options, close, open_backend
 from asft_eval.backends.tokens import require_numbers
 from asft_eval.judge import Duel, Judgement, Verdict
 from asft_eval.requests import Journal
@@ -61,6 +61,10 @@ class ModelJudge:
         """Hash of model, interface and words."""
         parts = [self._fingerprint, self._writes, _VERSION, _WORDS]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def close(self) -> None:
+        """End what the model's backend started."""
+        close(self._engine)
 
     def decide(self, duels: Sequence[Duel], *, outputs: Path) -> Judgement:
         """The verdicts; answers are written down as they come, and none is asked for twice."""

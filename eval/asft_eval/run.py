@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from asft_eval.again import (
     require_same_model,
 )
 from asft_eval.asking import ask
-from asft_eval.backends import OWN, Backend, Options, check_options, open_backend, require_installed
+from asft_eval.backends import OWN, Backend, Options, check_options, opened, require_installed
 from asft_eval.errors import EvaluationError
 from asft_eval.evalplus import write_evalplus
 from asft_eval.folder import held
@@ -93,14 +94,14 @@ def evaluate(
     for part in parts:
         require_permission(part.suite.name, part.suite.grader, allowed=allow_code_execution)
         require_library(part.suite.name, part.suite.grader)
-    with held(out_dir, model_dir, drift.base if drift else None):
+    with held(out_dir, model_dir, drift.base if drift else None), ExitStack() as until_written:
         former = former_result(out_dir)
-        opened = _opener(backend, former, parts, model_dir, out_dir, options)
+        opener = _opener(backend, former, parts, model_dir, out_dir, options)
         owner = owner_of(former, out_dir)
         require_same_model(owner, model_dir, out_dir)
         # Before the backend holds the model, so that the two never share memory.
         found_drift = _drift(model_dir, drift, out_dir)
-        engine = opened()
+        engine = until_written.enter_context(opener())
         if any(part.suite.choices for part in parts):
             getattr(engine, "require_logprobs", bool)()
         model = {
@@ -218,17 +219,17 @@ def _opener(
     model_dir: Path,
     out_dir: Path,
     options: Options,
-) -> Callable[[], Backend]:
-    """What opens the backend; all that can be said against that without loading the model is said now."""
+) -> Callable[[], AbstractContextManager[Backend]]:
+    """What opens the backend and closes it if it was opened here; all that can be said against that without loading the model is said now."""
     if not isinstance(backend, str):
-        return lambda: backend
+        return lambda: nullcontext(backend)
     check_options(backend, options)
     if former is not None and all_answered(former, backend, parts, model_dir, out_dir):
         log.info("every answer is in %s: no model is loaded", out_dir)
         versions = former.versions
-        return lambda: Answered(backend, versions)
+        return lambda: nullcontext(Answered(backend, versions))
     require_installed(backend, model_dir)
-    return lambda: open_backend(backend, model_dir, options)
+    return lambda: opened(backend, model_dir, options)
 
 
 def _graded(

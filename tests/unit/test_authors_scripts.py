@@ -185,7 +185,7 @@ def test_evaluations_and_the_comparison_run(
     """In the order of the page, with two questions of each suite whose file is here, and a model that never says a word: what needs no process of its own to judge."""
     monkeypatch.setenv("ASFT_DATA_DIR", str(data_dir))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("asft_eval.run.open_backend", lambda *_, **__: FakeBackend(lambda _: ""))
+    monkeypatch.setattr("asft_eval.backends.open_backend", lambda *_, **__: FakeBackend(lambda _: ""))
     done: list[str] = []
     for words in OURS:
         arguments = cli.parser().parse_args(words[1:])

@@ -98,6 +98,14 @@ def test_asft_eval_gives_the_same_results(
     assert len(read_samples(evaluated)) == 3 + 3 * 16
 
 
+def test_a_closed_engine_leaves_no_process_and_nothing_that_watches_it(
+    divided: dict[str, Any], answers: dict[str, Any]
+):
+    assert len(divided["processes"]) >= 4, "the engine, two workers, and a thread that watches them"
+    assert divided["left"] == []
+    assert answers["closed"] == 1, "asft eval closes what it opened"
+
+
 def test_a_model_divided_over_two_processes_answers_alike(divided: dict[str, Any], hf: HfBackend):
     asked = [prompt for prompt in PROMPTS if prompt]
     found = [text for prompt, text in zip(PROMPTS, divided["completions"], strict=True) if prompt]

@@ -10,13 +10,17 @@ import contextlib
 import io
 import json
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
+from asft_eval.backends import Options, opened
 from asft_eval.backends import vllm as module
 from asft_eval.backends.tokens import completion
+from asft_eval.backends.vllm import VllmBackend
 from asft_eval.errors import EvaluationError
 from asft_eval.types import Completion, Protocol
 from vllm_questions import CHOICES, EVALUATION, MAX_TOKENS, PROMPTS, TEXTS
@@ -26,16 +30,20 @@ from asft_nemo import cli
 GREEDY = Protocol(max_tokens=MAX_TOKENS)
 
 
-def evaluated(model_dir: str, suite: str, result_dir: str) -> tuple[module.VllmBackend, str]:
-    """The backend that `asft eval` opened, and what the command printed."""
-    opened: list[module.VllmBackend] = []
+def evaluated(model_dir: str, suite: str, result_dir: str) -> tuple[VllmBackend, str, int]:
+    """The backend that `asft eval` opened, what the command printed, and how often it closed the backend."""
+    begun: list[VllmBackend] = []
+    closed: list[VllmBackend] = []
 
-    class Kept(module.VllmBackend):
+    class Kept(VllmBackend):
         """Loading takes half a minute: what is opened once serves the whole process."""
 
         def __init__(self, *arguments: Any, **settings: Any):
             super().__init__(*arguments, **settings)
-            opened.append(self)
+            begun.append(self)
+
+        def close(self) -> None:
+            closed.append(self)
 
     module.VllmBackend = Kept
     words = [
@@ -53,13 +61,13 @@ def evaluated(model_dir: str, suite: str, result_dir: str) -> tuple[module.VllmB
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         code = cli.main(words)
     assert code == 0, f"asft eval ended with {code}"
-    (backend,) = opened
-    return backend, printed.getvalue()
+    (backend,) = begun
+    return backend, printed.getvalue(), closed.count(backend)
 
 
 def ask(model_dir: str, suite: str, result_dir: str) -> dict[str, Any]:
     """Everything that one engine is asked."""
-    backend, printed = evaluated(model_dir, suite, result_dir)
+    backend, printed, closed = evaluated(model_dir, suite, result_dir)
     ids: list[list[int]] = []
     told: dict[int, list[int]] = {}
 
@@ -74,8 +82,9 @@ def ask(model_dir: str, suite: str, result_dir: str) -> dict[str, Any]:
     together = backend.generate(PROMPTS, protocol=drawn, seeds=seeds)
     alone = [backend.generate([x], protocol=drawn, seeds=[i])[0] for i, x in list(enumerate(PROMPTS))[:4]]
     several = backend.generate(["story: the"] * 20, protocol=drawn, seeds=range(20))
-    return {
+    found = {
         "printed": printed,
+        "closed": closed,
         "completions": [asdict(x) for x in completions],
         "tokens": [told[i] for i in range(len(PROMPTS))],
         "together": [x.text for x in together[:4]],
@@ -87,18 +96,29 @@ def ask(model_dir: str, suite: str, result_dir: str) -> dict[str, Any]:
         "after": [x.text for x in backend.generate(PROMPTS[:2], protocol=GREEDY)],
         "versions": dict(backend.versions),
     }
+    VllmBackend.close(backend)
+    return found
 
 
 def ask_divided(model_dir: str) -> dict[str, Any]:
     """A little of the same, of an engine whose layers are divided over two processes."""
-    backend = module.VllmBackend(model_dir, tensor_parallel_size=2)
-    return {
-        "completions": [x.text for x in backend.generate(PROMPTS, protocol=GREEDY)],
-        "choices": backend.choice_logprobs(PROMPTS, CHOICES),
-    }
+    with opened("vllm", model_dir, Options(tensor_parallel_size=2)) as backend:
+        found = {
+            "completions": [x.text for x in backend.generate(PROMPTS, protocol=GREEDY)],
+            "choices": backend.choice_logprobs(PROMPTS, CHOICES),
+            "processes": at_work(),
+        }
+    return {**found, "left": at_work()}
 
 
-def refusal(backend: module.VllmBackend, prompt: str) -> str:
+def at_work() -> list[str]:
+    """Processes of vLLM's engine, and threads here that watch them."""
+    begun = (child.name() for child in psutil.Process().children(recursive=True))
+    watching = (thread.name for thread in threading.enumerate())
+    return [name for name in (*begun, *watching) if name.startswith(("VLLM", "MPClient", "EngineCore"))]
+
+
+def refusal(backend: VllmBackend, prompt: str) -> str:
     try:
         backend.generate([prompt], protocol=Protocol(max_tokens=1))
     except EvaluationError as error:

@@ -10,7 +10,8 @@ questions whatever the batching; `done` is told each one as soon as it is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -42,7 +43,8 @@ class Backend(Protocol):
     """What every backend offers.
 
     It may also have `fingerprint: str | None` of a model that is no directory here; `applies_chat_template: bool`: it wants questions of the
-    prompt variant `chat` as they are; `require_logprobs()`: raises where `choice_logprobs` would, before anything is asked.
+    prompt variant `chat` as they are; `require_logprobs()`: raises where `choice_logprobs` would, before anything is asked; `close()`: ends
+    what it started, after its last question.
     """
 
     name: str
@@ -202,6 +204,21 @@ def open_backend(name: str, model: Path | str, options: Options) -> Backend:
     return BACKENDS[name].open(model, options)
 
 
+def close(engine: object) -> None:
+    """Ends what a backend, or a judge that has one, started; where it started nothing there is nothing to do."""
+    getattr(engine, "close", bool)()
+
+
+@contextmanager
+def opened(name: str, model: Path | str, options: Options) -> Generator[Backend]:
+    """`open_backend`, and `close` after the block."""
+    engine = open_backend(name, model, options)
+    try:
+        yield engine
+    finally:
+        close(engine)
+
+
 __all__ = [
     "BACKENDS",
     "OWN",
@@ -210,7 +227,9 @@ __all__ = [
     "LogLikelihood",
     "Options",
     "check_options",
+    "close",
     "ignore",
     "open_backend",
+    "opened",
     "require_installed",
 ]

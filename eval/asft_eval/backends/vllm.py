@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import multiprocessing
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,9 @@ _QUIET = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
 }
+
+_END_SECONDS = 10
+"""That what was asked to end is waited for."""
 
 
 class VllmBackend:
@@ -84,11 +91,14 @@ class VllmBackend:
         )
         self._asked = 0
         self._name = model_dir
-        self.loglikelihood(
-            [("one", " two three")]
-        )  # before hours are spent on a model that computes no numbers
+        try:  # before hours are spent on a model that computes no numbers
+            self.loglikelihood([("one", " two three")])
+        except BaseException:
+            self.close()
+            raise
 
     def _load(self, model_dir: Path, **own: Any) -> Any:
+        before = _at_work()
         try:
             llm = self._vllm.LLM(
                 model=str(model_dir),
@@ -102,9 +112,20 @@ class VllmBackend:
             raise EvaluationError(
                 f"vLLM cannot load {model_dir} ({one_line(error)}; its own lines are above): {MEND}"
             ) from error
+        self._begun = [begun for begun in _at_work() if begun not in before]
         self._room = int(llm.llm_engine.model_config.max_model_len)
-        self._llm = llm  # ends vLLM's processes when it goes
         return llm.llm_engine
+
+    def close(self) -> None:
+        """End vLLM's processes, which frees their GPUs, and its threads here; nothing can be asked any more.
+
+        The interpreter's end is too late for it: a thread that watches the processes may see them go while Python no longer lets
+        threads run, and then a command that has done its work ends with an abort (exit code 134).
+        """
+        self._engine.engine_core.shutdown()
+        end = time.monotonic() + _END_SECONDS
+        for begun in self._begun:  # vLLM itself does not wait for processes that it killed, nor for threads
+            begun.join(max(0.0, end - time.monotonic()))
 
     def generate(
         self,
@@ -208,6 +229,11 @@ class VllmBackend:
         except BaseException:
             self._engine.abort_request([str(number) for number in range(first, self._asked)])
             raise
+
+
+def _at_work() -> list[BaseProcess | threading.Thread]:
+    """Processes that this one began, and its threads."""
+    return [*multiprocessing.active_children(), *threading.enumerate()]
 
 
 def require_vllm() -> None:

@@ -75,7 +75,7 @@ def test_one_answer_is_asked_for_whatever_the_protocol(here: Path) -> None:
 def test_the_command_says_that_there_is_no_score(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("asft_eval.run.open_backend", lambda *_, **__: FakeBackend(lambda _: "Sure."))
+    monkeypatch.setattr("asft_eval.backends.open_backend", lambda *_, **__: FakeBackend(lambda _: "Sure."))
     words = ["eval", "model", "--suite", "alpaca_eval", "--limit", "3", "--out", "out"]
     assert cli.main(words) == 0
     said = capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_no_model_is_loaded_where_every_answer_is_there(
         backend.name, backend.versions = name, {"torch": "1"}
         return backend
 
-    monkeypatch.setattr("asft_eval.run.open_backend", open_)
+    monkeypatch.setattr("asft_eval.backends.open_backend", open_)
     monkeypatch.setattr("asft_eval.run.require_installed", lambda *_: None)
 
     def again(**changes: Any) -> Result:
