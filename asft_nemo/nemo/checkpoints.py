@@ -18,9 +18,9 @@ from asft_nemo.checkpoint.base_weights import nemo_base_sample
 from asft_nemo.checkpoint.dist_metadata import read_metadata
 from asft_nemo.checkpoint.seal import write_seal
 from asft_nemo.checkpoint.staging import sync_directory, sync_small_files
-from asft_nemo.errors import CheckpointError
+from asft_nemo.errors import CheckpointError, UserError
 from asft_nemo.nemo.callbacks import MetricsCallback, is_writer, most_of_ranks
-from asft_nemo.nemo.keep import REMOVED, Keep
+from asft_nemo.nemo.keep import BEST, REMOVED, Keep
 from asft_nemo.nemo.schedule import PrepassCallback
 from asft_nemo.run_dir import point_at
 
@@ -140,11 +140,20 @@ class CheckpointCallback(Callback):
 
         A network file system may hide a new link from some machines for a while, so the newest that any rank sees counts. The metrics are read
         by the one rank that writes them, which has mended them by now.
+
+        Raises:
+            UserError: on every rank, where there is a best checkpoint and nothing says how good it is: a worse one would replace it.
         """
         own = self.keep.best_step()
         step = int(most_of_ranks(-1 if own is None else own))
         known = step >= 0 and is_writer()
-        self.keep.restore(-most_of_ranks(-(self.keep.value_at(step) if known else math.inf)))
+        value = -most_of_ranks(-(self.keep.value_at(step) if known else math.inf))
+        if value == -math.inf:
+            raise UserError(
+                f"{self.dir / BEST} leads to step {step}, and metrics.jsonl does not say the {self.keep.metric} of that step: restore the file, "
+                f"or remove the link to choose the best anew (the checkpoint of step {step} is then removed with the next one that is kept)"
+            )
+        self.keep.restore(value)
 
     def save(self, trainer: Any, step: int, *, best: bool) -> None:
         """Writes the checkpoint of `step`. Collective over all ranks."""

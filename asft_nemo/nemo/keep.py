@@ -43,9 +43,9 @@ class Keep:
         return int(link.resolve().name.removeprefix("step_"))
 
     def value_at(self, step: int) -> float:
-        """The metric of a step in metrics.jsonl, as it is once the rank that writes it has dropped a torn end; infinity where it has none."""
-        found = math.inf
-        for text in (self._run_dir / "metrics.jsonl").read_text().splitlines():
+        """The metric of a step in metrics.jsonl, as it is once the rank that writes it has dropped a torn end; minus infinity where it has none."""
+        found, metrics = -math.inf, self._run_dir / "metrics.jsonl"
+        for text in metrics.read_text().splitlines() if metrics.exists() else ():
             line = json.loads(text)
             if line["step"] == step and line.get(self.metric) is not None:
                 found = line[self.metric]

@@ -5,12 +5,13 @@ Which was the best is the same for all ranks.
 
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from ranks import RankGroup
+from ranks import RankError, RankGroup
 
 from asft_nemo.nemo.keep import Keep
 from asft_nemo.run_dir import checkpoint_steps
@@ -105,3 +106,18 @@ def test_the_rank_that_mends_the_metrics_reads_them(ranks2: RankGroup, tmp_path:
         "keep_jobs:saved_as_best", timeout=120, folders=[folder, folder], resumed=3, values=[1.5, 0.5]
     )
     assert found == [[5], [5]]
+
+
+@pytest.mark.multiproc
+@pytest.mark.timeout(300)
+def test_a_best_of_which_the_value_is_lost_is_not_replaced(ranks2: RankGroup, tmp_path: Path) -> None:
+    folder = Path(view(tmp_path / "run", link=2))
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "validation_nll": 2.0}\n')
+    assert Keep("best:validation_nll", folder).value_at(2) == -math.inf
+    metrics.unlink()
+    with pytest.raises(RankError, match=r"best leads to step 2, and metrics.jsonl does not say"):
+        ranks2.run(
+            "keep_jobs:saved_as_best", timeout=120, folders=[str(folder)] * 2, resumed=3, values=[1.5, 0.5]
+        )
+    assert os.readlink(folder / "checkpoints" / "best") == "step_2"
