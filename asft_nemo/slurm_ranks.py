@@ -113,12 +113,12 @@ def _cores(variables: Mapping[str, str], *, bound: int) -> int:
 
 
 def _do(run: RunConfig, job: str) -> None:
-    from asft_nemo.train import cache_reference, train
+    from asft_nemo.train import cache_reference
 
-    if job != "train":
+    if job == "train":
+        _train(run)
+    else:
         cache_reference(run, repair=job == "repair")
-    elif not _finished(run):
-        train(run)
 
 
 def _leave_cache(run: RunConfig) -> None:
@@ -131,19 +131,19 @@ def _leave_cache(run: RunConfig) -> None:
     leave(0)
 
 
-def _finished(run: RunConfig) -> bool:
-    """Whether a job that came back finds nothing left to train."""
+def _train(run: RunConfig) -> None:
+    """Trains what is left: a job that came back may find that nothing is. The data are prepared once, which takes minutes where they are large."""
     from asft_nemo.data import prepare
     from asft_nemo.run_dir import hf_dir, resume_from
+    from asft_nemo.train import train
 
-    latest = resume_from(run)
-    if latest is None:
-        return False
-    last = prepare(run, tokenizer_dir=hf_dir(run)).max_steps
-    if latest.name == f"step_{last}":
-        logger.info("%s is finished: step %d of %d", run.run.dir, last, last)
-        return True
-    return False
+    latest, data = resume_from(run), None
+    if latest is not None:
+        data = prepare(run, tokenizer_dir=hf_dir(run))
+        if latest.name == f"step_{data.max_steps}":
+            logger.info("%s is finished: step %d of %d", run.run.dir, data.max_steps, data.max_steps)
+            return
+    train(run, data=data)
 
 
 def _say(text: str) -> None:

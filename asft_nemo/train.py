@@ -5,29 +5,37 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from asft_nemo.config import machine, rules
 from asft_nemo.config.schema import RunConfig, from_dict, to_dict
 from asft_nemo.errors import ConfigError
 
+if TYPE_CHECKING:
+    from asft_nemo.data import Prepared
+
 _GO_ON = "start the run again with trainer.resume=if_exists"
 _AGAIN = "start the same command again"
 
 
-def train(run: RunConfig) -> None:
+def train(run: RunConfig, *, data: Prepared | None = None) -> None:
     """Fine-tunes as `run` says and leaves run.json, metrics.jsonl, TensorBoard events and checkpoints in `run.run.dir`.
 
     Called once on every rank, with torchrun's environment (or none, for one rank).
+
+    Args:
+        run: the settings.
+        data: what `asft_nemo.data.prepare` made of them, where the caller has it.
 
     Raises:
         asft_nemo.errors.UserError: settings, data or checkpoints that do not fit; the sentence names the cure.
     """
     run = _checked(run)  # NeMo-Run hands over a copy that may have been changed and is not frozen
     with _watched(run, again=_GO_ON):
-        _train(run)
+        _train(run, data)
 
 
-def _train(run: RunConfig) -> None:
+def _train(run: RunConfig, data: Prepared | None) -> None:
     from asft_nemo.cpu import backend
 
     backend.install()
@@ -38,7 +46,7 @@ def _train(run: RunConfig) -> None:
     from asft_nemo.run_dir import base_checkpoint, claim_run_dir, hf_dir, resume_from
 
     quiet_upstream()
-    data = prepare(run, tokenizer_dir=hf_dir(run))
+    data = data if data is not None else prepare(run, tokenizer_dir=hf_dir(run))
     claim_run_dir(run, data_fingerprint=data.fingerprint)
     base_dir = base_checkpoint(run)
     resume = resume_from(run)

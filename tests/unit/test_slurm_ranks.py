@@ -9,7 +9,8 @@ import pytest
 
 from asft_nemo import slurm_ranks
 from asft_nemo.config.load import compose
-from asft_nemo.config.schema import replace
+from asft_nemo.config.schema import RunConfig, replace
+from asft_nemo.data import Prepared, prepare
 from asft_nemo.launching.settings import write_settings
 from asft_nemo.ranks import USER_ERROR_EXIT
 from asft_nemo.slurm_ranks import _cores, _leave_cache
@@ -63,3 +64,26 @@ def test_a_rank_with_other_settings_than_were_launched_does_nothing(
     assert left.value.code == USER_ERROR_EXIT
     assert len(done) == 1
     assert "optim.lr=" in done[0]
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_job_that_came_back_prepares_its_data_once(
+    left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = compose(["experiment=tiny", "model.path=assets/tiny-base", f"run.dir={tmp_path}"])
+    prepared, trained = list[Prepared](), list[Prepared | None]()
+
+    def prepares(run: RunConfig, *, tokenizer_dir: Path) -> Prepared:
+        prepared.append(prepare(run, tokenizer_dir=tokenizer_dir))
+        return prepared[-1]
+
+    def trains(run: RunConfig, *, data: Prepared | None) -> None:
+        trained.append(data)
+
+    last = prepare(run, tokenizer_dir=run.model.path).max_steps
+    monkeypatch.setattr("asft_nemo.data.prepare", prepares)
+    monkeypatch.setattr("asft_nemo.train.train", trains)
+    monkeypatch.setattr("asft_nemo.run_dir.resume_from", lambda _: tmp_path / f"step_{last - left}")
+    slurm_ranks._do(run, "train")
+    assert len(prepared) == 1
+    assert trained == prepared[:left], "what is finished is not trained"
