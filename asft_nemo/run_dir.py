@@ -14,17 +14,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from asft_nemo.config.run_folder import BASE_FOLDER, has_trained, other_base
 from asft_nemo.config.schema import RunConfig, from_dict, to_dict
 from asft_nemo.errors import CheckpointError, ConfigError
+from asft_nemo.run_lock import lock_run_dir
 
 if TYPE_CHECKING:
     from asft_nemo.checkpoint.adapters import AdapterDescription
@@ -252,7 +252,7 @@ def refuse_busy(run: RunConfig) -> None:
     """
     if (Path(run.run.dir) / ".run.lock").exists():
         try:
-            _lock(run, claim=False).release()
+            lock_run_dir(Path(run.run.dir), claim=False).release()
         except OSError:  # said with more words where it is opened
             return
 
@@ -271,7 +271,7 @@ def open_run_dir(run: RunConfig, *, data_fingerprint: str) -> FileLock:
     folder = Path(run.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(run)
+        lock = lock_run_dir(folder, claim=True)
         write_json(folder / "run.json", run_record(run, data_fingerprint=data_fingerprint))
     except OSError as error:
         raise ConfigError(
@@ -291,35 +291,6 @@ def claim_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
     """
     if os.environ.get("ASFT_LAUNCHER_PID") is None and os.environ.get("RANK", "0") == "0":
         _held.append(open_run_dir(run, data_fingerprint=data_fingerprint))
-
-
-def _lock(run: RunConfig, *, claim: bool = True) -> FileLock:
-    """A lock on the run's folder, held while it is written to; released when the process that holds it ends, however it ends.
-
-    Who holds it is said in a file of its own, which an attempt to lock does not empty; what a process that has ended left there is nobody's.
-
-    Raises:
-        ConfigError: another process trains in this folder.
-    """
-    folder = Path(run.run.dir)
-    owner, lock = folder / ".run.owner", FileLock(str(folder / ".run.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = owner.read_text() if owner.exists() else "another process"
-        raise ConfigError(
-            f"run.dir={folder} is being trained in by {holder}: wait for it, or choose another run.dir"
-        ) from None
-    if claim:
-        owner.write_text(this_process())
-    return lock
-
-
-def this_process() -> str:
-    """This process in the words that a lock's owner leaves: its id, user, host, and job of Slurm."""
-    job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-    user = os.environ.get("USER", f"user {os.getuid()}")  # a container may know no name
-    return f"process {os.getpid()} of {user} on {socket.gethostname()}{job}"
 
 
 def _same_run(run: RunConfig, record: Path, data_fingerprint: str) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from asft_nemo.errors import ConfigError, UserError
-from asft_nemo.run_dir import this_process, write_json
+from asft_nemo.run_dir import write_json
+from asft_nemo.run_lock import this_process
 
 RECORD = "launch.json"
 _FORMAT = 1
