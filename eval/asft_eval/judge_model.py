@@ -54,7 +54,11 @@ class ModelJudge:
         self.name = model
         self._engine = open_backend(backend, model, options)
         self._writes = bool(getattr(self._engine, "applies_chat_template", False))
-        self._fingerprint: str = getattr(self._engine, "fingerprint", None) or fingerprint(Path(model))
+        try:
+            self._fingerprint: str = getattr(self._engine, "fingerprint", None) or fingerprint(Path(model))
+        except BaseException:  # a large model is read for a minute
+            self.close()
+            raise
 
     @property
     def identity(self) -> str:

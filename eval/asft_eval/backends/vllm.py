@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,9 @@ _QUIET = {
 _END_SECONDS = 10
 """That what was asked to end is waited for."""
 
+_WHOLE = ("stop", "length")
+"""How an answer ends that is one: at its end token, or cut where it was to be cut."""
+
 
 class VllmBackend:
     """A model directory run by vLLM. Prompts are encoded and completions decoded as by the backend `hf`.
@@ -53,6 +59,8 @@ class VllmBackend:
         batch_size: completions written at once; None = vLLM's own number.
         tensor_parallel_size: GPUs; None = as many of the visible ones as can share the model's heads evenly.
         dtype: of weights and arithmetic by vLLM's names; None = float32 on a CPU and the checkpoint's own on a GPU.
+
+    Until it is closed, SIGTERM ends vLLM's processes before it ends this one, where nobody else listens to it: they would keep their GPUs.
 
     Raises:
         EvaluationError: vLLM is not installed, or cannot load the model, or that computes no numbers.
@@ -86,9 +94,15 @@ class VllmBackend:
         own: dict[str, Any] = {} if batch_size is None else {"max_num_seqs": batch_size}
         if not visible:  # compiling takes minutes on a CPU
             own |= {"enforce_eager": True}
-        self._engine = self._load(
-            model_dir, tensor_parallel_size=size, dtype=dtype or ("auto" if visible else "float32"), **own
-        )
+        self._dead: type[Exception] = importlib.import_module("vllm.v1.engine.exceptions").EngineDeadError
+        self._listens = _end_processes_first()
+        try:
+            self._engine = self._load(
+                model_dir, tensor_parallel_size=size, dtype=dtype or ("auto" if visible else "float32"), **own
+            )
+        except BaseException:
+            self._stop_listening()
+            raise
         self._asked = 0
         self._name = model_dir
         try:  # before hours are spent on a model that computes no numbers
@@ -108,11 +122,12 @@ class VllmBackend:
                 seed=0,
                 **own,
             )
-        except (ImportError, OSError, ValueError, RuntimeError) as error:
+        except (ImportError, OSError, ValueError, RuntimeError, self._dead) as error:
             raise EvaluationError(
                 f"vLLM cannot load {model_dir} ({one_line(error)}; its own lines are above): {MEND}"
             ) from error
         self._begun = [begun for begun in _at_work() if begun not in before]
+        self._begun += _tell_of_the_end(self._begun, llm.llm_engine.engine_core)
         self._room = int(llm.llm_engine.model_config.max_model_len)
         return llm.llm_engine
 
@@ -126,6 +141,12 @@ class VllmBackend:
         end = time.monotonic() + _END_SECONDS
         for begun in self._begun:  # vLLM itself does not wait for processes that it killed, nor for threads
             begun.join(max(0.0, end - time.monotonic()))
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._listens = False
 
     def generate(
         self,
@@ -216,7 +237,11 @@ class VllmBackend:
         )
 
     def _run(self, asked: Sequence[tuple[Sequence[int], Any]], read: Callable[[int, Any], None]) -> None:
-        """Hands everything to vLLM's scheduler and each answer to `read` as it comes."""
+        """Hands everything to vLLM's scheduler and each answer to `read` as it comes.
+
+        Raises:
+            EvaluationError: a prompt leaves no room for an answer, or vLLM's engine ended.
+        """
         require_room((len(ids) for ids, _ in asked), self._room)
         first, self._asked = self._asked, self._asked + len(asked)
         try:
@@ -225,10 +250,58 @@ class VllmBackend:
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     if output.finished:
+                        # An engine that is told to end gives up what it is at.
+                        if output.outputs[0].finish_reason not in _WHOLE:
+                            raise _EngineEnded
                         read(int(output.request_id) - first, output)
+        except (_EngineEnded, self._dead) as error:
+            raise EvaluationError(
+                "vLLM's engine ended before everything was answered (its own lines, where it wrote any, are above): where memory ran out, of a GPU or of "
+                "the machine, give a smaller --batch-size or more of it, and start again: answers so far are kept"
+            ) from error
         except BaseException:
-            self._engine.abort_request([str(number) for number in range(first, self._asked)])
+            with contextlib.suppress(Exception):  # of an engine that ends as well
+                self._engine.abort_request([str(number) for number in range(first, self._asked)])
             raise
+
+
+class _EngineEnded(Exception):
+    """vLLM's engine gives no more answers."""
+
+
+def _tell_of_the_end(begun: Sequence[BaseProcess | threading.Thread], core: Any) -> list[threading.Thread]:
+    """A thread that says it to who waits for answers when one of vLLM's processes has ended; none where the engine is in this process.
+
+    vLLM tells of an engine that failed; of one that was killed, as the system does where memory runs out, its client would wait for answers for ever.
+    """
+    sentinels = [one.sentinel for one in begun if isinstance(one, BaseProcess)]
+    answers = getattr(core, "outputs_queue", None)
+    if not sentinels or answers is None:
+        return []
+
+    def tell() -> None:
+        connection.wait(sentinels)
+        answers.put_nowait(_EngineEnded())
+
+    thread = threading.Thread(target=tell, name="end of vLLM", daemon=True)
+    thread.start()
+    return [thread]
+
+
+def _end_processes_first() -> bool:
+    """Whether SIGTERM, which would end this process alone, now ends those that it began first: vLLM's engine does not see that this one has gone."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return False
+
+    def end(number: int, _: Any) -> None:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, end)
+    return True
 
 
 def _at_work() -> list[BaseProcess | threading.Thread]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asft_eval import judge_model
+from asft_eval.backends import OWN
 from asft_eval.backends.hf import HfBackend
 from asft_eval.run import evaluate
 
@@ -73,3 +75,15 @@ def test_a_model_is_closed_before_its_judge_is_opened(
     words = ["eval", str(model_dir), "--suite", "alpaca_eval", "--limit", "2", "--max-tokens", "2"]
     assert cli.main([*words, "--judge", str(model_dir), "--out", str(tmp_path / "out")]) == 0
     assert events == ["opened", "closed", "opened", "closed"]
+
+
+def test_a_judge_that_cannot_be_read_is_closed(
+    events: list[str], model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(judge_model, "fingerprint", fails)
+    with pytest.raises(KeyboardInterrupt):
+        judge_model.ModelJudge(str(model_dir), backend="hf", options=OWN)
+    assert events == ["opened", "closed"]
