@@ -77,8 +77,13 @@ def _compare(
     threads = [threading.Thread(target=_serve, args=(todo, verdicts, seconds)) for _ in range(count)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:  # where this is interrupted they begin nothing more: Python waits for them at its end
+        with contextlib.suppress(queue.Empty):
+            while True:
+                todo.get_nowait()
     if len(verdicts) < len(hard):
         raise EvaluationError("the processes that grade mathematics do not start: run `asft doctor`")
     return verdicts

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -118,6 +121,27 @@ def test_a_megabyte_takes_a_moment(huge: str):
     assert not score.correct
     (score,) = grade_math([("42", huge + r" so $\boxed{42}$")], processes=1, seconds=1.0)
     assert score.correct
+
+
+def test_an_interrupted_grading_begins_nothing_more(monkeypatch: pytest.MonkeyPatch):
+    """Its threads would outlast Ctrl-C by as much as there was to grade."""
+    from asft_eval.graders import math_pool
+
+    asked: list[tuple[str, str]] = []
+
+    def slow(_: math_pool._Process, pair: tuple[str, str]) -> tuple[bool, str]:
+        asked.append(pair)
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+        return True, ""
+
+    monkeypatch.setattr(math_pool._Process, "ask", slow)
+    with pytest.raises(KeyboardInterrupt):
+        math_pool._compare([("1", str(number)) for number in range(500)], 1, 1.0)
+    begun = len(asked)
+    time.sleep(0.3)
+    assert len(asked) <= begun + 1
 
 
 def test_equal_pairs_are_compared_once(monkeypatch: pytest.MonkeyPatch):
