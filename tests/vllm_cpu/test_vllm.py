@@ -82,6 +82,10 @@ def test_a_prompt_without_room_for_an_answer_is_one_sentence(answers: dict[str, 
     assert "tokens and the model's context 2048, which leaves no room" in answers["too_long"]
 
 
+def test_an_engine_that_is_killed_is_one_sentence(answers: dict[str, Any]):
+    assert "vLLM's engine ended before everything was answered" in answers["killed"]
+
+
 def test_asft_eval_gives_the_same_results(
     answers: dict[str, Any], exported: Path, suite: Path, evaluated: Path, tmp_path: Path
 ):

@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
+import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -95,6 +98,7 @@ def ask(model_dir: str, suite: str, result_dir: str) -> dict[str, Any]:
         "too_long": refusal(backend, "a b c " * 2000),
         "after": [x.text for x in backend.generate(PROMPTS[:2], protocol=GREEDY)],
         "versions": dict(backend.versions),
+        "killed": killed(backend),
     }
     VllmBackend.close(backend)
     return found
@@ -116,6 +120,15 @@ def at_work() -> list[str]:
     begun = (child.name() for child in psutil.Process().children(recursive=True))
     watching = (thread.name for thread in threading.enumerate())
     return [name for name in (*begun, *watching) if name.startswith(("VLLM", "MPClient", "EngineCore"))]
+
+
+def killed(backend: VllmBackend) -> str:
+    """What is said of an engine that is killed before it has answered, as the system does where memory runs out."""
+    for child in multiprocessing.active_children():
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGSTOP)
+        threading.Timer(1.0, child.kill).start()
+    return refusal(backend, PROMPTS[0])
 
 
 def refusal(backend: VllmBackend, prompt: str) -> str:
