@@ -45,6 +45,7 @@ _FIRST_SIGN = 3  # times as long may the first one take
 _LOOKS = 10  # at the ranks behind, while it is waited as long again
 _NAMED = 8  # ranks that are at one place, at most
 _LAST = -1  # the count of a rank that has done its work
+_LAST_CALL = 10.0  # seconds: a process that ends while its thread is in a call to the store aborts; a store that does not answer is waited for no longer
 _CURE = "look after that process and its machine (is it stopped, out of memory, waiting for a disk), and {again}; alarms.hang_seconds says how long is waited"
 
 
@@ -136,7 +137,7 @@ class HangWatch:
     def stop(self) -> None:
         """Leaves a last sign, and looks after nobody."""
         self._stopped.set()
-        self._threads[0].join(timeout=1.0)  # a store that does not answer is waited for no longer
+        self._threads[0].join(timeout=_LAST_CALL)
 
     def at(self, doing: str, *, waits: bool = False, may_take_long: bool = False) -> None:
         """Says that this rank has come to the next place. All ranks pass the same places in the same order."""
