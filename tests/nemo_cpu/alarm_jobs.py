@@ -48,11 +48,14 @@ def train_with_a_slow_rank(
             due, self.due = self.due, 0.0
             time.sleep(due)
 
-    before = os.environ.get("WANDB_MODE")
-    os.environ["WANDB_MODE"] = "offline"
+    # its own program has 30 s to come up, which a busy machine may well take
+    wandb = {"WANDB_MODE": "offline", "WANDB__SERVICE_WAIT": "150"}
+    before = {name: os.environ.get(name) for name in wandb}
+    os.environ.update(wandb)
     try:
         fit(settings, valid=valid, callbacks=(Sleeper(),))
     finally:
-        os.environ.pop("WANDB_MODE")
-        if before is not None:
-            os.environ["WANDB_MODE"] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value

@@ -8,7 +8,7 @@ import signal
 import time
 from typing import Any
 
-SIGN_SECONDS = 3.0  # longer than between two signs of a watch that waits for ten
+SIGN_SECONDS = 5.0  # much longer than the two between two signs of a watch that waits for ten
 
 
 def stop_at(where: str, *, rank: int, job: str, arguments: dict[str, Any]) -> None:

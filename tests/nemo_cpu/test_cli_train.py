@@ -18,7 +18,7 @@ from asft_nemo.config.paths import project_dir
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
-LIMIT = 240  # seconds for one command, imports of NeMo on four ranks included
+LIMIT = 400  # seconds for one command, imports of NeMo on four ranks included, on a busy machine
 
 
 def asft(*words: str) -> subprocess.CompletedProcess[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,18 +35,21 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
     )
-    assert min(seconds_of_help() for _ in range(3)) < 0.5
+    # Beside an interpreter that does nothing, for machines differ: it takes four times as long, ten with one of the heavy imports.
+    assert min(seconds_of("-m", "asft_nemo", "--help") for _ in range(3)) < 10 * min(
+        seconds_of("-c", "print('usage: asft')") for _ in range(3)
+    )
 
 
-def seconds_of_help() -> float:
+def seconds_of(*words: str) -> float:
     """Processor time, not the clock: other work on the machine must not decide."""
-    before = os.times()
-    help_text = subprocess.run(
-        [sys.executable, "-m", "asft_nemo", "--help"], capture_output=True, text=True, timeout=240, check=True
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=240, check=True
     ).stdout
-    assert "usage: asft" in help_text
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+    assert "usage: asft" in said
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_every_command_of_the_design_answers_help() -> None:
@@ -238,14 +242,20 @@ def test_eval_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 # --- progress ------------------------------------------------------------------------------------------------
 
 
-def test_progress_is_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    show = output.lines_of("import", seconds=0.01)
+def test_progress_is_plain_lines_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: now))
+    show = output.lines_of("import", seconds=10)
+    now += 9
     show(1, 4, "a.weight")
-    time.sleep(0.02)
+    now += 1
     show(2, 4, "b.weight")
+    now += 9
     show(3, 4, "c.weight")
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("import: 50 % (b.weight), about ")
+    assert line == "import: 50 % (b.weight), about 10 s left"
 
 
 def test_progress_is_a_bar_on_a_terminal(

@@ -151,8 +151,9 @@ def test_a_run_that_ended_before_is_no_fault_that_was_survived(
 def test_first_bytes_of_a_cache_are_seen(yard: Yard) -> None:
     run, cache = yard.here / "chain5", yard.here / "chain5_cache"
     cache.mkdir()
-    (cache / "rows-00000-000000-00000000.safetensors.partial").write_text("of an earlier start")
-    since = time.time_ns()
+    partial = cache / "rows-00000-000000-00000000.safetensors.partial"
+    partial.write_text("of an earlier start")
+    since = partial.stat().st_mtime_ns
     assert not MOMENTS["cache"].reached(run, 0, since + 10**9)
     assert MOMENTS["cache"].reached(run, 0, since - 10**9)
 
