@@ -230,6 +230,14 @@ def test_a_rank_that_was_stopped_itself_accuses_nobody(three: Ranks, monkeypatch
     assert not three.ended.wait(3 * SECONDS)
 
 
+def test_an_end_waits_for_the_call_that_a_thread_is_in(three: Ranks) -> None:
+    """Python cannot end within one: the process would abort."""
+    three.watches[1]._leave_sign = lambda count: time.sleep(1.5 * SECONDS)  # type: ignore[method-assign]
+    three.start(1)
+    three.watches[1].stop()
+    assert not three.watches[1]._threads[0].is_alive()
+
+
 def keep_a_store(out: Any) -> None:
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     out.send(store.port)
@@ -288,6 +296,25 @@ def test_a_store_that_does_not_answer_names_who_keeps_it(
         keeper.kill()
         keeper.join()
     end_of(watch)
+
+
+def test_a_rank_does_not_end_while_its_last_sign_is_on_its_way() -> None:
+    """A thread within torch's store at the interpreter's end may abort a rank that has done its work."""
+    store = torch.distributed.HashStore()
+
+    class Slow:
+        def set(self, key: str, value: str) -> None:
+            time.sleep(1.5)
+            store.set(key, value)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+    watch = HangWatch(0, 1, 60.0, Slow, again=AGAIN)
+    watch.start()
+    watch.stop()
+    assert not watch._threads[0].is_alive()
+    assert '"count": -1' in store.get("asft_sign_0_0").decode()
 
 
 @pytest.mark.parametrize(("seconds", "ranks"), [(None, 4), (600.0, 1)])
