@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -101,9 +102,7 @@ def base_url(
     vllm_python: Path, exported: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """`vllm serve`, which knows the model by its directory and by a name."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     words = [
         str(vllm_python.with_name("vllm")),
         "serve",
@@ -139,6 +138,15 @@ def base_url(
             server.wait(30)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, 9)
+
+
+def _free_port() -> int:
+    """Below 32768, from where on Linux gives ports to connections: the server takes its own seconds later."""
+    for port in range(15000 + os.getpid() % 4000, 32768):
+        with socket.socket() as here, contextlib.suppress(OSError):
+            here.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def _healthy(port: int) -> bool:
