@@ -45,8 +45,6 @@ _FIRST_SIGN = 3  # times as long may the first one take
 _LOOKS = 10  # at the ranks behind, while it is waited as long again
 _NAMED = 8  # ranks that are at one place, at most
 _LAST = -1  # the count of a rank that has done its work
-# seconds for its sign, where the store answers slowly: Python may abort when a thread is within torch's store at the interpreter's end (exit code 134)
-_LAST_SIGN = 10.0
 _LAST_CALL = 10.0  # seconds: a process that ends while its thread is in a call to the store aborts; a store that does not answer is waited for no longer
 _CURE = "look after that process and its machine (is it stopped, out of memory, waiting for a disk), and {again}; alarms.hang_seconds says how long is waited"
 

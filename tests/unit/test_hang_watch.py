@@ -298,25 +298,6 @@ def test_a_store_that_does_not_answer_names_who_keeps_it(
     end_of(watch)
 
 
-def test_a_rank_does_not_end_while_its_last_sign_is_on_its_way() -> None:
-    """A thread within torch's store at the interpreter's end may abort a rank that has done its work."""
-    store = torch.distributed.HashStore()
-
-    class Slow:
-        def set(self, key: str, value: str) -> None:
-            time.sleep(1.5)
-            store.set(key, value)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(store, name)
-
-    watch = HangWatch(0, 1, 60.0, Slow, again=AGAIN)
-    watch.start()
-    watch.stop()
-    assert not watch._threads[0].is_alive()
-    assert '"count": -1' in store.get("asft_sign_0_0").decode()
-
-
 @pytest.mark.parametrize(("seconds", "ranks"), [(None, 4), (600.0, 1)])
 def test_it_can_be_switched_off_and_one_rank_has_no_thread(seconds: float | None, ranks: int) -> None:
     before = set(threading.enumerate())  # of which one may end meanwhile
