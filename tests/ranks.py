@@ -80,7 +80,7 @@ class RankGroup:
         self._store: TCPStore | None = None  # there while the ranks are; they meet in it
         self._jobs = 0
 
-    def run(self, call: str, *, timeout: float = 240, **arguments: Any) -> list[Any]:
+    def run(self, call: str, *, timeout: float = 480, **arguments: Any) -> list[Any]:
         """Runs one job on every rank and returns their results, by rank.
 
         Raises:
@@ -156,7 +156,7 @@ class RankGroup:
         self._scratch.cleanup()
 
 
-def run_alone(call: str, *, world_size: int = 1, timeout: float = 240, **arguments: Any) -> list[Any]:
+def run_alone(call: str, *, world_size: int = 1, timeout: float = 480, **arguments: Any) -> list[Any]:
     """One job on ranks of its own, for what would leave others changed."""
     group = RankGroup(world_size)
     try:

@@ -34,7 +34,7 @@ def outcomes(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, str(Path(triton_cases.__file__)), str(out)],
         env=environment,
-        timeout=280,
+        timeout=560,
         capture_output=True,
         text=True,
     )
