@@ -25,6 +25,7 @@ from faults.cached import rows_of
 from faults.chain import MOMENTS, Chain, Disturbance
 from faults.checks import Check
 from faults.kills import WORK, Kill, try_kill
+from faults.processes import wait_for_end
 from faults.rows import SAME, VIOLATION
 from faults.yard import Yard
 
@@ -174,8 +175,7 @@ def test_what_a_killed_campaign_started_ends_with_it(tmp_path: Path) -> None:
         child = psutil.Process(int(campaign.stdout.readline()))
         assert child.is_running()
         campaign.kill()
-    gone, alive = psutil.wait_procs([child], timeout=10)
-    assert (len(gone), len(alive)) == (1, 0)
+    assert wait_for_end([child], 10) == []
 
 
 def test_chains_have_names_of_their_own() -> None:
