@@ -280,7 +280,7 @@ def open_run_dir(run: RunConfig, *, data_fingerprint: str) -> FileLock:
     return lock
 
 
-_held: list[FileLock] = []  # until this process ends
+_held: list[FileLock] = []  # until `leave_run_dir` or the end of this process
 
 
 def claim_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
@@ -291,6 +291,12 @@ def claim_run_dir(run: RunConfig, *, data_fingerprint: str) -> None:
     """
     if os.environ.get("ASFT_LAUNCHER_PID") is None and os.environ.get("RANK", "0") == "0":
         _held.append(open_run_dir(run, data_fingerprint=data_fingerprint))
+
+
+def leave_run_dir() -> None:
+    """Releases what `claim_run_dir` holds, when this rank has done its work: without flock the lock's file would outlast the process."""
+    while _held:
+        _held.pop().release()
 
 
 def _same_run(run: RunConfig, record: Path, data_fingerprint: str) -> None:

@@ -43,6 +43,7 @@ def run_rank(run: RunConfig, job: str) -> NoReturn:
         job: ``train``, ``cache`` or ``repair``.
     """
     from asft_nemo.ranks import USER_ERROR_EXIT, leave
+    from asft_nemo.run_dir import leave_run_dir
 
     try:
         _enter()
@@ -55,6 +56,7 @@ def run_rank(run: RunConfig, job: str) -> NoReturn:
         _do(run, job)
     except stop_signal.Stopped as stopped:
         logger.info("stopped as asked, behind %s", stopped)
+        leave_run_dir()
         leave(0)
     except UserError as error:
         _say(str(error))
@@ -71,6 +73,7 @@ def run_rank(run: RunConfig, job: str) -> NoReturn:
             _say(str(told))
             leave(USER_ERROR_EXIT)
         leave(1)
+    leave_run_dir()
     leave(0)
 
 

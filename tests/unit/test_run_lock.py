@@ -12,8 +12,13 @@ from typing import NoReturn
 import pytest
 from filelock import FileLock
 
+from asft_nemo import slurm_ranks
+from asft_nemo.config.load import compose
+from asft_nemo.config.schema import RunConfig
 from asft_nemo.errors import ConfigError
+from asft_nemo.run_dir import claim_run_dir
 from asft_nemo.run_lock import lock_run_dir
+from asft_nemo.stop_signal import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:flock not supported")
 
@@ -64,6 +69,36 @@ def test_others_are_told_what_to_remove(
     assert file.exists()
     left.release()
     lock_run_dir(tmp_path, claim=True)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_rank_that_has_done_its_work_leaves_no_lock(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends without the end of its interpreter, which would release it."""
+
+    def trains(run: RunConfig, job: str) -> None:
+        claim_run_dir(run, data_fingerprint="x")
+        assert (tmp_path / ".run.lock").exists()
+        if stopped:
+            raise Stopped("step 3")
+
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("ASFT_LAUNCHER_PID", raising=False)
+    monkeypatch.setattr("asft_nemo.ranks.leave", leave)
+    monkeypatch.setattr("asft_nemo.launching.settings.refuse_other_settings", lambda _: None)
+    monkeypatch.setattr(slurm_ranks, "_enter", lambda: None)
+    monkeypatch.setattr(slurm_ranks, "set_up_logging", lambda rank: None)
+    monkeypatch.setattr(slurm_ranks.stop_signal, "listen", lambda at_once: None)
+    monkeypatch.setattr(slurm_ranks, "_do", trains)
+    run = compose(["experiment=tiny", f"run.dir={tmp_path}"], check_inputs=False)
+    with pytest.raises(SystemExit) as left:
+        slurm_ranks.run_rank(run, "train")
+    assert left.value.code == 0
+    assert not (tmp_path / ".run.lock").exists()
 
 
 def test_with_flock_a_requeue_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
