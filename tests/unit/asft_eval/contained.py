@@ -13,7 +13,9 @@ TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0\n"
 PROBLEM = Problem(prompt="", helpers="", tests=TESTS, functions=("add",))
 RIGHT = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return a - b\n"
-QUICK = replace(LIMITS, wall_seconds=2.0, cpu_seconds=1, memory_bytes=512 << 20)
+# For what ends by itself: a busy machine may take its time.
+PATIENT = replace(LIMITS, memory_bytes=512 << 20)
+QUICK = replace(PATIENT, wall_seconds=2.0, cpu_seconds=1)
 
 
 def finds(sandbox: Sandbox, expression: str, prepare: str = "") -> bool:

@@ -15,16 +15,16 @@ import pytest
 from asft_eval import EvaluationError
 from asft_eval.graders import grade
 from asft_eval.graders.code import LIMITS, judge_program
-from asft_eval.sandbox import Outcome, Sandbox, open_sandbox
+from asft_eval.sandbox import Limits, Outcome, Sandbox, open_sandbox
 from asft_eval.types import Example
-from contained import PROBLEM, QUICK, RIGHT, WRONG, finds, gone, seen
+from contained import PATIENT, PROBLEM, QUICK, RIGHT, WRONG, finds, gone, seen
 
 pytestmark = pytest.mark.timeout(120)
 
 
-def judged(sandbox: Sandbox, code: str, *, go_on: bool = True) -> tuple[bool, str]:
+def judged(sandbox: Sandbox, code: str, *, limits: Limits = PATIENT, go_on: bool = True) -> tuple[bool, str]:
     """The verdict; with `go_on` the next program must be judged as ever."""
-    verdict = judge_program(sandbox, PROBLEM, code, limits=QUICK)
+    verdict = judge_program(sandbox, PROBLEM, code, limits=limits)
     if go_on:
         assert judge_program(sandbox, PROBLEM, RIGHT) == (True, "all tests passed (2 calls)")
     return verdict
@@ -114,7 +114,8 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_programs_fail_with_a_reason(sandbox: Sandbox, name: str):
     code, reason = HOSTILE[name]
-    passed, said = judged(sandbox, code, go_on=False)  # the next one shows it
+    limits = QUICK if "time" in reason else PATIENT
+    passed, said = judged(sandbox, code, limits=limits, go_on=False)  # the next one shows it
     assert not passed
     assert re.search(reason, said), said
 
@@ -122,7 +123,7 @@ def test_hostile_programs_fail_with_a_reason(sandbox: Sandbox, name: str):
 def test_a_fork_bomb_ends(sandbox: Sandbox):
     before = len(os.listdir("/proc"))
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
-    passed, reason = judged(sandbox, bomb)
+    passed, reason = judged(sandbox, bomb, limits=QUICK)
     assert not passed
     assert "time" in reason
     assert len(os.listdir("/proc")) < before + 100
@@ -196,7 +197,7 @@ def test_processes_outside_are_out_of_reach(sandbox: Sandbox):
         "import signal\nfor number in (1, os.getppid(), -1):\n    try:\n        os.kill(number, signal.SIGKILL) if number != -1 else None\n"
         "    except OSError:\n        pass\n"
     )
-    outcome = sandbox.run(kill + "import sys\nsys.exit(5)\n", limits=QUICK)
+    outcome = sandbox.run(kill + "import sys\nsys.exit(5)\n", limits=PATIENT)
     assert outcome.kind in ("exit", "signal", "lost")
     assert judge_program(sandbox, PROBLEM, RIGHT)[0]
     passed, _ = judged(sandbox, "import os\nos.kill(-1, 9)\n" + WRONG)
@@ -222,7 +223,7 @@ def test_no_rights_and_no_way_to_get_some(sandbox: Sandbox):
 
 
 def test_memory_of_many_processes_is_counted_together(sandbox: Sandbox):
-    small = replace(QUICK, memory_bytes=256 << 20)
+    small = replace(PATIENT, memory_bytes=256 << 20)
     code = "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        break\nx = bytearray(b'1') * (100 << 20)\ntime.sleep(60)\n"
     assert sandbox.run(code, limits=small) == Outcome("memory")
 
@@ -234,7 +235,7 @@ def test_processes_end_with_the_run_and_runs_with_the_sandbox():
             f"import ctypes, os, time\nctypes.CDLL(None).prctl(15, {mark[-15:].encode()!r}, 0, 0, 0)\n"
             "if os.fork() == 0:\n    time.sleep(100)\n"
         )
-        assert own.run(leave, limits=QUICK) == Outcome("exit", 0)
+        assert own.run(leave, limits=PATIENT) == Outcome("exit", 0)
         assert gone(mark[-15:])
         run = own.start("script", {"code": leave + "time.sleep(100)\n"}, limits=LIMITS)
         assert seen(mark[-15:])
