@@ -28,7 +28,7 @@ from asft_eval.types import Completion, Protocol
 
 from asft_nemo import cli
 
-pytestmark = [pytest.mark.usefixtures("keep_logging_and_warnings"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.usefixtures("keep_logging_and_warnings"), pytest.mark.timeout(240)]
 
 FORK = multiprocessing.get_context("fork")
 ENDED = "vLLM's engine ended before everything was answered"
@@ -162,7 +162,7 @@ def test_sigterm_ends_the_engine_too(model_dir: Path) -> None:
     process = FORK.Process(target=evaluates)
     process.start()
     os.close(writing)
-    assert told.wait(20)
+    assert told.wait(120)
     process.terminate()
     process.join(20)
     assert process.exitcode == -signal.SIGTERM
