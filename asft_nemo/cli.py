@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -47,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"unrecognized arguments: {' '.join(unknown)}: see asft --help")
         set_up_logging()
         logging.getLogger("asft_eval").setLevel(logging.INFO)
-        return arguments.command(arguments)
+        return _written(arguments.command(arguments))
     except UserError as error:
         return _said(error, debug=debug)
     except KeyboardInterrupt:
         print("asft: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, for example `asft ... | head`
-        sys.stderr.close()
+        _drop()
         return DONE
     except Exception as error:
         if isinstance(error, OSError) and (told := mendable(error)) is not None:
@@ -65,6 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return BUG
+
+
+def _written(code: int) -> int:
+    """Hands on what is still to be printed: at the interpreter's end it would be too late to say that it cannot be."""
+    try:
+        if sys.stdout is not None:  # a process may be started without one
+            sys.stdout.flush()
+    except OSError as error:
+        _drop()
+        if not isinstance(error, BrokenPipeError):
+            raise
+    return code
+
+
+def _drop() -> None:
+    """Forgets what is not yet written; the interpreter would try it once more at its end, and then exit with 120."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)
 
 
 def _said(error: UserError, *, debug: bool) -> int:

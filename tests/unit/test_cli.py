@@ -52,6 +52,44 @@ def seconds_of(*words: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def printed_into(stdout: int, *, lines: int, code: int) -> tuple[int, str]:
+    """Exit code and stderr of a command that prints so many lines, which are buffered as usual, and returns `code`."""
+    program = (
+        "import argparse, sys\n"
+        "from asft_nemo import cli\n"
+        "def command(_):\n"
+        f"    for _ in range({lines}): print('x' * 50)\n"
+        f"    return {code}\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.set_defaults(command=command)\n"
+        "cli.parser = lambda: parser\n"
+        "sys.exit(cli.main([]))\n"
+    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, text=True, env=buffered
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(("lines", "code"), [(1, 0), (1, 2), (20000, 0)])
+def test_a_reader_that_went_away_changes_nothing(lines: int, code: int) -> None:
+    """`asft ... | true`, where Python itself would end with 120."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert printed_into(writer, lines=lines, code=code) == (code, "")
+    os.close(writer)
+
+
+@pytest.mark.parametrize("lines", [1, 20000])
+def test_a_full_disk_under_stdout_is_one_sentence(lines: int) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    code, said = printed_into(full, lines=lines, code=0)
+    os.close(full)
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "No space left on device" in said
+
+
 def test_every_command_of_the_design_answers_help() -> None:
     commands = "demo train launch status logs cancel plan data cache-reference import export verify eval compare".split()  # noqa: SIM905
     text = cli.parser().format_help()
