@@ -169,17 +169,23 @@ def processes(count: int, setup: Setup, *, close: int) -> Iterator[Run]:
         with _one_thread():
             yield lambda jobs: _alone(jobs, setup)
         return
+    left_open, held = os.pipe()
     pool = ProcessPoolExecutor(
-        count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(setup, close)
+        count, multiprocessing.get_context("fork"), initializer=_begin, initargs=(setup, (close, held))
     )
     # All processes start with the first job: here, before the parent reads with libraries that have threads.
     try:
         pool.submit(os.getpid)
     except OSError as error:
+        os.close(left_open)
         raise DataError(
             f"{count} tokenising processes cannot be started ({error.strerror or error}): give fewer --workers"
         ) from error
+    finally:
+        os.close(held)
     try:
+        with open(left_open, "rb") as stream:
+            stream.read()  # ends when all have closed both: a parent that is killed later leaves nobody who keeps the lock
         yield lambda jobs: _shared(jobs, pool, window=2 * count + 2)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -233,10 +239,11 @@ def _result(
 _setup: Setup | None = None  # a tokenising process's own
 
 
-def _begin(setup: Setup, close: int) -> None:
+def _begin(setup: Setup, close: tuple[int, ...]) -> None:
     global _setup
     _setup = setup
-    os.close(close)
+    for descriptor in close:
+        os.close(descriptor)
     os.environ[_PARALLELISM] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the processes
     threading.Thread(target=_end_with_parent, daemon=True).start()

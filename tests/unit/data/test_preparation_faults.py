@@ -17,7 +17,7 @@ import pytest
 from preparing import BAD, ROWS, Writer, contents, made
 
 from asft_nemo.config.schema import DataConfig
-from asft_nemo.data import SupervisedDataset, TextTokenizer
+from asft_nemo.data import SupervisedDataset, TextTokenizer, workers
 from asft_nemo.data.digests import digest
 from asft_nemo.data.store import PartWriter
 from asft_nemo.errors import DataError
@@ -62,6 +62,32 @@ def test_a_killed_run_is_gone_on_with(model: Path, jsonl: Writer, tmp_path: Path
     assert rounds >= 3
     assert seen[:-1] == sorted(set(seen[:-1]))  # every round comes further; the last one writes the manifest
     assert whole.manifest.total().rows == 63
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_run_leaves_nobody_who_keeps_its_lock(
+    model: Path, jsonl: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of its tokenising processes comes up late, and would hold what it was forked with."""
+    file, out, begin = jsonl(*ROWS), tmp_path / "out", workers._begin
+    made(model, tmp_path / "whole", file)
+
+    def late(*given: Any) -> None:
+        try:
+            (tmp_path / "first").touch(exist_ok=False)
+        except FileExistsError:
+            time.sleep(1.0)
+        begin(*given)
+
+    monkeypatch.setattr(workers, "_begin", late)
+    process = multiprocessing.get_context("fork").Process(
+        target=made, args=(model, out, file), kwargs={"progress": killed_at(1), "workers": 2}
+    )
+    process.start()
+    process.join()  # with a time limit it would also wait for those that the process has forked
+    assert process.exitcode == -signal.SIGKILL
+    made(model, out, file)
     assert contents(out) == contents(tmp_path / "whole")
 
 
