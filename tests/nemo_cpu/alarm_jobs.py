@@ -56,6 +56,6 @@ def train_with_a_slow_rank(
         fit(settings, valid=valid, callbacks=(Sleeper(),))
     finally:
         for name, value in before.items():
-            del os.environ[name]
+            os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
