@@ -77,16 +77,34 @@ def rope(config: Mapping[str, Any], absent_theta: float) -> tuple[float, dict[st
     """Returns (rope theta, rope scaling or None).
 
     Both spellings are read: `rope_theta` beside `rope_scaling`, and `rope_parameters`, which holds the two
-    together. A scaling of type "default" is no scaling.
+    together. A scaling of type "default" is no scaling. Where a config.json holds both, transformers 4 reads
+    the first, transformers 5 now one and now the other: they must say the same.
     """
+    thetas, scalings = ([config["rope_theta"]] if "rope_theta" in config else []), []
     for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(config.get(key) or {}, Mapping):
+        given = config.get(key) or {}
+        if not isinstance(given, Mapping):
             raise CheckpointError(
                 f"config.json: '{key}' is {config[key]!r} where an object or null is needed: take config.json from the original model"
             )
-    together: Mapping[str, Any] = config.get("rope_parameters") or {}
-    theta = optional_number({**config, **together}, "rope_theta", absent_theta)
-    scaling = dict(together or config.get("rope_scaling") or {})
-    scaling.pop("rope_theta", None)
-    rope_type = scaling.pop("rope_type", scaling.pop("type", "default"))
-    return theta, None if rope_type == "default" else {"rope_type": rope_type, **scaling}
+        scaling = dict(given)
+        if "rope_theta" in scaling:
+            thetas.append(scaling.pop("rope_theta"))
+        kinds = [scaling.pop(name) for name in ("rope_type", "type") if name in scaling]
+        if any(kind != kinds[0] for kind in kinds):
+            raise _contradiction(f"'{key}' is of the types {kinds[0]!r} and {kinds[1]!r}")
+        if given:
+            scalings.append({"rope_type": kinds[0] if kinds else "default", **scaling})
+    if any(theta != thetas[0] for theta in thetas):
+        raise _contradiction(f"rope_theta is {' and '.join(map(repr, thetas))}")
+    if any(scaling != scalings[0] for scaling in scalings):
+        raise _contradiction("'rope_parameters' and 'rope_scaling' are two different scalings")
+    theta = optional_number({"rope_theta": thetas[0]} if thetas else {}, "rope_theta", absent_theta)
+    scaled = bool(scalings) and scalings[0]["rope_type"] != "default"
+    return theta, scalings[0] if scaled else None
+
+
+def _contradiction(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json: {what}, and programs differ in which of them they read: leave the one that the model was trained with"
+    )

@@ -80,6 +80,39 @@ def test_both_spellings_of_rope():
     assert yarn.rope_scaling == {"rope_type": "yarn", "factor": 4.0}
 
 
+def test_two_spellings_of_rope_that_say_the_same_are_one():
+    linear = {"rope_type": "linear", "factor": 2.0}
+    both = QWEN25_1P5B | {
+        "rope_scaling": {**linear, "type": "linear"},
+        "rope_parameters": {"rope_theta": 1e6, **linear},
+    }
+    assert model_spec(both) == model_spec(QWEN25_1P5B | {"rope_scaling": linear})
+    moved = {key: value for key, value in QWEN25_1P5B.items() if key != "rope_theta"}
+    assert model_spec(moved | {"rope_scaling": {"rope_theta": 5e5, "rope_type": "default"}}).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, r"1000000\.0 and 10000\.0"),
+        (
+            {
+                "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+            },
+            "two different scalings",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default", "type": "yarn", "factor": 4.0}},
+            "types 'default' and 'yarn'",
+        ),
+    ],
+)
+def test_two_spellings_of_rope_that_contradict_each_other_are_refused(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        model_spec(QWEN25_1P5B | change)
+
+
 def test_padded_vocab_size():
     assert padded_vocab_size(151936, tp_size=1) == 151936
     assert padded_vocab_size(151936, tp_size=8) == 152576
