@@ -116,6 +116,7 @@ _UNREAD = {
     (f"{_TORCH}.planner", "WriteItemType"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
     ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # its name in Python 3.13
     ("pathlib", "PurePosixPath"),
     ("torch.serialization", "_get_layout"),
 }
