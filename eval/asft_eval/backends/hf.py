@@ -206,6 +206,7 @@ class HfBackend:
     ):
         import transformers
 
+        library: Any = transformers
         if batch_size < 1:
             raise EvaluationError(f"batch_size is {batch_size}: give at least 1")
         self.versions: Mapping[str, str] = {
@@ -214,6 +215,8 @@ class HfBackend:
         }
         self.tokenizer = load_tokenizer(model_dir)
         self.model = load_model(model_dir, dtype=dtype, device=device)
+        # What generation_config.json or config.json say of drawing, e.g. a repetition penalty, holds for greedy completions, too.
+        self.model.generation_config = library.GenerationConfig()
         self._name = model_dir
         self.room = context(self.model.config)
         self.batch_size = batch_size

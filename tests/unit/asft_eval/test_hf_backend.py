@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -41,6 +42,27 @@ def test_batched_generation_equals_one_by_one(model_dir: Path, backend: HfBacken
         assert completion.text == tokenizer.decode(out, skip_special_tokens=True)
         assert completion.finished == (tokenizer.eos_token_id in out.tolist())
         assert completion.num_tokens == len(out)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_the_models_own_wishes_for_drawing_are_not_read(
+    model_dir: Path, backend: HfBackend, tmp_path: Path, name: str
+):
+    wishes = tmp_path / "wishes"
+    shutil.copytree(model_dir, wishes)
+    if name == "config.json":
+        (wishes / "generation_config.json").unlink(missing_ok=True)
+    there = json.loads((wishes / name).read_text()) if (wishes / name).is_file() else {}
+    asked = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 1, "min_new_tokens": 12}
+    (wishes / name).write_text(json.dumps({**there, **asked}))
+    prompts = ["a b a b a b", "2 + 2 ="]
+    for how in (
+        Protocol(max_tokens=16),
+        Protocol(name="paper", max_tokens=16, temperature=1.0, seed=0),
+    ):
+        seeds = [1, 2] if how.temperature else []
+        expected = backend.generate(prompts, protocol=how, seeds=seeds)
+        assert HfBackend(wishes, batch_size=2).generate(prompts, protocol=how, seeds=seeds) == expected
 
 
 def test_a_cut_completion_says_so(backend: HfBackend):
