@@ -126,14 +126,16 @@ _PLAIN = (
 )  # fmt: skip
 _SPACE = re.compile(r"(?<!\\)\\[,;: ]")  # not the end of a matrix' row
 _ROW_GAP = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|cm|mm|em|ex|in)\s*\]")
-_NARROW = re.compile(r"(?<!\\)\\!")
+_NARROW = re.compile(r"(?<!\\)\\!\s*")
 _MATRIX = re.compile(r"\\(begin|end)\s*\{[bB]matrix\}")
 _BARE_MATRIX = re.compile(r"[\[(]\s*\\begin\{matrix\}(.*?)\\end\{matrix\}\s*[\])]", re.DOTALL)
 _DEGREES = re.compile(r"\s*\^\s*\{?\s*\\circ\s*\}?\s*")
 _FRAC_DIGITS = re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)")
 _FRAC_MIXED = re.compile(r"\\frac\s*(\d)\s*\{|\\frac\s*(\{[^{}]*\})\s*(\d)")
 _SQRT_DIGIT = re.compile(r"\\sqrt\s*(\d|[a-z])")
-_THOUSANDS = re.compile(r"(?<![\d,])(\d{1,3})((?:,\s?\d{3})+)(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)")
+_BRACKET = re.compile(r"[(\[]|\\\{|[)\]]|\\\}")
+_SEPARATED = re.compile(r",\s|;")
 _LEADING_POINT = re.compile(r"(?<![\d.])\.(\d)")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WHOLE_TEXT = re.compile(r"\\text\s*\{([^{}]*\d[^{}]*)\}")
@@ -170,8 +172,27 @@ def without_assignment(text: str) -> str:
 
 
 def without_thousands(text: str) -> str:
-    """`1,234` as `1234`."""
-    return _THOUSANDS.sub(lambda match: match[1] + re.sub(r"[,\s]", "", match[2]), text)
+    """`1,234` as `1234`; not `(1,234)`, which is a pair, while in `(1,234, 5)` other commas part and in `(1,000)` no number begins with 0."""
+
+    def joined(match: re.Match[str]) -> str:
+        inside = _innermost(text, match.start())
+        number = inside is None or ",0" in match[0] or _SEPARATED.search(inside) is not None
+        return match[0].replace(",", "") if number else match[0]
+
+    return _THOUSANDS.sub(joined, text)
+
+
+def _innermost(text: str, place: int) -> str | None:
+    """What stands in the round, square or set brackets around a place; None where there are none."""
+    opened: list[int] = []
+    for bracket in _BRACKET.finditer(text):
+        if bracket[0] in ("(", "[", r"\{"):
+            opened.append(bracket.end())
+        elif opened:
+            start = opened.pop()
+            if start <= place < bracket.start():
+                return text[start : bracket.start()]
+    return None
 
 
 def words_only(text: str) -> str:

@@ -63,7 +63,7 @@ _LETTERS = tuple(f" {letter}" for letter in records.LETTERS)
 
 
 def _math(name: str, read: Callable[[Record], Asked], rows: int, **more: object) -> dict[str, Definition]:
-    settings = {"file": f"math/{name}_test.jsonl", "field": "problem", **more}
+    settings = {"file": f"math/{name}_test.jsonl", "field": "problem", "version": "2", **more}
     return {name: Definition(read=read, grader="math", group="math", rows=rows, **settings)}  # type: ignore[arg-type]
 
 

@@ -64,12 +64,14 @@ TABLE: dict[str, list[Row]] = {
         (r"(2,12) \cup (12,102)", r"(2,12)\cup(12,101)", False), (r"[\frac{1}{2}, 1]", "[0.5, 1]", True), ("(3,4]", r"\left( 3, 4 \right]", True),
         (r"\left[ \frac{\pi}{8}, \frac{5 \pi}{4} \right]", r"[\pi/8, 5\pi/4]", True), ("(1,2)", "(1,3)", False),
         ("[1,3]", r"1 \le x \le 3", True), ("(1,3)", "1 < x < 3", True), ("(1,3)", r"1 \le x \le 3", False),
+        ("(0,180)", "[0,180]", False), ("[100, 200]", "(100, 200)", False), ("[10,100]", r"10 \le x \le 100", True),
     ),
     "tuples": boxed(
         ("(1,2)", "(1, 2)", True), ("(1,2)", "(2,1)", False), ("(1,2)", "(1,2,3)", False), ("(1,-2,3)", r"\left( 1, -2, 3 \right)", True),
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)", True), (r"\left( 3, \frac{\pi}{2} \right)", "(3, 90)", False),
         (r"\left( \frac{3}{5}, \frac{8}{3} \right)", "(3/5, 8/3)", True), ("(6,31,-1)", "(6, 31, -1)", True), ("(6,31,-1)", "6,31,-1", True),
         ("(1,2),(3,4)", "(3,4),(1,2)", True), ("(1,2),(3,4)", "(1,2),(4,3)", False), ("(0.5,2)", "(1/2, 2)", True),
+        ("(3,120)", "(120,3)", False), ("(3,120)", "[3,120]", False), ("(1,234, 5)", "(1234, 5)", True), ("(1,000)", "1000", True),
     ),
     "sets": boxed(
         (r"\{1,2,3\}", r"\{3, 2, 1\}", True), (r"\{1,2,3\}", r"\{1,2\}", False), ("1,2", "2,1", True), ("1,2", "1,3", False),
@@ -78,6 +80,7 @@ TABLE: dict[str, list[Row]] = {
         (r"\pm 2", r"2, -2", True), (r"1 \pm \sqrt{2}", r"1+\sqrt2, 1-\sqrt2", True), (r"1 \pm \sqrt{2}", r"1 \pm \sqrt2", True),
         (r"1 \pm \sqrt{2}", r"1 \pm \sqrt3", False), ("1,2,2", "1,2", False), ("1,2,3,4", "4,3,2,1", True), (r"\emptyset", r"\varnothing", True),
         (r"\{a,b\}", r"\{b,a\}", True), ("0,1,-1", "0, -1, 1", True),
+        ("2, 100", "100, 2", True), ("3, 120", "3120", False), (r"\{2,100\}", r"\{100, 2\}", True), ("1,000, 200", "200, 1000", True),
     ),
     "matrices": boxed(
         (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True),
