@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import logging
 import math
@@ -59,7 +60,7 @@ def load_model(model_dir: Path | str, *, dtype: torch.dtype | None = None, devic
 
 
 def _loaded(model_dir: Path, dtype: torch.dtype | None, device: str | None) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     room = None if device or not torch.cuda.is_available() else _room(model_dir, dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +68,9 @@ def _loaded(model_dir: Path, dtype: torch.dtype | None, device: str | None) -> A
         dtype = torch.float32 if device == "cpu" else None
     where: dict[str, Any] = {} if room is None else {"device_map": "auto", "max_memory": room}
     try:
-        opener: Any = AutoModelForCausalLM
+        opener: Any = AutoConfig
+        _require_rope_read(model_dir, opener.from_pretrained(model_dir, local_files_only=True))
+        opener = AutoModelForCausalLM
         model, told = opener.from_pretrained(
             model_dir, dtype=dtype or "auto", local_files_only=True, output_loading_info=True, **where
         )
@@ -90,6 +93,23 @@ def _loaded(model_dir: Path, dtype: torch.dtype | None, device: str | None) -> A
         )
     log.info("%s lies on %d GPUs", model_dir, len(places))
     return model.eval()
+
+
+def _require_rope_read(model_dir: Path, config: Any) -> None:
+    """transformers 4 takes `rope_parameters`, which transformers 5 writes, for a field of nobody's and the class's own rope_theta for the model's.
+
+    Raises:
+        EvaluationError: it would compute another rotary embedding than the model's.
+    """
+    version, config = importlib.metadata.version("transformers"), config.get_text_config()
+    told: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    scaling: dict[str, Any] = getattr(config, "rope_scaling", None) or {}
+    read = {"rope_type": "default", **scaling, "rope_theta": getattr(config, "rope_theta", None)}
+    if int(version.partition(".")[0]) < 5 and any(read.get(key) != value for key, value in told.items()):
+        raise EvaluationError(
+            f"{model_dir}/config.json says rope_parameters, which transformers {version} does not read (it takes rope_theta={read['rope_theta']}): write "
+            "its rope_theta, and as rope_scaling the rest, beside it, or use an environment with transformers 5"
+        )
 
 
 def _room(model_dir: Path, dtype: torch.dtype | None) -> dict[int, int] | None:

@@ -59,6 +59,13 @@ def lacks_a_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
+def spelt_as_transformers_5_does(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    theta, _ = config.pop("rope_theta"), config.pop("rope_scaling")
+    config["rope_parameters"] = {"rope_theta": 50 * theta, "rope_type": "default"}
+    cut(folder, "config.json", json.dumps(config).encode())
+
+
 BROKEN: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (lambda x: without(x, "*.safetensors"), "lacks weights .*: name a complete"),
     "no tokenizer": (lambda x: without(x, "tokenizer*"), "lacks a tokenizer .copy the base model's tokenizer files"),
@@ -68,6 +75,10 @@ BROKEN: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "an index cut off": (lambda x: (x / "model.safetensors.index.json").write_text('{"a') and None, r"index\.json is damaged .*: name a complete"),
     "a tensor lost": (lacks_a_tensor, r"lacks weights of the model \(1, e\.g\. model\.norm\.weight\): name a complete"),
     "config.json cut off": (lambda x: cut(x, "config.json", b'{"a":'), "(transformers cannot load|no max_position_embeddings) .*: name a complete"),
+    "rotary embedding that is not read": (
+        spelt_as_transformers_5_does,
+        r"says rope_parameters, which transformers 4\S+ does not read .it takes rope_theta=10000\.0.: write its rope_theta",
+    ),
     "tokenizer cut off": (lambda x: cut(x, "tokenizer.json", b"{"), "cannot load the tokenizer in .*: copy the base model's"),
 }  # fmt: skip
 

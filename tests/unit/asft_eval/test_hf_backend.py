@@ -11,7 +11,7 @@ import pytest
 import torch
 from asft_eval import EvaluationError, Protocol
 from asft_eval.backends.drawing import SeededDraw
-from asft_eval.backends.hf import HfBackend
+from asft_eval.backends.hf import HfBackend, load_model
 from asft_eval.backends.tokens import encode_pair
 from asft_eval.kl import kl_sums, measure_drift
 from asft_eval.run import evaluate
@@ -42,6 +42,16 @@ def test_batched_generation_equals_one_by_one(model_dir: Path, backend: HfBacken
         assert completion.text == tokenizer.decode(out, skip_special_tokens=True)
         assert completion.finished == (tokenizer.eos_token_id in out.tolist())
         assert completion.num_tokens == len(out)
+
+
+def test_a_rotary_embedding_in_both_spellings_is_one(model_dir: Path, tmp_path: Path):
+    folder = tmp_path / "both"
+    shutil.copytree(model_dir, folder)
+    linear = {"rope_type": "linear", "factor": 2.0}
+    changes = {"rope_theta": 5e5, "rope_scaling": linear, "rope_parameters": {"rope_theta": 5e5, **linear}}
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_model(folder).config.rope_theta == 5e5
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
