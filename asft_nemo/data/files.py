@@ -85,8 +85,20 @@ def decoded(piece: Piece) -> Rows:
         yield number, parse(content)
     else:
         most = bytes_of(content)  # hardly any row needs to be measured by itself
-        for place, row in enumerate(content.to_pylist(), start=number):
+        for place, row in enumerate(_values(content), start=number):
             yield place, _TOO_LONG if most > MOST_BYTES < _text_bytes(row) else row
+
+
+def _values(batch: RecordBatch) -> list[dict[str, Any] | str]:
+    """A batch's rows; of one that Python cannot hold, the reason. Arrow's writers do not look at what is in a text."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows > 1:
+            return [row for place in range(batch.num_rows) for row in _values(batch.slice(place, 1))]
+        if isinstance(error, UnicodeDecodeError):
+            return [f"not UTF-8: byte {error.object[error.start]:#04x}"]
+        return [f"a value that cannot be read ({' '.join(str(error).split())})"]
 
 
 def _text_bytes(value: Any) -> int:

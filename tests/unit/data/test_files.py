@@ -127,6 +127,30 @@ def test_bad_rows_of_parquet_are_located(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_rows_that_python_cannot_hold_are_bad_ones(tmp_path: Path, form: str) -> None:
+    texts, far = pyarrow.array(["add 1", "caf\u00e9", "add 2", "add 3"]), pyarrow.array([0, 0, 0, 1 << 62])
+    raw = (
+        texts.buffers()[2].to_pybytes().replace("\u00e9".encode(), b"\xe9 ")
+    )  # Latin-1, which no writer notices
+    damaged = pyarrow.Array.from_buffers(
+        pyarrow.string(), 4, [None, texts.buffers()[1], pyarrow.py_buffer(raw)]
+    )
+    columns = {"question": damaged, "answer": ["1", "2", "3", "4"], "seen": far.cast(pyarrow.timestamp("us"))}
+    table, path = pyarrow.table(columns), tmp_path / f"rows.{form}"
+    if form == "parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    found = list(read_records([path], FieldsConfig()))
+    assert [record.line for record in found if isinstance(record, Record)] == [1, 3]
+    assert [(row.line, row.reason) for row in found if isinstance(row, BadRow)] == [
+        (2, "not UTF-8: byte 0xe9"),
+        (4, "a value that cannot be read (date value out of range)"),
+    ]
+
+
 def test_a_huge_line_is_a_bad_row_and_the_next_one_is_read(tmp_path: Path) -> None:
     good = json.dumps(ROWS[0]).encode()
     path = tmp_path / "rows.jsonl"
