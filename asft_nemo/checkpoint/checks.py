@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -22,6 +24,20 @@ from asft_nemo.checkpoint.mapping import Vocabulary, row_blocks
 from asft_nemo.checkpoint.safetensors_io import SafetensorsReader
 from asft_nemo.errors import CheckpointError
 from asft_nemo.model import ModelSpec
+
+
+def check_not_quantised(directory: Path, config: Mapping[str, object]) -> None:
+    """Checks that config.json asks nobody to quantise: it would go along into every export, and trained weights would be served in 4 bits.
+
+    Raises:
+        CheckpointError: it does. Merging adapters into a base that was loaded quantised leaves such a field beside plain weights.
+    """
+    field = next((name for name in ("quantization_config", "compression_config") if config.get(name)), None)
+    if field is not None:
+        raise CheckpointError(
+            f"{directory}/config.json has a {field}, by which whoever loads an export of this model would quantise it: take the bf16, fp16 or fp32 "
+            "model, or where these weights are such remove that field"
+        )
 
 
 def check_hf_tensors(reader: SafetensorsReader, spec: ModelSpec) -> None:

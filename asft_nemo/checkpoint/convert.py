@@ -24,7 +24,12 @@ from asft_nemo.checkpoint.blocks import (
     megatron_blocks,
     threads,
 )
-from asft_nemo.checkpoint.checks import check_hf_tensors, check_megatron_tensors, source_dtypes
+from asft_nemo.checkpoint.checks import (
+    check_hf_tensors,
+    check_megatron_tensors,
+    check_not_quantised,
+    source_dtypes,
+)
 from asft_nemo.checkpoint.dist_read import DistReader
 from asft_nemo.checkpoint.families import (
     EXTRA_STATE,
@@ -44,7 +49,7 @@ from asft_nemo.checkpoint.seal import write_seal
 from asft_nemo.checkpoint.shards import OutRows, ProduceRows, write_shards
 from asft_nemo.checkpoint.staging import resumable_directory, write_synced
 from asft_nemo.config.run_folder import model_source
-from asft_nemo.model import ModelSpec, model_spec, read_hf_config, read_model_spec
+from asft_nemo.model import ModelSpec, model_spec, read_hf_config
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +119,9 @@ def import_hf(
 
     started = time.monotonic()
     hf_dir, out_dir = Path(hf_dir), Path(out_dir)
-    spec = read_model_spec(hf_dir)
+    config = read_hf_config(hf_dir)
+    check_not_quantised(hf_dir, config)
+    spec = model_spec(config)
     wanted = None if dtype is None else hf_files.parse_dtype(dtype)
     with SafetensorsReader(hf_dir) as reader:
         check_hf_tensors(reader, spec)

@@ -122,3 +122,15 @@ def test_weights_in_fp64_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as refused:
         import_hf(tmp_path / "hf", tmp_path / "out")
     assert "is float64, which no checkpoint is written in: save the model in fp32 first" in str(refused.value)
+
+
+@pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
+def test_plain_weights_that_would_be_quantised_when_loaded_are_refused(
+    tmp_path: Path, edit_config: Callable[..., None], field: str
+) -> None:
+    write_hf(tmp_path / "hf")
+    edit_config(tmp_path / "hf", **{field: {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    with pytest.raises(CheckpointError, match=f"has a {field}, by which .* remove that field"):
+        import_hf(tmp_path / "hf", tmp_path / "out")
+    edit_config(tmp_path / "hf", **{field: None})
+    import_hf(tmp_path / "hf", tmp_path / "out")
