@@ -41,7 +41,7 @@ def grade_math(
         seconds: processor time for one comparison; what takes longer counts as wrong and says so.
 
     Raises:
-        EvaluationError: math-verify is not installed.
+        EvaluationError: math-verify is not installed, or the processes do not start.
     """
     found = [find_answer(completion) for _, completion in pairs]
     wanted = {(gold, one.text) for (gold, _), one in zip(pairs, found, strict=True) if one.text}
@@ -85,7 +85,10 @@ def _compare(
             while True:
                 todo.get_nowait()
     if len(verdicts) < len(hard):
-        raise EvaluationError("the processes that grade mathematics do not start: run `asft doctor`")
+        raise EvaluationError(
+            f"the processes that grade mathematics do not start: see what `{sys.executable} -m asft_eval.graders.math_worker 5 {_MEMORY}` says, "
+            "and allow more memory where that is it (ulimit -v)"
+        )
     return verdicts
 
 
@@ -101,8 +104,14 @@ def _serve(
             except queue.Empty:
                 return
             verdicts[pair] = process.ask(pair)
+    except _NotStartedError:
+        return  # `_compare` says it: what was not compared is not wrong
     finally:
         process.close()
+
+
+class _NotStartedError(Exception):
+    """A process ended before it could compare anything."""
 
 
 class _Process:
@@ -113,7 +122,11 @@ class _Process:
         self._child: subprocess.Popen[bytes] | None = None
 
     def ask(self, pair: tuple[str, str]) -> Verdict:
-        """The verdict on one (gold, answer) pair; wrong, with the reason, where there is none in time."""
+        """The verdict on one (gold, answer) pair; wrong, with the reason, where there is none in time.
+
+        Raises:
+            _NotStartedError: the process does not start.
+        """
         child = self._child or self._start()
         assert child.stdin is not None
         assert child.stdout is not None
@@ -143,7 +156,8 @@ class _Process:
             env={**os.environ, "PYTHONPATH": path},
         )
         assert self._child.stdout is not None
-        self._child.stdout.readline()  # "ready", or nothing where it ended
+        if not self._child.stdout.readline():  # "ready", or nothing where it ended
+            raise _NotStartedError
         return self._child
 
     def close(self) -> int:

@@ -29,6 +29,10 @@ def main(seconds: float, memory: int) -> None:
         seconds: processor time for one comparison.
         memory: bytes of address space that this process may have.
     """
+    _, most = resource.getrlimit(
+        resource.RLIMIT_AS
+    )  # a batch system may allow less, and nobody may raise that
+    memory = memory if most == resource.RLIM_INFINITY else min(memory, most)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     same("x+1", "1+x")  # what is imported on first use must not count as the first comparison's time
     sys.stdout.write("ready\n")

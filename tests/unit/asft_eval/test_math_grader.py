@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 from asft_eval import EvaluationError
-from asft_eval.graders import grade
+from asft_eval.graders import grade, math_pool
 from asft_eval.graders.math_judge import quick, same
 from asft_eval.graders.math_pool import grade_math
 from asft_eval.graders.math_text import find_answer, last_boxed
@@ -176,3 +178,30 @@ def test_small_parts():
     ]
     with pytest.raises(EvaluationError, match=r"choose one of .*math"):
         grade("maths", [])
+
+
+def test_answers_that_no_process_compares_are_not_called_wrong(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(math_pool, "_MEMORY", 16 << 20)  # too little to begin with
+    with pytest.raises(EvaluationError, match="do not start"):
+        grade_math([("x+1", r"\boxed{1+x}")], processes=1)
+
+
+def test_a_batch_systems_limit_of_memory_is_kept():
+    code = (
+        "from asft_eval.graders.math_pool import grade_math; import resource; "
+        "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)); "
+        "print(grade_math([('x+1', r'\\boxed{1+x}')], processes=1)[0].correct)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(math_pool.__file__).parents[2]),
+            "OPENBLAS_NUM_THREADS": "1",
+        },
+    )
+    assert done.stdout.strip() == "True"
