@@ -19,7 +19,7 @@ from asft_nemo.config.paths import project_dir
 from asft_nemo.config.schema import RunConfig, replace
 from asft_nemo.errors import CheckpointError, DataError, UserError
 from asft_nemo.launch_local import launch_logits
-from asft_nemo.model import check_trainable, read_model_spec
+from asft_nemo.model import ModelSpec, check_trainable, read_model_spec
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class LogitsCheck:
             check_trainable(spec)
         except UserError as error:
             raise UserError(f"{error}; its weights can be compared with --weights-only") from error
+        _require_rope_read(self.hf_dir, spec)
         limits = (_TOKENS, spec.max_position_embeddings, spec.attention_window)
         length = min(limit for limit in limits if limit is not None)
         self.run_config = _run_config(self.hf_dir, overrides, length)
@@ -142,6 +143,24 @@ def _run_config(hf_dir: Path, overrides: Sequence[str], length: int) -> RunConfi
             "every cp_size: leave it out"
         )
     return run
+
+
+def _require_rope_read(hf_dir: Path, spec: ModelSpec) -> None:
+    """transformers 4 does not read `rope_parameters`, which transformers 5 writes, and would compute another model.
+
+    Raises:
+        CheckpointError: config.json says the rotary embedding in no other way.
+    """
+    from transformers import AutoConfig, __version__
+
+    read = AutoConfig.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)  # nosec B615 # a directory
+    scaling: dict[str, Any] = getattr(read, "rope_scaling", None) or {}
+    theirs = (read.rope_theta, scaling.get("rope_type", scaling.get("type", "default")))
+    if theirs != (spec.rope_theta, (spec.rope_scaling or {}).get("rope_type", "default")):
+        raise CheckpointError(
+            f"{hf_dir}/config.json says rope_parameters, which transformers {__version__} does not read (it takes rope_theta={read.rope_theta}): "
+            "write its rope_theta, and as rope_scaling the rest, beside it, or compare the weights alone with --weights-only"
+        )
 
 
 def _tokens(hf_dir: Path, text: str | Path | None, *, length: int, sequences: int) -> torch.Tensor:

@@ -88,6 +88,30 @@ def test_verify_of_another_model_ends_with_two(
         assert report["logits"]["equal"] is False
 
 
+def test_a_rotary_embedding_that_transformers_does_not_read_is_no_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Spelt as transformers 5 does: what is wrong is the reader beside us, not the checkpoint."""
+    shutil.copytree(TINY, tmp_path / "hf")
+    config = json.loads((TINY / "config.json").read_text())
+    theta, _ = config.pop("rope_theta"), config.pop("rope_scaling")
+    config["rope_parameters"] = {"rope_theta": 50 * theta, "rope_type": "default"}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert cli.main(["import", str(tmp_path / "hf"), str(tmp_path / "ckpt")]) == 0
+    words = ["verify", str(tmp_path / "ckpt"), str(tmp_path / "hf"), "--out", str(tmp_path / "report")]
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert "does not read (it takes rope_theta=10000.0): write its rope_theta" in said.err
+    assert said.out == ""
+    assert not (tmp_path / "report").exists()
+    assert cli.main([*words, "--weights-only"]) == 0
+    from asft_nemo.logits_check import LogitsCheck
+
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"rope_theta": 50 * theta}))
+    LogitsCheck(tmp_path / "ckpt", tmp_path / "hf", tolerance=0.0)  # the cure
+
+
 @pytest.fixture(scope="module")
 def logits() -> dict[str, torch.Tensor]:
     """What transformers computes of the shipped model on the shipped text, by the keys that ranks write it under."""
