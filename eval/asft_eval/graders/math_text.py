@@ -16,6 +16,8 @@ _BOXES = 50
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BETWEEN_BOXES = re.compile(r"[\s$,;.]*(?:and|or|und)?[\s$,;\\(\[]*", re.IGNORECASE)
+_MARKED = re.compile(r"####\s*([^\s#][^\n]*?)(?=####|\n|$)")
+_HEADING = re.compile(r"\**(?:[A-Za-z]{2,}|\d{1,2}[.)]\s+[A-Za-z])")
 _STATED = re.compile(
     r"(?:final\s+)?answer\s*(?:\*\*)?\s*(?:is|:|=)\s*(?:\*\*)?\s*:?\s*(?=(.+))", re.IGNORECASE
 )
@@ -39,8 +41,8 @@ class Found(NamedTuple):
 def find_answer(completion: str) -> Found:
     r"""What a completion states as its answer.
 
-    In this order: its last `\boxed{}` (boxes with only `and`, `or` or a comma between them are one answer), what follows the last `####`,
-    what follows the last "answer is" or "answer:", its last formula, its last number.
+    In this order: its last `\boxed{}` (boxes with only `and`, `or` or a comma between them are one answer), what follows the last `####`
+    (a heading of Markdown comes after the next one), what follows the last "answer is" or "answer:", its last formula, its last number.
     """
     if not completion.strip():
         return Found("", "empty completion")
@@ -48,13 +50,15 @@ def find_answer(completion: str) -> Found:
     if boxed is not None:
         return Found(boxed, "last box")
     tail = completion[-_TAIL:]
-    before, mark, after = tail.rpartition("####")
-    del before
-    if mark and after.strip():
-        return Found(after.strip().split("\n")[0].strip(), "after ####")
+    marked = list(_MARKED.finditer(tail))
+    answers = [one for one in marked if not _heading(one, tail)]
+    if answers:
+        return Found(answers[-1][1].strip(), "after ####")
     stated = list(_STATED.finditer(tail))
     if stated:
         return Found(_first_formula_or_sentence(stated[-1][1]), "after 'answer'")
+    if marked:
+        return Found(marked[-1][1].strip(), "after ####")
     formulas = list(_LATEX.finditer(tail))
     if formulas:
         return Found(_content(formulas[-1]), "last formula")
@@ -63,6 +67,11 @@ def find_answer(completion: str) -> Found:
         return Found(numbers[-1], "last number")
     short = completion.strip()
     return Found(short, "whole text") if len(short) <= 40 else Found("", "no answer found")
+
+
+def _heading(marked: re.Match[str], text: str) -> bool:
+    """Whether `#### Step 2` is a heading of Markdown: words, and text below."""
+    return _HEADING.match(marked[1]) is not None and bool(text[marked.end() :].strip())
 
 
 def last_boxed(text: str) -> str | None:

@@ -146,6 +146,8 @@ TABLE: dict[str, list[Row]] = {
         ("(1,2)", "The answer is (1, 2).", True), (r"\text{Evelyn}", "The answer is Evelyn.", True), ("42", "The final answer is: **42**", True),
         ("42", "the answer is $42$ apples", True), ("50", "The answer is 50%.", True), ("7", "Der Wert ist 7", True),
         ("42", "First the answer is 40? No. The answer is 42.", True), ("42", "The answer is 42. Check: 6 * 7 = 42, and 5 + 5 = 10.", True),
+        ("42", "#### Step 1\n6 * 7 = 42\n\n#### Step 2\nThe answer is 42.", True), ("42", "#### 42\n\n#### Explanation\nSix times 7.", True),
+        ("7", "#### 1. Add\n3 + 4\n#### 2. Say it\nThe answer is 7.", True), ("42", "The answer is 42.\n#### 43\nThat is it.", False),
     ],
     "several boxes": [
         ("2", r"First $\boxed{1}$, but then $\boxed{2}$.", True), ("1", r"First $\boxed{1}$, but then $\boxed{2}$.", False),
