@@ -37,6 +37,8 @@ _WEIGHT_SUFFIXES = (
 # transformers keeps further chat templates in a folder; every other folder on the hub holds weights in other
 # formats.
 _KEPT_FOLDERS = ("additional_chat_templates",)
+# Adapters that were merged into the weights beside them, say. Where transformers finds this file it loads the base that it names instead.
+_OF_ADAPTERS = "adapter_config.json"
 _DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
@@ -97,14 +99,16 @@ def is_weight_file(name: str) -> bool:
 def copy_hf_files(source: Path, target: Path) -> list[str]:
     """Copies everything that is not a weight byte for byte, and syncs it; returns the relative paths.
 
-    Hidden files and folders of other formats stay behind. Links are followed, as a hub cache consists of
-    them.
+    Hidden files, folders of other formats and the description of adapters, whose weights are none of the
+    model's, stay behind. Links are followed, as a hub cache consists of them.
     """
     target.mkdir(parents=True, exist_ok=True)
     copied: list[str] = []
     for folder in (source, *(source / name for name in _KEPT_FOLDERS)):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.name.startswith(".") or not path.is_file() or is_weight_file(path.name):
+                continue
+            if path.name == _OF_ADAPTERS:
                 continue
             relative = path.relative_to(source)
             (target / relative).parent.mkdir(parents=True, exist_ok=True)

@@ -164,6 +164,18 @@ def layer_names():
     return [*weights, "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"]
 
 
+def test_an_export_is_loaded_from_its_own_weights(tmp_path):
+    """The folder that a merged model was saved into may still hold the adapters' files, and transformers goes by these."""
+    write_hf(tmp_path / "hf")
+    described = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "elsewhere")}
+    (tmp_path / "hf" / "adapter_config.json").write_text(json.dumps(described))
+    save_file({"a": torch.ones(1)}, tmp_path / "hf" / "adapter_model.safetensors")
+    import_hf(tmp_path / "hf", tmp_path / "ckpt")
+    export_hf(tmp_path / "ckpt", tmp_path / "back", base_dir=tmp_path / "hf")
+    assert files_under(tmp_path / "ckpt" / "context" / "hf") == KEPT
+    assert files_under(tmp_path / "back") == KEPT | {"model.safetensors"}
+
+
 def test_dtype_is_cast_on_the_way_in_and_the_source_dtype_comes_back(tmp_path):
     tensors = write_hf(tmp_path / "hf", dtype=torch.bfloat16)
     report = import_hf(tmp_path / "hf", tmp_path / "ckpt", dtype="fp32")
