@@ -81,11 +81,11 @@ class HfBase:
 class DistBase:
     """A base in NeMo form: what a run imported, or trained from."""
 
-    def __init__(self, checkpoint: Path, spec: ModelSpec, config: dict[str, Any]) -> None:
-        """Reads the metadata; raises `CheckpointError` when it is not that of the model."""
+    def __init__(self, checkpoint: Path, spec: ModelSpec, config: dict[str, Any], *, summed: bool) -> None:
+        """Reads the metadata (`summed`: see `DistReader`); raises `CheckpointError` when it is not that of the model."""
         weights = hf_files.weights_directory(checkpoint)
         self.files = tuple(weights.iterdir())
-        self._reader = DistReader(weights, summed=True)
+        self._reader = DistReader(weights, summed=summed)
         check_megatron_tensors(self._reader, spec)
         self._origin = hf_files.read_origin(checkpoint)
         stated = config.get("dtype", config.get("torch_dtype"))
@@ -111,12 +111,13 @@ class DistBase:
         self._reader.close()
 
 
-def open_base(directory: Path, *, spec: ModelSpec) -> BaseWeights:
+def open_base(directory: Path, *, spec: ModelSpec, summed: bool = True) -> BaseWeights:
     """Opens a base in either form.
 
     Args:
         directory: Hugging Face directory or NeMo checkpoint.
         spec: the model the adapters were trained on.
+        summed: of a NeMo checkpoint, hold whole chunks against their checksums before a row is read.
 
     Raises:
         CheckpointError: it is incomplete, or another model.
@@ -132,7 +133,7 @@ def open_base(directory: Path, *, spec: ModelSpec) -> BaseWeights:
             f"{directory} is not the base of these adapters ({key} is {theirs[key]}, the run's was {mine[key]}): pass --base HF_DIR, the "
             "Hugging Face directory the run started from"
         )
-    return DistBase(directory, spec, config) if nemo else HfBase(directory, spec)
+    return DistBase(directory, spec, config, summed=summed) if nemo else HfBase(directory, spec)
 
 
 def base_sample(base: BaseWeights, spec: ModelSpec) -> str:
@@ -149,9 +150,13 @@ def base_sample(base: BaseWeights, spec: ModelSpec) -> str:
 
 
 def nemo_base_sample(checkpoint: Path) -> str:
-    """Returns `base_sample` of a base in NeMo form; raises as `open_base`."""
+    """Returns `base_sample` of a base in NeMo form; raises as `open_base`.
+
+    It reads the sampled rows alone. All ranks wait for it at every checkpoint of adapters; whole chunks would be a third of a large base,
+    which was held against its checksums when it was loaded.
+    """
     spec = read_model_spec(hf_files.hf_files_directory(checkpoint, None))
-    with closing(open_base(checkpoint, spec=spec)) as base:
+    with closing(open_base(checkpoint, spec=spec, summed=False)) as base:
         return base_sample(base, spec)
 
 

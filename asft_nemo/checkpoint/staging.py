@@ -181,6 +181,16 @@ def sync_small_files(root: Path, *, but: str) -> None:
     sync_directories(root)
 
 
+def copy_contents(source: Path, target: Path) -> None:
+    """Copies a folder's files without their modes: what nobody may write to at its source is ours to add to and to remove here."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_contents(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Writes a small file and syncs it."""
     with path.open("wb") as stream:

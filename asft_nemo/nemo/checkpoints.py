@@ -17,7 +17,7 @@ from asft_nemo.checkpoint.adapters import ADAPTER_FILE, AdapterDescription
 from asft_nemo.checkpoint.base_weights import nemo_base_sample
 from asft_nemo.checkpoint.dist_metadata import read_metadata
 from asft_nemo.checkpoint.seal import write_seal
-from asft_nemo.checkpoint.staging import sync_directory, sync_small_files
+from asft_nemo.checkpoint.staging import copy_contents, sync_directory, sync_small_files
 from asft_nemo.errors import CheckpointError, UserError
 from asft_nemo.nemo.callbacks import MetricsCallback, is_writer, most_of_ranks
 from asft_nemo.nemo.keep import BEST, REMOVED, Keep
@@ -185,8 +185,8 @@ class CheckpointCallback(Callback):
             CheckpointError: as `check_all_there`; the launcher then ends the other ranks, which wait.
         """
         check_all_there(partial, self.dir.parent)
-        shutil.copytree(self.base_dir / "context", partial / "context")
-        shutil.copy(self.dir.parent / "run.json", partial / "context" / "run.json")
+        copy_contents(self.base_dir / "context", partial / "context")
+        shutil.copyfile(self.dir.parent / "run.json", partial / "context" / "run.json")
         if self.adapters is not None:
             (partial / "context" / ADAPTER_FILE).write_text(
                 self.adapters.to_json(base_sample=nemo_base_sample(self.base_dir))

@@ -134,6 +134,22 @@ def test_latest_is_on_the_disk_before_the_one_before_it_goes(
     assert not [event for event in disk.before(("moved", "latest")) if "step_1" in event[1]]
 
 
+def test_a_base_that_nobody_may_write_to_makes_no_such_checkpoint(run_dir: Path) -> None:
+    """One that others share: its context is of the run's own from then on, to add run.json to and to remove."""
+    context = run_dir.parent / "base" / "context"
+    (context / "run.json").write_text("of the run that the base is a checkpoint of")
+    for path in (*context.rglob("*"), context):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        save(run_dir)
+    finally:
+        for path in (context, *context.rglob("*")):
+            path.chmod(0o755)
+    written = run_dir / "checkpoints" / "step_2" / "context"
+    assert all(path.stat().st_mode & 0o200 for path in (written, *written.rglob("*")))
+    assert (written / "run.json").read_text() == "{}"
+
+
 def shards(partial: Path) -> list[Path]:
     found = sorted(partial.glob("weights/*.distcp"))
     assert len(found) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from adapter_cases import updates, write_adapters, write_base
 from hf_cases import KEPT, assert_same_bits, read_hf, write_hf
 
 from asft_nemo import cli
-from asft_nemo.checkpoint import export_hf, import_hf, shards
+from asft_nemo.checkpoint import dist_read, export_hf, import_hf, shards
 from asft_nemo.checkpoint.adapters import TARGETS, AdapterDescription, adapter_description
-from asft_nemo.checkpoint.base_weights import nemo_base_sample
+from asft_nemo.checkpoint.base_weights import base_sample, nemo_base_sample, open_base
 from asft_nemo.checkpoint.lora_merge import export_merged
 from asft_nemo.errors import CheckpointError
+from asft_nemo.model import read_model_spec
 
 ALL = AdapterDescription(rank=4, alpha=6.0, dropout=0.05, targets=TARGETS)
 SOME = AdapterDescription(rank=4, alpha=6.0, dropout=0.0, targets=("linear_qkv", "linear_fc2"))
@@ -240,3 +242,17 @@ def test_another_base_of_the_same_architecture_is_refused(tmp_path: Path, where:
     ):
         export_merged(tmp_path / "ckpt", tmp_path / "three", base_dir=tmp_path / "other")
     assert not (tmp_path / "three").exists()
+
+
+def test_the_sample_of_a_base_reads_its_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checkpoint of adapters waits for it: of a base of 145 GB whole chunks would be 56."""
+    write_base(tmp_path / "base", torch.bfloat16)
+    import_hf(tmp_path / "base", tmp_path / "nemo")
+    whole: list[object] = []
+    monkeypatch.setattr(dist_read, "_check_sums", whole.append)
+    with closing(open_base(tmp_path / "nemo", spec=read_model_spec(tmp_path / "base"))) as base:
+        sample = base_sample(base, read_model_spec(tmp_path / "base"))
+    assert whole  # as an export of merged weights does
+    whole.clear()
+    assert nemo_base_sample(tmp_path / "nemo") == sample
+    assert not whole
