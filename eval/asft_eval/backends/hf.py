@@ -24,6 +24,7 @@ from asft_eval.backends.tokens import (
     choice_tokens,
     completion,
     encode_pair,
+    end_tokens,
     load_tokenizer,
     not_numbers,
     prompt_tokens,
@@ -277,7 +278,7 @@ class HfBackend:
                     temperature=None,
                     top_p=None,
                     top_k=None,
-                    eos_token_id=self.tokenizer.eos_token_id,
+                    eos_token_id=list(end_tokens(self.tokenizer)),
                     pad_token_id=self.tokenizer.pad_token_id,
                     logits_processor=[
                         numbers,

@@ -14,6 +14,7 @@ from asft_eval.backends.server import Server
 from asft_eval.backends.tokens import (
     choice_tokens,
     encode_pair,
+    end_tokens,
     load_tokenizer,
     prompt_tokens,
     require_seeds,
@@ -65,12 +66,14 @@ class OpenAIBackend:
         self.name = "openai" if api == COMPLETIONS else "openai-chat"
         self.versions: Mapping[str, str] = {"httpx": httpx.__version__}
         self._model, is_vllm = self._find(model)
-        self._always = {"model": self._model, **(_NEUTRAL if is_vllm else {})}
+        self._always: dict[str, Any] = {"model": self._model, **(_NEUTRAL if is_vllm else {})}
         here = (Path(model) / "config.json").is_file()
         self.fingerprint = (
             None if here else hashlib.sha256(f"{self._server.url} {self._model}".encode()).hexdigest()
         )
         self._tokenizer: Any = load_tokenizer(model) if here and api == COMPLETIONS else None
+        if is_vllm and here and (self._tokenizer or any(Path(model).glob("tokenizer*"))):
+            self._always["stop_token_ids"] = list(end_tokens(self._tokenizer or load_tokenizer(model)))
 
     def _find(self, model: str) -> tuple[str, bool]:
         """The server's name of the model, and whether the server is vLLM."""

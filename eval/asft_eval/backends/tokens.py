@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,35 @@ def choice_tokens(tokenizer: Any, start: list[int], prompt: str, choice: str) ->
     return tokenizer(choice, add_special_tokens=False)["input_ids"]
 
 
+@lru_cache(maxsize=8)
+def end_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a completion: the tokenizer's end token, and the control token with which its chat template ends an assistant's message.
+
+    A model that learned from such a template ends its answers with the latter (`<|im_end|>`, where the base's end token is `<|endoftext|>`), and what it writes behind
+    that is another turn. The harness of Qwen2.5-Math, which the authors used, stops at both as well.
+    """
+    ends: list[int] = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _SAID}]
+        try:
+            text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # a template is a program, and may refuse this conversation
+            text = ""
+        behind: list[int] = tokenizer(text.rpartition(_SAID)[2].lstrip(), add_special_tokens=False)[
+            "input_ids"
+        ]
+        control = tokenizer.added_tokens_decoder
+        if _SAID in text and behind and behind[0] in control and control[behind[0]].special:
+            ends.append(behind[0])
+    return tuple(dict.fromkeys(ends))
+
+
+_SAID = "answer"
+
+
 def completion(tokenizer: Any, ids: Sequence[int]) -> Completion:
-    """What generated tokens say up to the end token; `finished` where it is among them."""
-    end = tokenizer.eos_token_id
-    finished = end in ids
-    written = list(ids[: ids.index(end)]) if finished else list(ids)
-    text = tokenizer.decode(written, skip_special_tokens=True)
-    return Completion(text, len(written) + int(finished), finished)
+    """What generated tokens say up to the first of `end_tokens`; `finished` where one is among them."""
+    ends = end_tokens(tokenizer)
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    text = tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
+    return Completion(text, len(ids) if end is None else end + 1, end is not None)

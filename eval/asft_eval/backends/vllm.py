@@ -25,6 +25,7 @@ from asft_eval.backends.tokens import (
     choice_tokens,
     completion,
     encode_pair,
+    end_tokens,
     load_tokenizer,
     prompt_tokens,
     require_model,
@@ -227,11 +228,11 @@ class VllmBackend:
     def _sampling(self, **how: Any) -> Any:
         final = importlib.import_module("vllm.sampling_params").RequestOutputKind.FINAL_ONLY
         how = {"temperature": 0.0, **how}
-        # The end token is named, so that no other one of config.json or generation_config.json ends a completion.
+        # The end tokens are named, so that no other one of config.json or generation_config.json ends a completion.
         return self._vllm.SamplingParams(
             **how,
             ignore_eos=True,
-            stop_token_ids=[self.tokenizer.eos_token_id],
+            stop_token_ids=list(end_tokens(self.tokenizer)),
             detokenize=False,
             output_kind=final,
         )

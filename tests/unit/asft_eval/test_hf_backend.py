@@ -12,10 +12,11 @@ import torch
 from asft_eval import EvaluationError, Protocol
 from asft_eval.backends.drawing import SeededDraw
 from asft_eval.backends.hf import HfBackend, load_model
-from asft_eval.backends.tokens import encode_pair
+from asft_eval.backends.tokens import encode_pair, end_tokens
 from asft_eval.kl import kl_sums, measure_drift
 from asft_eval.run import evaluate
 from asft_eval.suites import suite_from_pairs
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = ["copy KTAB:", "reverse QWERTZ:", "add 3+4:", "story: the cat sees a hat."]
@@ -73,6 +74,41 @@ def test_the_models_own_wishes_for_drawing_are_not_read(
         seeds = [1, 2] if how.temperature else []
         expected = backend.generate(prompts, protocol=how, seeds=seeds)
         assert HfBackend(wishes, batch_size=2).generate(prompts, protocol=how, seeds=seeds) == expected
+
+
+def test_the_end_of_a_turn_ends_a_completion(model_dir: Path, backend: HfBackend, tmp_path: Path):
+    """A model that learned from its chat template: the end token and the template's change places in the head."""
+    folder = tmp_path / "chat"
+    shutil.copytree(model_dir, folder)
+    tensors = load_file(folder / "model.safetensors")
+    end, of_turn = backend.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    tensors["lm_head.weight"][[end, of_turn]] = tensors["lm_head.weight"][[of_turn, end]]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    how = Protocol(max_tokens=40)
+    expected = backend.generate(PROMPTS, protocol=how)
+    assert all(one.finished for one in expected)
+    turned = HfBackend(folder, batch_size=3)
+    assert end_tokens(turned.tokenizer) == (end, of_turn)
+    assert turned.generate(PROMPTS, protocol=how) == expected
+    (folder / "chat_template.jinja").unlink()
+    without = HfBackend(folder, batch_size=3)
+    assert end_tokens(without.tokenizer) == (end,)
+    assert without.generate(PROMPTS, protocol=how) != expected, "it goes on behind its answer"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}{% endfor %}",
+    ],
+)
+def test_templates_that_end_turns_with_no_token_of_their_own(model_dir: Path, template: str):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = template
+    assert end_tokens(tokenizer) == (tokenizer.eos_token_id,)
 
 
 def test_a_cut_completion_says_so(backend: HfBackend):
