@@ -15,6 +15,7 @@ import pytest
 
 from asft_nemo import cli
 from asft_nemo.config.paths import project_dir
+from asft_nemo.ranks import _alive
 
 pytestmark = [pytest.mark.nemo, pytest.mark.multiproc, pytest.mark.slow]
 
@@ -45,17 +46,10 @@ def kill_after_first_checkpoint(words: list[str], run_dir: Path) -> None:
     helpers = [helper for rank in ranks for helper in children(rank)]
     os.kill(process.pid, signal.SIGKILL)  # the launcher alone: torchrun and the ranks must notice
     process.wait()
-    while any(runs(pid) for pid in [*ranks, *helpers]):
+    # a zombie does not count: who takes over the children of a killed process need not ask how they ended
+    while any(_alive(pid) for pid in [*ranks, *helpers]):
         assert time.monotonic() < deadline, "the ranks went on without their launcher"
         time.sleep(0.2)
-
-
-def runs(pid: int) -> bool:
-    """A zombie does not: who takes over the children of a killed process need not ask how they ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
 
 
 def children(parent: int) -> list[int]:

@@ -71,9 +71,11 @@ class OpenAIBackend:
         self.fingerprint = (
             None if here else hashlib.sha256(f"{self._server.url} {self._model}".encode()).hexdigest()
         )
-        self._tokenizer: Any = load_tokenizer(model) if here and api == COMPLETIONS else None
-        if is_vllm and here and (self._tokenizer or any(Path(model).glob("tokenizer*"))):
-            self._always["stop_token_ids"] = list(end_tokens(self._tokenizer or load_tokenizer(model)))
+        known = here and (api == COMPLETIONS or any(Path(model).glob("tokenizer*")))
+        tokenizer: Any = load_tokenizer(model) if known else None
+        self._tokenizer = tokenizer if api == COMPLETIONS else None
+        if is_vllm and tokenizer is not None:  # not of OpenAI's protocol either
+            self._always["stop_token_ids"] = list(end_tokens(tokenizer))
 
     def _find(self, model: str) -> tuple[str, bool]:
         """The server's name of the model, and whether the server is vLLM."""

@@ -163,6 +163,10 @@ def choice_tokens(tokenizer: Any, start: list[int], prompt: str, choice: str) ->
     return tokenizer(choice, add_special_tokens=False)["input_ids"]
 
 
+_SAID = "answer"
+"""By the assistant, in the conversation that is asked of a chat template."""
+
+
 @lru_cache(maxsize=8)
 def end_tokens(tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a completion: the tokenizer's end token, and the control token with which its chat template ends an assistant's message.
@@ -184,9 +188,6 @@ def end_tokens(tokenizer: Any) -> tuple[int, ...]:
         if _SAID in text and behind and behind[0] in control and control[behind[0]].special:
             ends.append(behind[0])
     return tuple(dict.fromkeys(ends))
-
-
-_SAID = "answer"
 
 
 def completion(tokenizer: Any, ids: Sequence[int]) -> Completion:

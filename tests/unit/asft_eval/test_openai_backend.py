@@ -70,6 +70,18 @@ def test_a_drawn_completion_has_a_request_and_a_seed_of_its_own(server: FakeServ
     assert "seed" not in server.asked[-1][1]
 
 
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_a_vllm_server_is_told_what_ends_a_completion(server: FakeServer, model_dir: Path, api: str):
+    server.models = [str(model_dir)]
+    for owner, told in (
+        ("vllm", [0, 3]),
+        ("another", None),
+    ):  # <|endoftext|>, and <|im_end|> of the chat template
+        server.owner = owner
+        opened(server, model=str(model_dir), api=api).generate(["a"], protocol=GREEDY)
+        assert server.asked[-1][1].get("stop_token_ids") == told
+
+
 def test_chat_sends_the_question_alone(server: FakeServer, tmp_path: Path):
     suite = Suite("words", "1", "exact_match", (Example("1", "ab", "AB"),), prompt="chat")
     settings = {"out_dir": tmp_path, "max_tokens": 8, "options": Options(base_url=server.url, api="chat")}
